@@ -1,0 +1,133 @@
+"""Which implementation runs, and why.
+
+`auto` takes the Triton kernels for tensors on a GPU (and for CPU tensors under Triton's interpreter), plain PyTorch
+elsewhere; `triton` and `aten` insist; `off` leaves swapped blocks to their own forward. A reason is always a sentence:
+the same string goes into errors, into `repr` and into the report of `fuse_`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+BACKENDS = ("auto", "triton", "aten", "off")
+FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            f"{where}: the triton backend cannot run: Triton is not installed "
+            "(`pip install triton`, on Linux); use 'auto' or 'aten'"
+        )
+    return name
+
+
+_backend = _checked(os.environ.get("FUSEDRES_BACKEND", "auto"), "FUSEDRES_BACKEND")
+
+
+def get_backend() -> str:
+    """The backend that is asked for: `auto`, `triton`, `aten` or `off`."""
+    return _backend
+
+
+current_backend = get_backend
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend for the whole process.
+
+    `auto` (the default): Triton where it can run, plain PyTorch elsewhere. `triton`: Triton, or an error that says why
+    not. `aten`: plain PyTorch on every device. `off`: swapped blocks run their own forward, and the functional API
+    runs plain PyTorch. The variable FUSEDRES_BACKEND sets it from outside.
+    """
+    global _backend
+    _backend = _checked(name, "set_backend")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`with fusedres.backend("aten"):` the choice of `set_backend`, for a while (for all threads)."""
+    global _backend
+    before, _backend = _backend, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def resolve(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that runs for tensors of this device and dtype (`triton` or `aten`), and why.
+
+    Raises:
+        RuntimeError: `triton` was asked for and cannot run there; the message says why.
+    """
+    if _backend == "aten" or _backend == "off":
+        return "aten", f"the backend is {_backend!r}"
+    obstacle = why_not_triton(device, dtype)
+    if obstacle is None:
+        return "triton", "Triton can run there"
+    if _backend == "triton":
+        raise RuntimeError(
+            f"the triton backend cannot run: {obstacle}; use set_backend('auto') or set_backend('aten')"
+        )
+    return "aten", obstacle
+
+
+def wants_triton(device_type: str) -> bool:
+    """Whether a tensor of this device goes to the operators; a cheap answer that torch.compile can trace."""
+    if _backend == "triton":
+        return True
+    return _backend == "auto" and (device_type == "cuda" or (_INTERPRET and device_type == "cpu"))
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on tensors of this device and dtype; None when they can."""
+    if dtype not in DTYPES:
+        return f"the kernels do not take {dtype}"
+    if _backend == "auto" and not (device.type == "cuda" or (_INTERPRET and device.type == "cpu")):
+        return f"tensors on {device.type!r} go to plain PyTorch (the kernels run on GPUs)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from .kernels.chip import why_not_launchable
+
+    return why_not_launchable(device.type)
+
+
+def why_not_fused(norm: nn.Module) -> str | None:
+    """Why this child cannot be run fused, looked at now; None when it can.
+
+    What a child is may change after a swap (SyncBatchNorm conversion, hooks, sharding), so this is asked at each call.
+    """
+    kind = type(norm)
+    if kind not in FUSED_NORMS:
+        return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
+    if (
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+    ):
+        return "it has hooks, which run only when the module itself is called"
+    if "forward" in norm.__dict__:
+        return "its forward was replaced on the instance"
+    parameters = norm._parameters
+    if "weight" not in parameters or "bias" not in parameters:
+        return "its parameters are computed (parametrization or weight norm), not stored"
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    if tensor_module is not None:
+        for tensor in parameters.values():
+            if isinstance(tensor, tensor_module.DTensor):
+                return "its parameters are DTensors"
+    return None

@@ -1,0 +1,99 @@
+"""The functions of fusedres: `torch.nn.functional`'s arguments in their order, then what is fused in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_batch_norm_act
+from .dispatch import resolve, wants_triton
+
+__all__ = ["batch_norm_act"]
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """`activation(batch_norm(input) + residual)`, in as few passes over memory as it takes.
+
+    With `mean` and `var` of each channel over all other dimensions (of the batch when `training`, else the running
+    statistics; `var` is the biased variance, Ioffe and Szegedy 2015, arXiv:1502.03167):
+
+        output = activation((input - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    Args:
+        input: [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or float64.
+        running_mean, running_var: [C] or None; float32 or the input's dtype. With `training` they are updated in place:
+            `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
+        weight, bias: [C] or None (ones and zeros); float32 or the input's dtype.
+        training: normalise with the statistics of the batch.
+        momentum: a number, or a tensor of one element (no host synchronisation: `1 / num_batches_tracked` makes the
+            cumulative average of `nn.BatchNorm2d(momentum=None)`).
+        eps: added to the variance.
+        residual: like `input` in shape, in any layout; added before the activation.
+        activation: "relu" or None.
+
+    Returns:
+        A tensor with the input's shape, dtype and memory format. Arithmetic is in float32 (float64 for float64) and
+        rounded once. First and second derivatives are supported; a NaN passes through the ReLU, as in PyTorch.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit; one value per channel in training.
+        RuntimeError: the triton backend was asked for and cannot run there.
+
+    After an error the running statistics are what they were.
+    """
+    check_batch_norm_act(
+        "batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    )  # fmt: skip
+    if isinstance(momentum, Tensor):
+        if not training or running_mean is None or running_var is None or input.numel() == 0:
+            momentum = 0.0
+        else:
+            return _with_tensor_momentum(
+                input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
+            )
+    if wants_triton(input.device.type) and _goes_to_kernels(input):
+        from .autograd import batch_norm_act as fused
+
+        return fused(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+        )  # fmt: skip
+    return reference.batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        residual=residual, activation=activation,
+    )  # fmt: skip
+
+
+def _goes_to_kernels(input: Tensor) -> bool:
+    if input.numel() == 0:
+        return False
+    # While torch.compile traces, the operator itself chooses when it runs.
+    return torch.compiler.is_compiling() or resolve(input.device, input.dtype)[0] == "triton"
+
+
+def _with_tensor_momentum(
+    input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
+) -> Tensor:
+    """Take the statistics of this batch alone (momentum 1) and blend them in on the device."""
+    batch_mean, batch_var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    output = batch_norm_act(
+        input, batch_mean, batch_var, weight, bias, True, 1.0, eps, residual=residual, activation=activation
+    )  # fmt: skip
+    with torch.no_grad():
+        factor = momentum.to(running_mean.dtype).reshape(())
+        running_mean.lerp_(batch_mean, factor)
+        running_var.lerp_(batch_var, factor)
+    return output

@@ -1,0 +1,5 @@
+"""Modules on `fusedres.functional`: parameters and buffers, no arithmetic of their own."""
+
+from .batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+
+__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]

@@ -1,0 +1,167 @@
+"""BatchNorm with what follows it fused in, as a module, and the same for a BatchNorm that somebody else owns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import ACTIVATIONS
+from ..dispatch import why_not_fused
+from ..functional import batch_norm_act
+
+
+def call_batch_norm(
+    norm: nn.Module, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """`activation(norm(input) + residual)` for a real `nn.BatchNorm1d/2d/3d`, fused, without calling the module.
+
+    Everything is read from `norm` at the call: training, momentum (None included), tracked statistics, affine or not.
+    `num_batches_tracked` counts only calls that succeed. The caller has asked `dispatch.why_not_fused` first.
+    """
+    norm._check_input_dim(input)
+    running_mean, running_var = norm.running_mean, norm.running_var
+    momentum: float | Tensor | None = norm.momentum
+    batches = None
+    if norm.training:
+        use_batch = True
+        if not norm.track_running_stats:
+            running_mean = running_var = None
+        elif (batches := norm.num_batches_tracked) is not None and momentum is None:
+            momentum = 1.0 / (batches + 1)
+    else:
+        use_batch = running_mean is None and running_var is None
+    output = batch_norm_act(
+        input,
+        running_mean,
+        running_var,
+        norm.weight,
+        norm.bias,
+        use_batch,
+        0.0 if momentum is None else momentum,
+        norm.eps,
+        residual=residual,
+        activation=activation,
+    )
+    if batches is not None:
+        batches.add_(1)
+    return output
+
+
+def _plain_call(norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None):
+    output = norm(input)
+    if residual is not None:
+        output = output + residual
+    return torch.relu(output) if activation == "relu" else output
+
+
+class _BatchNormAct(nn.Module):
+    """The shared part: a real BatchNorm child named `bn`, whose state appears under this module's own name.
+
+    Why a child and not a subclass of nn.BatchNorm2d: `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every
+    BatchNorm instance by a SyncBatchNorm and would drop the activation and the residual with it (pytorch issue
+    187298). So it replaces the child, and `forward` looks at what the child is when it is called.
+    """
+
+    _norm: type[nn.Module]
+    bn: nn.Module
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | None = "relu",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{type(self).__name__}: unknown activation {activation!r}; "
+                f"choose one of {', '.join(map(repr, ACTIVATIONS))}"
+            )
+        self.activation = activation
+        self.bn = self._norm(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if affine and not bias:
+            self.bn.register_parameter("bias", None)
+        self._register_state_dict_hook(_lift_state)
+        self.register_load_state_dict_pre_hook(_lower_state)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
+        if torch.jit.is_tracing() or why_not_fused(self.bn) is not None:
+            return _plain_call(self.bn, input, residual, self.activation)
+        return call_batch_norm(self.bn, input, residual, self.activation)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _BORROWED:
+                return getattr(self.bn, name)
+            raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _BORROWED and "bn" in self.__dict__.get("_modules", ()):
+            setattr(self.bn, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_BORROWED = frozenset(
+    (*_STATE, "num_features", "eps", "momentum", "affine", "track_running_stats", "reset_parameters")
+    + ("reset_running_stats",)
+)
+
+
+def _lift_state(module, state_dict, prefix, local_metadata) -> None:
+    """`bn.weight` -> `weight`: the keys of nn.BatchNorm."""
+    for name in _STATE:
+        if f"{prefix}bn.{name}" in state_dict:
+            state_dict[prefix + name] = state_dict.pop(f"{prefix}bn.{name}")
+
+
+def _lower_state(module, state_dict, prefix, *args) -> None:
+    """`weight` -> `bn.weight`, so that a state_dict of nn.BatchNorm loads."""
+    for name in _STATE:
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}bn.{name}"] = state_dict.pop(prefix + name)
+
+
+class BatchNormAct1d(_BatchNormAct):
+    """`activation(nn.BatchNorm1d(input) + residual)` for inputs [N, C] or [N, C, L]; arguments of nn.BatchNorm1d.
+
+    The state_dict is that of nn.BatchNorm1d, in both directions.
+    """
+
+    _norm = nn.BatchNorm1d
+
+
+class BatchNormAct2d(_BatchNormAct):
+    """`activation(nn.BatchNorm2d(input) + residual)` for inputs [N, C, H, W]; arguments of nn.BatchNorm2d.
+
+    The state_dict is that of nn.BatchNorm2d, in both directions.
+    """
+
+    _norm = nn.BatchNorm2d
+
+
+class BatchNormAct3d(_BatchNormAct):
+    """`activation(nn.BatchNorm3d(input) + residual)` for inputs [N, C, D, H, W]; arguments of nn.BatchNorm3d.
+
+    The state_dict is that of nn.BatchNorm3d, in both directions.
+    """
+
+    _norm = nn.BatchNorm3d

@@ -1,0 +1,72 @@
+"""The operators as plain PyTorch: the oracle of the tests (in float64), the `aten` backend, the baseline of the benchmarks.
+
+Nothing here is fused. Autograd, double backward, forward mode and vmap are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """`act(batch_norm(input) + residual)`; shapes and dtypes as in `fusedres.functional.batch_norm_act`, unchecked.
+
+    The add and the activation work in place on BatchNorm's own output, which nothing else has seen: what autograd
+    saves is the input and the output, as for the same three calls in a ResNet.
+    """
+    output = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    in_place = not _is_transformed()
+    if residual is not None:
+        if in_place:
+            output.add_(residual)
+        else:
+            output = (output + residual).to(input.dtype)
+    if activation == "relu":
+        output = torch.relu_(output) if in_place else torch.relu(output)
+    return output
+
+
+def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
+    if not _needs_casts(input, running_mean, weight, bias):
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(
+            input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
+        )
+    # aten takes parameters and buffers of one dtype only; the contract takes each in float32 or in the input's dtype.
+    wide = torch.float32 if input.dtype in _BELOW_FLOAT32 else input.dtype
+    mean, var, weight, bias = (
+        None if tensor is None else tensor.to(wide)
+        for tensor in (running_mean, running_var, weight, bias)
+    )
+    output = _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
+    if training and running_mean is not None:
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+    return output
+
+
+def _needs_casts(input: Tensor, running_mean: Tensor | None, weight, bias) -> bool:
+    dtypes = {tensor.dtype for tensor in (running_mean, weight, bias) if tensor is not None}
+    if len(dtypes) > 1:
+        return True
+    return bool(dtypes) and input.dtype not in dtypes and input.dtype not in _BELOW_FLOAT32
+
+
+def _is_transformed() -> bool:
+    """Under torch.func an in-place result may be too small for its operand (vmap over the residual alone)."""
+    return torch._C._functorch.maybe_current_level() is not None
