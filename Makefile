@@ -1,0 +1,67 @@
+# `make demo` and `make test` need Python 3.10+, pip and make; everything else goes into .venv, at the versions of
+# constraints.txt. `make test PYTHON=python3.12` chooses the Python that .venv is made with.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+OUT := out
+CODE := fusedres kernels benchmarks tests setup.py
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The newest Python with a full set of pinned wheels (torchvision refuses 3.14.1), able to make a virtual environment.
+USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v < (3, 15) or v == (3, 14, 1))
+PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
+	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
+
+.PHONY: help demo test test-aten test-triton test-slow lint format types wheel clean
+
+help:
+	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
+	@echo 'make test    lint, types, and the tests over plain PyTorch and over the Triton kernels'
+	@echo 'also: test-aten test-triton test-slow lint format types wheel clean'
+
+demo: $(READY)
+	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
+
+test: lint types test-aten test-triton
+
+test-aten: $(READY)
+	$(BIN)/pytest -m 'not slow' --backend aten $(ARGS)
+
+test-triton: $(READY)
+	$(BIN)/pytest -m 'not slow' --backend triton $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/pytest -m slow --backend aten $(ARGS)
+	$(BIN)/pytest -m slow --backend triton $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# Type checkers do not find fusedres.kernels in an editable install, so they get an installed wheel.
+types: wheel
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/types dist/fusedres-*.whl
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache
+
+# build/ goes first: setuptools would pack what an earlier build left there.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# A Python without ensurepip (Debian's, before python3-venv) lends its own pip.
+$(READY): pyproject.toml setup.py constraints.txt Makefile
+	@test -n '$(PYTHON)' || { echo 'no Python 3.10 to 3.14 found; name one: make PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt pip; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
+		--editable '.[demo,models,test]'
+	@touch $@
