@@ -1,0 +1,125 @@
+"""The autograd Function above the operators: what is saved, first and second derivatives.
+
+With xhat = (x - mean) * invstd, z = xhat * weight + bias + residual, y = act(z) and dz = dy * act'(z), over the n rows
+of a channel (Ioffe and Szegedy 2015, section 3):
+
+    dbias = sum(dz),  dweight = sum(dz * xhat),  dresidual = dz
+    dx = weight * invstd * (dz - dbias / n - xhat * dweight / n)        (in eval: weight * invstd * dz)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operators
+
+
+class BatchNormAct(torch.autograd.Function):
+    """`act(batch_norm(input) + residual)` on the operators `fusedres::batch_norm_act` and `..._backward`.
+
+    Saved for backward: the input, weight and bias, three values a channel, and for a tail one bit an element; never
+    the running statistics (two forwards before a backward would trip their version counter).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return operators.batch_norm_act(
+            input, residual, weight, bias, running_mean, running_var,
+            training, momentum, eps, activation, save,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        input, residual, weight, bias, _, _, training, _, eps, activation, _ = inputs
+        _, saved, bits = output
+        ctx.mark_non_differentiable(saved, bits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight, bias, saved, bits)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 7
+        if dy is None:
+            return None, None, None, None, *rest
+        input, weight, bias, saved, bits = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return *_differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs), *rest
+        # Without an activation dz is dy itself, which no kernel need write again.
+        passed_on = needs[1] and ctx.activation is None
+        dx, dresidual, dweight, dbias = operators.batch_norm_act_backward(
+            dy, input, weight, bias, saved, bits, ctx.training, ctx.activation, ctx.residual_dtype,
+            needs[0], needs[1] and not passed_on, needs[2], needs[3],
+        )  # fmt: skip
+        if passed_on:
+            dresidual = dy.to(ctx.residual_dtype)
+        return (
+            dx if needs[0] else None,
+            dresidual if needs[1] else None,
+            dweight if needs[2] else None,
+            dbias if needs[3] else None,
+            *rest,
+        )
+
+
+def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs):
+    """The same gradients as a graph of PyTorch's own operations, for `create_graph=True`.
+
+    The activation's derivative is a constant almost everywhere, so it enters as a mask; BatchNorm's own derivative is
+    taken by PyTorch, whose double backward is known to be right.
+    """
+    with torch.no_grad():
+        mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
+    dz = dy if mask is None else torch.where(mask, dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
+    # Aliases, so that a weight that was itself computed from the input is not walked through twice.
+    x, w, b = (None if t is None else t.view_as(t) for t in (input, weight, bias))
+    wide = saved.dtype
+    x_wide, w_wide, b_wide = (None if t is None else t.to(wide) for t in (x, w, b))
+    if ctx.training:
+        y = F.batch_norm(x_wide, None, None, w_wide, b_wide, True, 0.0, ctx.eps)
+    else:
+        y = F.batch_norm(
+            x_wide, saved[0], saved[2].pow(-2) - ctx.eps, w_wide, b_wide, False, 0.0, ctx.eps
+        )
+    wanted = [(k, t) for k, t in ((0, x), (2, w), (3, b)) if needs[k]]
+    gradients: list[Tensor | None] = [None, None, None, None]
+    if wanted:
+        found = torch.autograd.grad(
+            y, [t for _, t in wanted], dz.to(wide), create_graph=True, allow_unused=True
+        )
+        for (k, _), gradient in zip(wanted, found, strict=True):
+            gradients[k] = gradient
+    if needs[1]:
+        gradients[1] = dz.to(ctx.residual_dtype)
+    return gradients
+
+
+def batch_norm_act(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+) -> Tensor:
+    """`fusedres.functional.batch_norm_act` on checked arguments, through the operators."""
+    save = torch.is_grad_enabled() and (
+        input.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+    if not save and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+        return operators.batch_norm_act(
+            input, residual, weight, bias, running_mean, running_var,
+            training, float(momentum), eps, activation, False,
+        )[0]  # fmt: skip
+    return BatchNormAct.apply(
+        input, residual, weight, bias, running_mean, running_var,
+        training, float(momentum), eps, activation, True,
+    )[0]  # fmt: skip

@@ -1,0 +1,394 @@
+"""`torch.library` operators: the contract with PyTorch (schemas, allocation, fakes), above the launchers.
+
+    fusedres::batch_norm_act           input, ... -> output, saved [3, C] = (mean, mean_low, invstd), bits
+    fusedres::batch_norm_act_backward  dy, input, saved, bits -> dx, dresidual, dweight, dbias
+
+An output that was not asked for is an empty tensor, so that the arity is fixed. Which implementation runs is decided
+when the operator runs, by `dispatch.resolve`; both write the same `saved` and `bits`, so a backward may use the other.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import resolve
+from .kernels.layout import RowMap, bits_layout, row_map, row_map_of
+
+_LIBRARY = torch.library.Library("fusedres", "DEF")
+_LIBRARY.define(
+    "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, str? activation, bool save) "
+    "-> (Tensor output, Tensor saved, Tensor bits)"
+)
+_LIBRARY.define(
+    "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
+    "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
+    "bool need_weight, bool need_bias) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+)
+batch_norm_act = torch.ops.fusedres.batch_norm_act.default
+batch_norm_act_backward = torch.ops.fusedres.batch_norm_act_backward.default
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic and of the saved statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    # A mean in float32 would round off what decides the last digit of a float32 result; 16-bit results have no such digit.
+    return torch.float64 if dtype.itemsize >= 4 else torch.float32
+
+
+def _needs_bits(residual: object, activation: str | None, save: bool) -> bool:
+    # Without a residual the backward recomputes the mask from the input, which it reads anyway.
+    return save and residual is not None and activation is not None
+
+
+_loaded: SimpleNamespace | None = None
+
+
+def _kernels() -> SimpleNamespace:
+    """The launchers; Triton is imported when the first of them is needed."""
+    global _loaded
+    if _loaded is None:
+        import triton.language as tl
+
+        from .kernels import apply, chip, finalize, grad_apply, grad_reduce, launch, stats
+
+        _loaded = SimpleNamespace(
+            stats=stats.launch_bn_stats,
+            finalize=finalize.launch_bn_finalize,
+            apply=apply.launch_bn_apply,
+            grad_reduce=grad_reduce.launch_bn_grad_reduce,
+            grad_finalize=finalize.launch_bn_grad_finalize,
+            grad_apply=grad_apply.launch_bn_grad_apply,
+            chip=chip.current_chip,
+            tile=launch.choose_tile,
+            REDUCING=launch.REDUCING,
+            APPLYING=launch.APPLYING,
+            dtype={torch.float32: tl.float32, torch.float64: tl.float64},
+            offset={False: tl.int32, True: tl.int64},
+        )
+    return _loaded
+
+
+def _common_rows(output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor, ...]]:
+    """The index map that `output` and the others share; what does not fit is copied into the output's layout."""
+    alone = row_map_of(output)
+    if alone is None:
+        raise RuntimeError(
+            f"no index map for a dense tensor of strides {output.stride()}; please report it"
+        )
+    rows_packed = not bits_layout(alone)[0]
+
+    def fits(rows: RowMap | None) -> bool:
+        # Bits packed along the rows are found again only if the rows are split in the same way.
+        return rows is not None and (not rows_packed or rows.inner == alone.inner)
+
+    rows = row_map_of(output, *others)
+    if not fits(rows):
+        others = tuple(
+            t if fits(row_map_of(output, t)) else torch.empty_like(output, dtype=t.dtype).copy_(t)
+            for t in others
+        )
+        rows = row_map_of(output, *others)
+        if not fits(rows):
+            others = tuple(torch.empty_like(output, dtype=t.dtype).copy_(t) for t in others)
+            rows = row_map_of(output, *others)
+    assert rows is not None
+    return rows, others
+
+
+def _batch_norm_act(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if resolve(input.device, input.dtype)[0] != "triton":
+        return _batch_norm_act_aten(
+            input, residual, weight, bias, running_mean, running_var,
+            training, momentum, eps, activation, save,
+        )  # fmt: skip
+    k = _kernels()
+    output = torch.empty_like(input)
+    if residual is None:
+        rows, (input,) = _common_rows(output, input)
+    else:
+        rows, (input, residual) = _common_rows(output, input, residual)
+    chip = k.chip()
+    channels = rows.channels
+    wide = accumulate_dtype(input.dtype)
+    offset = k.offset[rows.needs_int64]
+    saved = input.new_empty((3, channels) if training or save else (0,), dtype=wide)
+    pack_channels, n_bytes, bits_stride = bits_layout(rows)
+    has_bits = _needs_bits(residual, activation, save)
+    bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
+    size = input.element_size()
+    if training:
+        tile = k.tile(rows, size, k.REDUCING, chip)
+        partial = input.new_empty((tile.programs, 3, channels), dtype=_partial_dtype(input.dtype))
+        k.stats(input, partial, rows, tile, offset)
+        k.finalize(
+            partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps
+        )
+    k.apply(
+        input,
+        residual,
+        weight,
+        bias,
+        None if training else running_mean,
+        None if training else running_var,
+        saved if training or save else None,
+        output,
+        bits if has_bits else None,
+        rows,
+        bits_stride,
+        pack_channels,
+        k.tile(rows, size, k.APPLYING, chip),
+        eps,
+        activation,
+        k.dtype[wide],
+        offset,
+    )
+    return output, saved, bits
+
+
+def _batch_norm_act_backward(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    bits: Tensor,
+    training: bool,
+    activation: str | None,
+    residual_dtype: torch.dtype | None,
+    need_input: bool,
+    need_residual: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if resolve(input.device, input.dtype)[0] != "triton":
+        return _batch_norm_act_backward_aten(
+            dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
+            need_input, need_residual, need_weight, need_bias,
+        )  # fmt: skip
+    k = _kernels()
+    chip = k.chip()
+    dx = torch.empty_like(input)
+    rows, (input, dy) = _common_rows(dx, input, dy)
+    channels, wide = rows.channels, saved.dtype
+    offset = k.offset[rows.needs_int64]
+    pack_channels, _, bits_stride = bits_layout(rows)
+    mask = bits if bits.numel() else None
+    size = input.element_size()
+    dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
+    dweight = torch.empty_like(weight) if need_weight else saved.new_empty(0)
+    dbias = torch.empty_like(bias) if need_bias else saved.new_empty(0)
+    coefficients = None
+    if need_weight or need_bias or (training and need_input):
+        tile = k.tile(rows, size, k.REDUCING, chip)
+        partial = saved.new_empty((tile.programs, 2, channels), dtype=torch.float64)
+        k.grad_reduce(
+            dy, input, mask, weight, bias, saved, partial,
+            rows, bits_stride, pack_channels, tile, activation, offset,
+        )  # fmt: skip
+        if training and need_input:
+            coefficients = saved.new_empty((2, channels))
+        k.grad_finalize(
+            partial,
+            saved,
+            weight,
+            coefficients,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            rows.rows,
+        )
+    if need_input or need_residual:
+        k.grad_apply(
+            dy,
+            input,
+            mask,
+            weight,
+            bias,
+            saved,
+            coefficients,
+            dx if need_input else None,
+            dresidual if need_residual else None,
+            rows,
+            bits_stride,
+            pack_channels,
+            k.tile(rows, size, k.APPLYING, chip),
+            activation,
+            k.dtype[wide],
+            offset,
+        )
+    return dx if need_input else dx.new_empty(0), dresidual, dweight, dbias
+
+
+# --- the same in plain PyTorch -----------------------------------------------------------------------------------
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view([1, -1] + [1] * (like.dim() - 2))
+
+
+def _rows_view(tensor: Tensor, rows: RowMap) -> Tensor:
+    """[outer, inner, C] of a tensor that is laid out as the map's first."""
+    return tensor.as_strided((rows.outer, rows.inner, rows.channels), rows.strides[0])
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """A boolean tensor, dense, into the bytes that `kernels.bits.pack` writes for that layout."""
+    rows = row_map_of(mask)
+    assert rows is not None
+    pack_channels, _, stride = bits_layout(rows)
+    view = _rows_view(mask, rows).to(torch.uint8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
+    if pack_channels:
+        view = torch.nn.functional.pad(view, (0, -rows.channels % 8))
+        return (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8).flatten()
+    view = torch.nn.functional.pad(view, (0, 0, 0, -rows.inner % 8))
+    view = (view.unflatten(1, (-1, 8)) * weights[:, None]).sum(2, dtype=torch.uint8)
+    return (view if stride[2] == 1 else view.transpose(1, 2)).flatten()
+
+
+def _unpack(bits: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_pack`: a boolean tensor laid out as `torch.empty_like(like)`."""
+    mask = torch.empty_like(like, dtype=torch.bool)
+    rows = row_map_of(mask)
+    assert rows is not None
+    pack_channels, _, stride = bits_layout(rows)
+    positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    if pack_channels:
+        view = bits.view(rows.outer, rows.inner, -1, 1) >> positions
+        view = (view & 1).flatten(2)[:, :, : rows.channels]
+    else:
+        if stride[2] == 1:
+            view = bits.view(rows.outer, -1, rows.channels)
+        else:
+            view = bits.view(rows.outer, rows.channels, -1).transpose(1, 2)
+        view = ((view.unsqueeze(2) >> positions[:, None]) & 1).flatten(1, 2)[:, : rows.inner]
+    _rows_view(mask, rows).copy_(view)
+    return mask
+
+
+def gradient_mask(input, weight, bias, saved, bits, activation) -> Tensor | None:
+    """Where the activation lets the gradient pass; None where it passes everywhere."""
+    if activation is None:
+        return None
+    if bits.numel():
+        return _unpack(bits, input)
+    scale = saved[2] if weight is None else saved[2] * weight
+    z = _centered(input, saved) * _per_channel(scale, input)
+    if bias is not None:
+        z = z + _per_channel(bias, input)
+    return ~(z <= 0)
+
+
+def _centered(input: Tensor, saved: Tensor) -> Tensor:
+    return (input - _per_channel(saved[0], input)) - _per_channel(saved[1], input)
+
+
+def _batch_norm_act_aten(
+    input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
+):  # fmt: skip
+    wide = accumulate_dtype(input.dtype)
+    saved = input.new_empty((3, input.shape[1]) if training or save else (0,), dtype=wide)
+    if saved.numel():
+        if training:
+            dims = [0, *range(2, input.dim())]
+            var, mean = torch.var_mean(input.to(wide), dims, correction=0)
+        else:
+            var, mean = running_var.to(wide), running_mean.to(wide)
+        saved.copy_(torch.stack([mean, torch.zeros_like(mean), (var + eps).rsqrt()]))
+    result = reference.batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps,
+        residual=residual, activation=activation,
+    )  # fmt: skip
+    output = torch.empty_like(input).copy_(result)
+    if _needs_bits(residual, activation, save):
+        return output, saved, _pack(~(output <= 0))
+    return output, saved, input.new_empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_act_backward_aten(
+    dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
+    need_input, need_residual, need_weight, need_bias,
+):  # fmt: skip
+    mask = gradient_mask(input, weight, bias, saved, bits, activation)
+    dz = dy.to(saved.dtype)
+    if mask is not None:
+        dz = torch.where(mask, dz, 0.0)
+    dims = [0, *range(2, input.dim())]
+    centered = _centered(input, saved)
+    dbias, dot = dz.sum(dims), (dz * centered).sum(dims)
+    invstd = saved[2]
+    scale = invstd if weight is None else invstd * weight
+    dx = input.new_empty(0)
+    if need_input:
+        dx = torch.empty_like(input)
+        gradient = dz
+        if training:
+            n = input.numel() // input.shape[1]
+            slope = invstd * invstd * dot / n
+            gradient = dz - _per_channel(dbias / n, input) - centered * _per_channel(slope, input)
+        dx.copy_(gradient * _per_channel(scale, input))
+    dresidual = input.new_empty(0)
+    if need_residual:
+        dresidual = torch.empty_like(input, dtype=residual_dtype).copy_(dz)
+    return (
+        dx,
+        dresidual,
+        (dot * invstd).to(weight.dtype) if need_weight else saved.new_empty(0),
+        dbias.to(bias.dtype) if need_bias else saved.new_empty(0),
+    )
+
+
+# --- registration ------------------------------------------------------------------------------------------------
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("batch_norm_act", _batch_norm_act, _key)
+    _LIBRARY.impl("batch_norm_act_backward", _batch_norm_act_backward, _key)
+
+
+@torch.library.register_fake("fusedres::batch_norm_act", lib=_LIBRARY)
+def _(
+    input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
+):  # fmt: skip
+    wide = accumulate_dtype(input.dtype)
+    output = torch.empty_like(input)
+    n_bytes: Any = 0
+    if _needs_bits(residual, activation, save):
+        # Past the cache: while shapes are symbols they cannot be hashed.
+        rows = row_map.__wrapped__(tuple(output.shape), tuple(output.stride()))
+        n_bytes = bits_layout(rows)[1]
+    saved = input.new_empty((3, input.shape[1]) if training or save else (0,), dtype=wide)
+    return output, saved, input.new_empty((n_bytes,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fusedres::batch_norm_act_backward", lib=_LIBRARY)
+def _(
+    dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
+    need_input, need_residual, need_weight, need_bias,
+):  # fmt: skip
+    return (
+        torch.empty_like(input) if need_input else input.new_empty(0),
+        torch.empty_like(input, dtype=residual_dtype) if need_residual else input.new_empty(0),
+        torch.empty_like(weight) if need_weight else saved.new_empty(0),
+        torch.empty_like(bias) if need_bias else saved.new_empty(0),
+    )

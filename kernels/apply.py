@@ -1,0 +1,142 @@
+"""Second pass of the forward: y = act((x - mean) * invstd * weight + bias + residual).
+
+x, residual, y [rows, C]; mean, invstd, weight, bias [C]. Reads x (and the residual) once, writes y and, for a tail that
+will be differentiated, one bit an element. Parallel over row programs and channel blocks; no reduction. Arithmetic in
+float32 (float64 for float64), rounded once. Tiles run in the reverse order of the statistics pass: what that pass read
+last is what the cache still holds.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import activate, passes
+from .bits import byte_tile, pack
+from .launch import Tile
+from .layout import RowMap, Strides
+from .moments import center, inverse_std, normalize
+from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+
+
+@triton.jit
+def bn_apply_kernel(
+    p_x,
+    p_residual,
+    p_weight,
+    p_bias,
+    p_running_mean,
+    p_running_var,
+    p_saved,
+    p_y,
+    p_bits,
+    x_stride,
+    residual_stride,
+    y_stride,
+    bits_stride,
+    outer,
+    inner,
+    channels,
+    tiles_inner,
+    tiles,
+    programs,
+    eps: "fp64",
+    ACTIVATION: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """With running statistics: normalise with those, and leave them in saved [3, C] (where given); else read saved."""
+    i_program = tl.program_id(0)
+    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    if p_running_mean is not None:
+        b_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, ACC)
+        b_low = tl.zeros_like(b_mean)
+        b_var = load_vector(p_running_var, o_channel, m_channel, 1.0, ACC)
+        b_invstd = inverse_std(b_var, eps, ACC)
+        if p_saved is not None and i_program == 0:
+            tl.store(p_saved + o_channel, b_mean, mask=m_channel)
+            tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
+            tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+    else:
+        b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
+        b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+
+    for i in range(i_program, tiles, programs):
+        i_tile = tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_channel[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+        b_z = normalize(center(b_x, b_mean, b_low), b_scale, b_bias)
+        if p_residual is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            b_z += tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+        o_y = tile_offsets(o_outer, o_inner, o_channel, y_stride)
+        tl.store(p_y + o_y, activate(b_z, ACTIVATION).to(p_y.dtype.element_ty), mask=m)
+        if p_bits is not None:
+            o_byte, m_byte = byte_tile(
+                i_tile, outer, inner, channels, tiles_inner, bits_stride,
+                PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+            )  # fmt: skip
+            b_byte = pack(m & passes(b_z, ACTIVATION), PACK_CHANNELS)
+            tl.store(p_bits + o_byte, b_byte, mask=m_byte)
+
+
+def launch_bn_apply(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    saved: Tensor | None,
+    y: Tensor,
+    bits: Tensor | None,
+    rows: RowMap,
+    bits_stride: Strides | None,
+    pack_channels: bool,
+    tile: Tile,
+    eps: float,
+    activation: str | None,
+    accumulate: tl.dtype,
+    offset: tl.dtype,
+) -> None:
+    """y (and bits) <- x; rows.strides are those of y, x and, where there is one, the residual."""
+    bn_apply_kernel[tile.grid](
+        x,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        saved,
+        y,
+        bits,
+        rows.strides[1],
+        rows.strides[2] if residual is not None else None,
+        rows.strides[0],
+        bits_stride,
+        rows.outer,
+        rows.inner,
+        rows.channels,
+        tile.tiles_inner,
+        tile.tiles,
+        tile.programs,
+        eps,
+        ACTIVATION=activation,
+        PACK_CHANNELS=pack_channels,
+        ACC=accumulate,
+        BLOCK_OUTER=tile.block_outer,
+        BLOCK_INNER=tile.block_inner,
+        BLOCK_CHANNELS=tile.block_channels,
+        OFFSET=offset,
+        num_warps=tile.warps,
+    )

@@ -1,0 +1,66 @@
+"""One bit an element: whether a tail's gradient passes its activation, eight of them a byte.
+
+The bytes are a tensor of their own, with the same index map and either an eighth of the channels or an eighth of the
+inner rows, whichever dimension a thread holds contiguously.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import tile_channels, tile_offsets, tile_rows
+
+
+@triton.jit
+def pack(m, PACK_CHANNELS: tl.constexpr):
+    """bool [rows, channels] -> uint8 [rows, channels / 8] or [rows / 8, channels]."""
+    b = m.to(tl.int32)
+    o_bit = tl.arange(0, 8)
+    if PACK_CHANNELS:
+        b = tl.reshape(b, (m.shape[0], m.shape[1] // 8, 8))
+        b_byte = tl.sum(b << o_bit[None, None, :], axis=2)
+    else:
+        b = tl.reshape(b, (m.shape[0] // 8, 8, m.shape[1]))
+        b_byte = tl.sum(b << o_bit[None, :, None], axis=1)
+    return b_byte.to(tl.uint8)
+
+
+@triton.jit
+def unpack(b_byte, PACK_CHANNELS: tl.constexpr):
+    """uint8 [rows, channels / 8] or [rows / 8, channels] -> bool [rows, channels]."""
+    b = b_byte.to(tl.int32)
+    o_bit = tl.arange(0, 8)
+    if PACK_CHANNELS:
+        b = (b[:, :, None] >> o_bit[None, None, :]) & 1
+        m = tl.reshape(b, (b_byte.shape[0], b_byte.shape[1] * 8))
+    else:
+        b = (b[:, None, :] >> o_bit[None, :, None]) & 1
+        m = tl.reshape(b, (b_byte.shape[0] * 8, b_byte.shape[1]))
+    return m != 0
+
+
+@triton.jit
+def byte_tile(
+    i_tile,
+    outer,
+    inner,
+    channels,
+    tiles_inner,
+    stride,
+    PACK_CHANNELS: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `bits_layout` gives it."""
+    if PACK_CHANNELS:
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        o_channel, m_channel = tile_channels((channels + 7) // 8, BLOCK_CHANNELS // 8, OFFSET)
+    else:
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
+        )
+        o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    return tile_offsets(o_outer, o_inner, o_channel, stride), m_row[:, None] & m_channel[None, :]

@@ -1,0 +1,71 @@
+"""What the kernels run on, as Triton's active driver tells it; never asked of torch.cuda.
+
+So a stand-in set with `triton.runtime.driver.set_active` is believed: it may compile without launching.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import triton
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+# Decided when the kernels are decorated, so it is read off a decorated function.
+INTERPRETED = isinstance(_probe, InterpretedFunction)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """architecture: 90 for sm_90. multiprocessors: how many. shared_memory: bytes a program may use."""
+
+    architecture: int
+    multiprocessors: int
+    shared_memory: int
+
+
+# Few multiprocessors: the interpreter runs programs one after the other, and a handful is enough to merge.
+_INTERPRETER = Chip(architecture=0, multiprocessors=2, shared_memory=1 << 16)
+# For a driver that does not tell: multiprocessors of A100, H100/H200 and B200.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+
+
+def current_chip() -> Chip:
+    """The chip of the active driver's current device."""
+    if INTERPRETED:
+        return _INTERPRETER
+    active = driver.active
+    return _chip_of(active, active.get_current_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _chip_of(active, device) -> Chip:
+    architecture = active.get_current_target().arch
+    architecture = architecture if isinstance(architecture, int) else 0
+    properties = active.utils.get_device_properties(device)
+    return Chip(
+        architecture=architecture,
+        multiprocessors=properties.get(
+            "multiprocessor_count", _MULTIPROCESSORS.get(architecture, 132)
+        ),
+        shared_memory=properties.get("max_shared_mem", 48 << 10),
+    )
+
+
+def why_not_launchable(device_type: str) -> str | None:
+    """Why a kernel cannot be launched on tensors of this device type; None when it can."""
+    if INTERPRETED:
+        return None
+    try:
+        active = driver.active
+    except RuntimeError as error:
+        return f"Triton has no active driver ({error})"
+    # Triton's own drivers launch on a device and refuse host pointers; a stand-in takes what it is given.
+    if device_type == "cpu" and type(active).__module__.startswith("triton.backends."):
+        return "the tensors are on the CPU and Triton's driver launches on a GPU"
+    return None

@@ -1,0 +1,159 @@
+"""The small steps between the passes: partial sums of all programs into one value a channel.
+
+Reads the partials once ([P, k, C], a few hundred KiB at most), writes per-channel vectors. Parallel over blocks of
+eight channels; all partials of a block are merged at once, in a fixed tree.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .moments import inverse_std, load_pivot, merge
+from .tile import load_vector
+
+BLOCK_CHANNELS = 8  # one 32-byte sector of float32
+
+
+def _block_partials(programs: int) -> int:
+    return max(8, triton.next_power_of_2(programs))
+
+
+@triton.jit
+def bn_finalize_kernel(
+    p_partial,
+    p_x,
+    p_saved,
+    p_running_mean,
+    p_running_var,
+    x_stride,
+    channels,
+    programs,
+    momentum: "fp64",
+    eps: "fp64",
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """saved [3, C] <- mean, mean_low, invstd; the running statistics move towards the batch's (variance unbiased)."""
+    ACC: tl.constexpr = p_saved.dtype.element_ty
+    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < channels
+    o_partial = tl.arange(0, BLOCK_PARTIALS)
+    m = (o_partial < programs)[:, None] & m_channel[None, :]
+    p = p_partial + (o_partial * 3 * channels)[:, None] + o_channel[None, :]
+    b_count = tl.load(p, mask=m, other=0.0)
+    b_mean = tl.load(p + channels, mask=m, other=0.0)
+    b_m2 = tl.load(p + 2 * channels, mask=m, other=0.0)
+    b_n, b_offset, b_m2 = merge(b_count, b_mean, b_m2)
+
+    b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
+    b_exact = b_pivot.to(tl.float64) + b_offset
+    b_mean = b_exact.to(ACC)
+    # What the rounding took off; no such thing where the mean is not finite.
+    b_low = tl.where(tl.abs(b_mean) < float("inf"), b_exact - b_mean.to(tl.float64), 0.0).to(ACC)
+    b_var = b_m2 / tl.maximum(b_n, 1.0)
+    b_invstd = inverse_std(b_var.to(ACC), eps, ACC)
+    tl.store(p_saved + o_channel, b_mean, mask=m_channel)
+    tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
+    tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+
+    if p_running_mean is not None:
+        b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
+        b_old = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
+        b_new = b_old * (1.0 - b_momentum) + b_exact * b_momentum
+        tl.store(p_running_mean + o_channel, b_new.to(p_running_mean.dtype.element_ty), mask=m_channel)
+        b_old = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
+        b_new = b_old * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
+        tl.store(p_running_var + o_channel, b_new.to(p_running_var.dtype.element_ty), mask=m_channel)
+
+
+def launch_bn_finalize(
+    partial: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    x_stride: tuple[int, int, int],
+    momentum: float,
+    eps: float,
+) -> None:
+    """saved [3, C] <- partial [P, 3, C]; running_mean and running_var [C] are updated in place where given."""
+    programs, _, channels = partial.shape
+    bn_finalize_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
+        partial,
+        x,
+        saved,
+        running_mean,
+        running_var,
+        x_stride,
+        channels,
+        programs,
+        momentum,
+        eps,
+        BLOCK_PARTIALS=_block_partials(programs),
+        BLOCK_CHANNELS=BLOCK_CHANNELS,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def bn_grad_finalize_kernel(
+    p_partial,
+    p_saved,
+    p_weight,
+    p_coefficients,
+    p_dweight,
+    p_dbias,
+    channels,
+    programs,
+    inverse_rows: "fp64",
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """dweight, dbias [C], and the coefficients [2, C] of dx = scale * dz + slope * (x - mean) + level."""
+    ACC: tl.constexpr = p_saved.dtype.element_ty
+    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < channels
+    o_partial = tl.arange(0, BLOCK_PARTIALS)
+    m = (o_partial < programs)[:, None] & m_channel[None, :]
+    p = p_partial + (o_partial * 2 * channels)[:, None] + o_channel[None, :]
+    b_dz = tl.sum(tl.load(p, mask=m, other=0.0), axis=0)
+    b_dzx = tl.sum(tl.load(p + channels, mask=m, other=0.0), axis=0)
+
+    b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    if p_dweight is not None:
+        tl.store(p_dweight + o_channel, (b_dzx * b_invstd).to(p_dweight.dtype.element_ty), mask=m_channel)
+    if p_dbias is not None:
+        tl.store(p_dbias + o_channel, b_dz.to(p_dbias.dtype.element_ty), mask=m_channel)
+    if p_coefficients is not None:
+        b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+        b_share = b_scale * tl.full([BLOCK_CHANNELS], inverse_rows, tl.float64)
+        b_slope = -(b_share * b_invstd) * (b_dzx * b_invstd)
+        tl.store(p_coefficients + o_channel, b_slope.to(ACC), mask=m_channel)
+        tl.store(p_coefficients + channels + o_channel, -(b_share * b_dz).to(ACC), mask=m_channel)
+
+
+def launch_bn_grad_finalize(
+    partial: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    coefficients: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    rows: int,
+) -> None:
+    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C] of `launch_bn_grad_reduce`."""
+    programs, _, channels = partial.shape
+    bn_grad_finalize_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
+        partial,
+        saved,
+        weight,
+        coefficients,
+        dweight,
+        dbias,
+        channels,
+        programs,
+        1.0 / rows,
+        BLOCK_PARTIALS=_block_partials(programs),
+        BLOCK_CHANNELS=BLOCK_CHANNELS,
+        num_warps=4,
+    )

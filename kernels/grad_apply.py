@@ -1,0 +1,135 @@
+"""Second pass of the backward: dx, and in the same pass the gradient of the residual.
+
+    dx = scale * dz + slope * (x - mean) + level,  dresidual = dz          scale = invstd * weight
+
+slope and level [C] come from `bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent
+and dx = scale * dz. Reads dy, x (and a tail's mask), writes dx and dresidual, each at most once. Parallel over row
+programs and channel blocks; no reduction. Tiles run in the reverse order of the reducing pass.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .grad import masked_gradient
+from .launch import Tile
+from .layout import RowMap, Strides
+from .moments import center
+from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+
+
+@triton.jit
+def bn_grad_apply_kernel(
+    p_dy,
+    p_x,
+    p_bits,
+    p_weight,
+    p_bias,
+    p_saved,
+    p_coefficients,
+    p_dx,
+    p_dresidual,
+    dy_stride,
+    x_stride,
+    bits_stride,
+    out_stride,
+    outer,
+    inner,
+    channels,
+    tiles_inner,
+    tiles,
+    programs,
+    ACTIVATION: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """dx and dresidual (each where given) <- dy, x."""
+    i_program = tl.program_id(0)
+    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
+    b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = b_scale * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    if p_coefficients is not None:
+        b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
+        b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+
+    for i in range(i_program, tiles, programs):
+        i_tile = tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_channel[None, :]
+        if p_coefficients is not None or (ACTIVATION is not None and p_bits is None):
+            o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+            b_centered = center(tl.load(p_x + o_x, mask=m, other=0.0).to(ACC), b_mean, b_low)
+        else:
+            b_centered = tl.zeros([BLOCK_OUTER * BLOCK_INNER, BLOCK_CHANNELS], ACC)
+        b_dz = masked_gradient(
+            p_dy, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+            outer, inner, channels, tiles_inner, dy_stride, bits_stride,
+            ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+        )  # fmt: skip
+        o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
+        if p_dx is not None:
+            b_dx = b_scale[None, :] * b_dz
+            if p_coefficients is not None:
+                b_dx += b_slope[None, :] * b_centered + b_level[None, :]
+            tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        if p_dresidual is not None:
+            tl.store(p_dresidual + o_out, b_dz.to(p_dresidual.dtype.element_ty), mask=m)
+
+
+def launch_bn_grad_apply(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    coefficients: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    rows: RowMap,
+    bits_stride: Strides | None,
+    pack_channels: bool,
+    tile: Tile,
+    activation: str | None,
+    accumulate: tl.dtype,
+    offset: tl.dtype,
+) -> None:
+    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy."""
+    bn_grad_apply_kernel[tile.grid](
+        dy,
+        x,
+        bits,
+        weight,
+        bias,
+        saved,
+        coefficients,
+        dx,
+        dresidual,
+        rows.strides[2],
+        rows.strides[1],
+        bits_stride,
+        rows.strides[0],
+        rows.outer,
+        rows.inner,
+        rows.channels,
+        tile.tiles_inner,
+        tile.tiles,
+        tile.programs,
+        ACTIVATION=activation,
+        PACK_CHANNELS=pack_channels,
+        ACC=accumulate,
+        BLOCK_OUTER=tile.block_outer,
+        BLOCK_INNER=tile.block_inner,
+        BLOCK_CHANNELS=tile.block_channels,
+        OFFSET=offset,
+        num_warps=tile.warps,
+    )

@@ -1,0 +1,131 @@
+"""First pass of the backward: the two sums of each channel that everything else needs.
+
+    dbias = sum(dz),  sum(dz * (x - mean)) = dweight / invstd          dz = dy * act'(z)
+
+Reads dy and x once (and a tail's mask, one bit an element), writes 2 values a channel and program. Parallel and
+deterministic as the statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are
+double on a CPU); 16-bit tensors have fewer digits to lose and less time a byte. The last sum is in float64.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .grad import masked_gradient
+from .launch import Tile
+from .layout import RowMap, Strides
+from .moments import add_compensated, add_product, center, center_remainder
+from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+
+
+@triton.jit
+def bn_grad_reduce_kernel(
+    p_dy,
+    p_x,
+    p_bits,
+    p_weight,
+    p_bias,
+    p_saved,
+    p_partial,
+    dy_stride,
+    x_stride,
+    bits_stride,
+    outer,
+    inner,
+    channels,
+    tiles_inner,
+    tiles,
+    programs,
+    ACTIVATION: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """partial [programs, 2, C], float64: sum(dz), sum(dz * (x - mean))."""
+    ACC: tl.constexpr = p_saved.dtype.element_ty
+    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
+    COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32
+    i_program = tl.program_id(0)
+    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
+    b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = b_scale * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+
+    b_sum = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_sum_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_dot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    for i_tile in range(i_program, tiles, programs):
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_channel[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+        b_centered = tl.where(m, center(b_x, b_mean, b_low), 0.0)
+        b_dz = masked_gradient(
+            p_dy, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+            outer, inner, channels, tiles_inner, dy_stride, bits_stride,
+            ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+        )  # fmt: skip
+        if COMPENSATED:
+            b_sum, b_sum_low = add_compensated(b_sum, b_sum_low, b_dz)
+            b_rest = center_remainder(b_x, b_mean, b_low, b_centered)
+            b_dot_low += tl.where(m, b_dz * b_rest, 0.0)
+            b_dot, b_dot_low = add_product(b_dot, b_dot_low, b_dz, b_centered)
+        else:
+            b_sum += b_dz
+            b_dot += b_dz * b_centered
+
+    p_row = p_partial + i_program * 2 * channels + o_channel
+    b_sum = tl.sum(b_sum.to(tl.float64) + b_sum_low.to(tl.float64), axis=0)
+    b_dot = tl.sum(b_dot.to(tl.float64) + b_dot_low.to(tl.float64), axis=0)
+    tl.store(p_row, b_sum, mask=m_channel)
+    tl.store(p_row + channels, b_dot, mask=m_channel)
+
+
+def launch_bn_grad_reduce(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    partial: Tensor,
+    rows: RowMap,
+    bits_stride: Strides | None,
+    pack_channels: bool,
+    tile: Tile,
+    activation: str | None,
+    offset: tl.dtype,
+) -> None:
+    """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy."""
+    bn_grad_reduce_kernel[tile.grid](
+        dy,
+        x,
+        bits,
+        weight,
+        bias,
+        saved,
+        partial,
+        rows.strides[2],
+        rows.strides[1],
+        bits_stride,
+        rows.outer,
+        rows.inner,
+        rows.channels,
+        tile.tiles_inner,
+        tile.tiles,
+        tile.programs,
+        ACTIVATION=activation,
+        PACK_CHANNELS=pack_channels,
+        BLOCK_OUTER=tile.block_outer,
+        BLOCK_INNER=tile.block_inner,
+        BLOCK_CHANNELS=tile.block_channels,
+        OFFSET=offset,
+        num_warps=tile.warps,
+    )

@@ -1,0 +1,94 @@
+"""Moments of a channel as (count, mean, M2 = sum of squared deviations), and what is done with them.
+
+A mean travels relative to a pivot (the channel's first value), so that it keeps its digits when mean / std is large;
+the final mean is a pair mean + mean_low of one rounding each. Never E[x^2] - E[x]^2.
+"""
+
+import triton
+import triton.language as tl
+
+from .chip import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def fma(a, b, c):
+    """a * b + c with one rounding, always: spelled out, so that two kernels cannot be contracted differently."""
+    if _INTERPRETED:
+        # The interpreter's own fma rounds the product.
+        z = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(a.dtype)
+    else:
+        z = tl.fma(a, b, c)
+    return z
+
+
+@triton.jit
+def add_product(b_sum, b_low, a, b):
+    """(sum, low) <- sum + low + a * b, low being all that was rounded away (Ogita, Rump and Oishi 2005, Dot2)."""
+    b_product = a * b
+    b_low += tl.where(tl.abs(b_product) < float("inf"), fma(a, b, -b_product), 0.0)
+    return add_compensated(b_sum, b_low, b_product)
+
+
+@triton.jit
+def add_compensated(b_sum, b_low, b_more):
+    """(sum, low) <- (sum + more, low + what that rounded away), by Knuth's two-sum; low stays where sum is not finite."""
+    b_next = b_sum + b_more
+    b_back = b_next - b_sum
+    b_lost = (b_sum - (b_next - b_back)) + (b_more - b_back)
+    return b_next, b_low + tl.where(tl.abs(b_next) < float("inf"), b_lost, 0.0)
+
+
+@triton.jit
+def load_pivot(p_x, o_channel, m_channel, stride_channel, ACC: tl.constexpr):
+    """The channel's first value, or 0 where that is not finite (the rest of the channel should not all turn to NaN)."""
+    b_first = tl.load(p_x + o_channel * stride_channel, mask=m_channel, other=0.0).to(ACC)
+    return tl.where(tl.abs(b_first) < float("inf"), b_first, 0.0)
+
+
+@triton.jit
+def merge(b_count, b_mean, b_m2):
+    """Merge over axis 0: (count, mean, M2) of [P, C] groups -> float64 [C]; Chan, Golub and LeVeque 1983, all at once.
+
+    In float64, since it happens once a program: what a float32 tree rounds would be seen in the last digit.
+    """
+    b_count, b_mean, b_m2 = b_count.to(tl.float64), b_mean.to(tl.float64), b_m2.to(tl.float64)
+    b_n = tl.sum(b_count, axis=0)
+    b_total = tl.sum(b_count * b_mean, axis=0)
+    b_all = b_total / tl.maximum(b_n, 1.0)
+    b_delta = tl.where(b_count > 0, b_mean - b_all[None, :], 0.0)
+    return b_n, b_all, tl.sum(b_m2 + b_delta * (b_delta * b_count), axis=0)
+
+
+@triton.jit
+def inverse_std(b_var, eps, ACC: tl.constexpr):
+    """1 / sqrt(var + eps), each step correctly rounded."""
+    b_var = b_var + tl.full(b_var.shape, eps, ACC)
+    if ACC == tl.float64:
+        b_invstd = 1.0 / tl.sqrt(b_var)
+    else:
+        b_invstd = tl.div_rn(tl.full(b_var.shape, 1.0, ACC), tl.sqrt_rn(b_var))
+    return b_invstd
+
+
+@triton.jit
+def center(b_x, b_mean, b_mean_low):
+    """x - mean, for [rows, channels] values and [channels] means; exact where x is near the mean."""
+    return (b_x - b_mean[None, :]) - b_mean_low[None, :]
+
+
+@triton.jit
+def center_remainder(b_x, b_mean, b_mean_low, b_centered):
+    """What `center` rounded away (Knuth's two-sum; the second subtraction is too small to matter)."""
+    b_first = b_x - b_mean[None, :]
+    b_back = b_first - b_x
+    b_lost = (b_x - (b_first - b_back)) - (b_mean[None, :] + b_back)
+    return b_lost + ((b_first - b_centered) - b_mean_low[None, :])
+
+
+@triton.jit
+def normalize(b_centered, b_scale, b_bias):
+    """(x - mean) * scale + bias; forward and backward must agree on its sign to the last bit."""
+    b_zero = tl.zeros_like(b_centered)
+    return fma(b_centered, b_scale[None, :] + b_zero, b_bias[None, :] + b_zero)

@@ -1,0 +1,100 @@
+"""First pass of the forward: the moments of each channel.
+
+    mean = sum(x) / n,  M2 = sum((x - mean)^2)          x [rows, C]; mean, M2 [C]
+
+Reads x once, writes 3 values a channel and program. Parallel over row programs (grid axis 0) and channel blocks
+(axis 1). Each position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the
+end in a fixed tree, so a launch gives the same bits every time. Arithmetic in float32, the merge in float64; sums over the
+tiles of float32 tensors are compensated (PyTorch's own are double on a CPU).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Tile
+from .layout import RowMap
+from .moments import add_compensated, load_pivot, merge
+from .tile import tile_channels, tile_offsets, tile_rows
+
+
+@triton.jit
+def bn_stats_kernel(
+    p_x,
+    p_partial,
+    x_stride,
+    outer,
+    inner,
+    channels,
+    tiles_inner,
+    tiles,
+    programs,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """partial [programs, 3, C]: count, mean relative to the pivot, M2."""
+    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
+    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
+    COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32
+    i_program = tl.program_id(0)
+    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    b_pivot = load_pivot(p_x, o_channel, m_channel, x_stride[2], ACC)
+
+    b_count = tl.zeros([ROWS], ACC)
+    b_total = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_m2 = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_total_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_m2_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    for i_tile in range(i_program, tiles, programs):
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_channel[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+        b_d = tl.where(m, b_x - b_pivot[None, :], 0.0)
+        b_more = b_count + m_row.to(ACC)
+        # The deviation from the mean of what came before; weight 0 for the first value and for rows that are not there.
+        b_mean = b_total * (1.0 / tl.maximum(b_count, 1.0))[:, None]
+        b_r = tl.where(m, b_d - b_mean, 0.0)
+        b_weight = b_count / tl.maximum(b_more, 1.0)
+        b_square = b_r * (b_r * b_weight[:, None])
+        if COMPENSATED:
+            b_m2, b_m2_low = add_compensated(b_m2, b_m2_low, b_square)
+            b_total, b_total_low = add_compensated(b_total, b_total_low, b_d)
+        else:
+            b_m2 += b_square
+            b_total += b_d
+        b_count = b_more
+
+    b_counts = b_count[:, None] + tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_sum = b_total.to(tl.float64) + b_total_low.to(tl.float64)
+    b_mean = b_sum / tl.maximum(b_counts, 1.0).to(tl.float64)
+    b_n, b_mean, b_m2 = merge(b_counts, b_mean, b_m2.to(tl.float64) + b_m2_low.to(tl.float64))
+    p_row = p_partial + i_program * 3 * channels + o_channel
+    OUT: tl.constexpr = p_partial.dtype.element_ty
+    tl.store(p_row, b_n.to(OUT), mask=m_channel)
+    tl.store(p_row + channels, b_mean.to(OUT), mask=m_channel)
+    tl.store(p_row + 2 * channels, b_m2.to(OUT), mask=m_channel)
+
+
+def launch_bn_stats(x: Tensor, partial: Tensor, rows: RowMap, tile: Tile, offset: tl.dtype) -> None:
+    """partial [tile.programs, 3, C] <- moments of x; rows.strides[1] is x."""
+    bn_stats_kernel[tile.grid](
+        x,
+        partial,
+        rows.strides[1],
+        rows.outer,
+        rows.inner,
+        rows.channels,
+        tile.tiles_inner,
+        tile.tiles,
+        tile.programs,
+        BLOCK_OUTER=tile.block_outer,
+        BLOCK_INNER=tile.block_inner,
+        BLOCK_CHANNELS=tile.block_channels,
+        OFFSET=offset,
+        num_warps=tile.warps,
+    )
