@@ -56,12 +56,14 @@ wheel: $(READY)
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
-# A Python without ensurepip (Debian's, before python3-venv) lends its own pip.
-$(READY): pyproject.toml setup.py constraints.txt Makefile
-	@test -n '$(PYTHON)' || { echo 'no Python 3.10 to 3.14 found; name one: make PYTHON=/path/to/python' >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
-		&& $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt pip; }
+$(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable '.[demo,models,test]'
 	@touch $@
+
+# A Python without ensurepip (Debian's, before python3-venv) lends its own pip.
+$(BIN)/pip:
+	@test -n '$(PYTHON)' || { echo 'no Python 3.10 to 3.14 found; name one: make PYTHON=/path/to/python' >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
+		&& $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt pip; }

@@ -1,0 +1,38 @@
+"""A progress bar on a terminal; a line now and then elsewhere, or where tqdm is not installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+LINES = 6
+
+
+class Progress:
+    """Iterate over `range(steps)`; `tell` says what the last step was like."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._said = ""
+        self._bar = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ModuleNotFoundError:
+                return
+            self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+
+    def __iter__(self) -> Iterator[int]:
+        every = max(1, self._steps // LINES)
+        for index in range(self._steps):
+            yield index
+            if self._bar is not None:
+                self._bar.set_postfix_str(self._said, refresh=False)
+                self._bar.update()
+            elif (index + 1) % every == 0 or index + 1 == self._steps:
+                print(f"  step {index + 1:>{len(str(self._steps))}}/{self._steps}  {self._said}")
+        if self._bar is not None:
+            self._bar.close()
+
+    def tell(self, words: str) -> None:
+        self._said = words
