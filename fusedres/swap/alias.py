@@ -1,0 +1,122 @@
+"""Who may write to what: the rules that say whether a BatchNorm may run later than it was called.
+
+A site runs where its last operation stood. That is right only when nothing in between has written to what it reads.
+Everything unknown is taken to alias its inputs, and to write to them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in (
+        "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem"
+    ).split()
+)
+# Their result is always new memory, and they only read their inputs.
+_FRESH_MODULES = (_ConvNd, nn.Linear, _NormBase)
+_FRESH_FUNCTIONS = frozenset(
+    (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.relu, F.relu, torch.cat)
+    + (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.linear, torch.sigmoid)
+)  # fmt: skip
+_FRESH_METHODS = frozenset(("add", "sub", "mul", "relu", "sigmoid", "mean", "clone", "sum"))
+_KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
+
+
+class Effects:
+    """For the nodes of one graph: which share memory, and which write to it.
+
+    Args:
+        modules: the child that each `call_module` target names.
+    """
+
+    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+        self._modules = modules
+        self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._group: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            self._group[node] = node
+            if not self._is_fresh(node):
+                for source in node.all_input_nodes:
+                    self._merge(node, source)
+
+    def between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
+        """The nodes strictly between two, in order."""
+        low, high = self._order[first], self._order[last]
+        return [node for node, i in self._order.items() if low < i < high]
+
+    def position(self, node: fx.Node) -> int:
+        """Where the node stands in the graph."""
+        return self._order[node]
+
+    def writer(self, nodes: Iterable[fx.Node], read: fx.Node) -> fx.Node | None:
+        """The first of `nodes` that may write to the memory of `read`."""
+        group = self._find(read)
+        for node in nodes:
+            if any(self._find(target) is group for target in self.writes(node)):
+                return node
+        return None
+
+    def writes(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs that this node may write to."""
+        if node.op == "call_module":
+            child = self._modules.get(str(node.target))
+            quiet = isinstance(child, (*_FRESH_MODULES, nn.ReLU))
+            return [] if quiet and not getattr(child, "inplace", False) else node.all_input_nodes
+        if node.op not in ("call_function", "call_method"):
+            return []
+        if in_place(node):
+            return [a for a in node.args[:1] if isinstance(a, fx.Node)]
+        if "out" in node.kwargs or not _is_known(node):
+            return node.all_input_nodes
+        return []
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self._modules.get(str(node.target)), _FRESH_MODULES)
+        if in_place(node):
+            return False
+        if node.op == "call_function":
+            return node.target in _FRESH_FUNCTIONS and "out" not in node.kwargs
+        return node.op == "call_method" and node.target in _FRESH_METHODS
+
+    def _find(self, node: fx.Node) -> fx.Node:
+        while self._group[node] is not node:
+            node = self._group[node]
+        return node
+
+    def _merge(self, a: fx.Node, b: fx.Node) -> None:
+        self._group[self._find(a)] = self._find(b)
+
+
+def in_place(node: fx.Node) -> bool:
+    """Whether this function or method writes to its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in _IN_PLACE_OPERATORS or _is_true(node.kwargs.get("inplace")):
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.target is F.relu and len(node.args) > 1:
+        return _is_true(node.args[1])
+    return str(name).endswith("_") and not str(name).endswith("__")
+
+
+def _is_true(value: Any) -> bool:
+    # A proxy given as a flag could be either.
+    return value is True or isinstance(value, fx.Node)
+
+
+def _is_known(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return True
+    package = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    return package in _KNOWN_PACKAGES

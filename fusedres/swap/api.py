@@ -1,0 +1,188 @@
+"""`fuse_`, `unfuse_`, `explain`, `is_fused`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..dispatch import current_backend
+from .config import FilterFn, FuseConfig, check_arguments, check_model
+from .install import fused_class, is_covered, original_class, plan_of, set_class, why_plan_is_stale
+from .plan import Decision, Plan, Site, decide, owned_norms
+from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A module with BatchNorm children, what is to become of it, and its lines in the report."""
+
+    name: str
+    module: nn.Module
+    cls: type
+    plan: Plan | None
+    sites: tuple[Site, ...]
+
+
+def fuse_(
+    model: nn.Module,
+    config: FuseConfig | None = None,
+    filter_fn: FilterFn | None = None,
+    strict: bool = False,
+) -> FuseReport:
+    """Fuse BatchNorm with the ReLU and the residual add that follow it, in place, wherever they are found.
+
+    Each module that owns BatchNorm children and whose forward holds BN+ReLU, BN+add or BN+add+ReLU gets a rewritten
+    forward. The children stay where they are, with their names, Parameters and buffers: the state_dict, optimizers,
+    hooks, `train()` and `eval()` work as before. At each call a module looks at what its children are, and runs its own
+    forward where the fused one does not fit; `explain` says why. Calling it again changes nothing, or takes in what was
+    changed in the model since.
+
+    Args:
+        model: any module; only instances inside it are changed, never a class.
+        config: which patterns; all by default.
+        filter_fn: `filter_fn(module, fqn) -> bool`, asked for each module that owns a BatchNorm; where it says False the
+            module is left as it is.
+        strict: raise where a pattern was found and cannot be fused, or could not be looked for.
+
+    Returns:
+        A `FuseReport`: `print` it for a table.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        RuntimeError: `strict`, and a site that could not be fused; the message lists them all.
+
+    After an error the model is what it was.
+    """
+    owners = list(_decisions("fuse_", model, config, filter_fn))
+    report = _report(owners, dry=False)
+    if strict:
+        _raise_if_left(report)
+    changed: list[tuple[nn.Module, type]] = []
+    try:
+        for owner in owners:
+            if (before := type(owner.module)) is not owner.cls:
+                set_class(owner.module, owner.cls)
+                changed.append((owner.module, before))
+    except BaseException:
+        for module, before in changed:
+            set_class(module, before)
+        raise
+    return report
+
+
+def explain(
+    model: nn.Module, config: FuseConfig | None = None, filter_fn: FilterFn | None = None
+) -> FuseReport:
+    """What `fuse_` would fuse, what not, and why; nothing is changed.
+
+    Of a model that is fused already it tells what runs fused now, and which modules fall back to their own forward since
+    something in them was changed.
+
+    Args:
+        model: any module, fused or not.
+        config: as in `fuse_`.
+        filter_fn: as in `fuse_`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+    """
+    return _report(list(_decisions("explain", model, config, filter_fn, keep=True)), dry=True)
+
+
+def unfuse_(model: nn.Module) -> None:
+    """The inverse of `fuse_`: every module inside has its own class and forward again.
+
+    Raises:
+        TypeError: `model` is not a module.
+        RuntimeError: a module was given another class after `fuse_` (a parametrization, FSDP); nothing is changed then.
+    """
+    check_model("unfuse_", model)
+    fused = [(name, module) for name, module in model.named_modules() if plan_of(module) is not None]
+    for name, module in fused:
+        if is_covered(module):
+            raise RuntimeError(
+                f"unfuse_: {name or 'the model'} was given the class {type(module).__name__} after it was fused; "
+                "undo that first (remove the parametrization, unshard it), then call unfuse_"
+            )
+    for _, module in fused:
+        set_class(module, original_class(module))
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any module in the model is fused.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    check_model("is_fused", model)
+    return any(plan_of(module) is not None for module in model.modules())
+
+
+def _decisions(
+    caller: str, model: nn.Module, config: FuseConfig | None, filter_fn: FilterFn | None, keep: bool = False
+) -> Iterator[_Owner]:
+    """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
+    config = check_arguments(caller, model, config, filter_fn)
+    for name, module in model.named_modules():
+        if not owned_norms(module):
+            continue
+        plan = plan_of(module)
+        if filter_fn is not None and not filter_fn(module, name):
+            sites = _excluded(module) if plan is None else plan.sites
+            yield _Owner(name, module, type(module), plan, sites)
+        elif plan is not None and (keep or is_covered(module)):
+            yield _Owner(name, module, type(module), plan, plan.sites)
+        else:
+            yield _planned(name, module, config)
+
+
+def _planned(name: str, module: nn.Module, config: FuseConfig) -> _Owner:
+    original = original_class(module)
+    decision = decide(module, original, config)
+    if decision.plan is None:
+        return _Owner(name, module, original, None, decision.sites)
+    try:
+        cls = fused_class(original, decision.plan)
+    except TypeError as error:
+        refused = _refuse(decision, f"its class cannot be derived from: {error}")
+        return _Owner(name, module, original, None, refused)
+    return _Owner(name, module, cls, decision.plan, decision.sites)
+
+
+def _refuse(decision: Decision, reason: str) -> tuple[Site, ...]:
+    return tuple(
+        Site(site.norm, site.pattern, site.reason or reason, site.excluded) for site in decision.sites
+    )
+
+
+def _excluded(module: nn.Module) -> tuple[Site, ...]:
+    reason = "filter_fn said no to its owner"
+    return tuple(Site(norm, "unknown", reason, excluded=True) for norm in owned_norms(module))
+
+
+def _report(owners: list[_Owner], dry: bool) -> FuseReport:
+    rows = []
+    for owner in owners:
+        stale = None if owner.plan is None else why_plan_is_stale(owner.module, owner.plan)
+        active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
+        for site in owner.sites:
+            reason = site.reason or ""
+            status = EXCLUDED if site.excluded else ALONE if reason else active
+            if stale is not None and status == FUSED:
+                status, reason = FALLBACK, stale
+            where = f"{owner.name}.{site.norm}" if owner.name else site.norm
+            rows.append(Row(where, original_class(owner.module).__name__, site.pattern, status, reason))
+    return FuseReport(tuple(rows), fallback_note(current_backend()))
+
+
+def _raise_if_left(report: FuseReport) -> None:
+    left = [row for row in report.rows if row.status in (ALONE, FALLBACK) and row.pattern != "BN"]
+    if left:
+        lines = [f"  {row.where} ({row.pattern}): {row.reason}" for row in left]
+        raise RuntimeError(
+            f"fuse_: strict=True, and {len(left)} of {len(report.rows)} BatchNorms could not be fused; "
+            "the model is unchanged. Leave them out with filter_fn, or pass strict=False:\n"
+            + "\n".join(lines)
+        )

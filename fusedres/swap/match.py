@@ -1,0 +1,210 @@
+"""Where BatchNorm, add and ReLU stand in a traced forward, and whether they may be run as one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..dispatch import why_not_fused
+from .alias import Effects, in_place
+
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
+_RELU_METHODS = ("relu", "relu_")
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ("add", "add_")
+# `a += b` is not among them: on numbers it makes a new one, and Python has rebound the name already.
+_RETURN_SELF = (F.relu, torch.relu_, "relu_", "add_")
+
+
+@dataclass
+class Match:
+    """One call of a BatchNorm, what follows it, and why that is not fused (None: it can be).
+
+    The nodes of the site are `norm`, `add` and `relu`, the last two None where there is none; `residual` is the other
+    operand of the add.
+    """
+
+    norm: fx.Node
+    add: fx.Node | None = None
+    relu: fx.Node | None = None
+    residual: fx.Node | None = None
+    reason: str | None = None
+
+    @property
+    def pattern(self) -> str:
+        """The report's name of it."""
+        return "BN" + "+add" * (self.add is not None) + "+ReLU" * (self.relu is not None)
+
+    @property
+    def end(self) -> fx.Node:
+        """The node whose value the site computes."""
+        return self.relu or self.add or self.norm
+
+
+def find_matches(graph: fx.Graph, modules: Mapping[str, nn.Module], norms: tuple[str, ...]) -> list[Match]:  # fmt: skip
+    """What follows each call of the children in `norms`, in the order of the calls.
+
+    Of two BatchNorms that are added, the one computed last is the main path and the other its residual.
+    """
+    _follow_in_place(graph)
+    effects = Effects(graph, modules)
+    taken: set[fx.Node] = set()
+    matches = []
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_module" and node.target in norms:
+            match = _match(node, modules, effects, taken)
+            if match.reason is None:
+                taken.update(n for n in (match.add, match.relu) if n is not None)
+            matches.append(match)
+    return matches[::-1]
+
+
+def _follow_in_place(graph: fx.Graph) -> None:
+    """Let what reads `a` after the statement `a.add_(b)` read that statement's result, which is `a` itself."""
+    nodes = list(graph.nodes)
+    for i, node in enumerate(nodes):
+        if in_place(node) and node.target in _RETURN_SELF and isinstance(node.args[0], fx.Node):
+            later = set(nodes[i + 1 :])
+            node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+def _match(norm: fx.Node, modules, effects: Effects, taken: set[fx.Node]) -> Match:
+    match = Match(norm)
+    reason = _follow(match, modules, taken)
+    if match.end is norm:
+        match.reason = reason
+        return match
+    child = modules[str(norm.target)]
+    if (obstacle := why_not_fused(child)) is not None:
+        match.reason = f"{norm.target}: {obstacle}"
+    elif match.relu is not None and (obstacle := why_relu_not_skipped(match.relu, modules)):
+        match.reason = obstacle
+    else:
+        match.reason = reason or _hazard(match, effects)
+    return match
+
+
+def _follow(match: Match, modules, taken: set[fx.Node]) -> str | None:
+    """Walk on from the BatchNorm as far as a pattern goes; a reason against it, None when there is none."""
+    norm = match.norm
+    if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
+        return "it is called with more than one argument"
+    user, reason = _only_user(norm)
+    if user is None:
+        return reason
+    if _is_relu(user, modules):
+        match.relu = user
+        return None
+    if not _is_add(user):
+        return f"nothing to fuse follows it: its output goes to {_describe(user, modules)}"
+    operands = _operands(user)
+    if operands is None or operands.count(norm) != 1:
+        return "its output is added to a constant, scaled or written elsewhere in the same add"
+    if user in taken:
+        return "it is the residual of a site that is fused: the sum runs with the other operand"
+    match.add, match.residual = user, operands[1 - operands.index(norm)]
+    following, _ = _only_user(user)
+    if following is not None and _is_relu(following, modules):
+        match.relu = following
+    if in_place(user) and operands[0] is not norm:
+        return (
+            f"{_name(match.residual)} is added to in place, and somebody else may hold it; "
+            "write `a = a + b` or `b += a`"
+        )
+    return None
+
+
+def _hazard(match: Match, effects: Effects) -> str | None:
+    """Why the BatchNorm cannot wait until the end of its site; None when it can."""
+    norm, end = match.norm, match.end
+    site = (norm, match.add, match.relu)
+    waiting = [node for node in effects.between(norm, end) if node not in site]
+    source = norm.all_input_nodes[0]
+    if (writer := effects.writer(waiting, source)) is not None:
+        return f"its input may be written to before the site ends, by {_name(writer)}"
+    if any(node.op == "call_module" and node.target == norm.target for node in waiting):
+        return "it is called again before the site ends"
+    for node in waiting:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and str(source.target).startswith(f"{norm.target}."):
+                return f"{source.target} is used before the site ends"
+    if match.add is not None and match.residual is not None:
+        after = [node for node in effects.between(match.add, end) if node not in site]
+        if (writer := effects.writer(after, match.residual)) is not None:
+            return f"the residual may be written to before the ReLU, by {_name(writer)}"
+    return None
+
+
+def why_relu_not_skipped(relu: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """Why the ReLU must be called as a module; None for a function, or a child that only computes."""
+    if relu.op != "call_module":
+        return None
+    reason = why_not_plain_relu(modules[str(relu.target)])
+    return None if reason is None else f"{relu.target}: {reason}"
+
+
+def why_not_plain_relu(child: nn.Module | None) -> str | None:
+    """Why this child cannot be left out; looked at again at each call."""
+    if type(child) is not nn.ReLU:
+        return f"it is a {type(child).__name__}, not an nn.ReLU"
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return "it has hooks, which run only when the module itself is called"
+    if "forward" in child.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def _only_user(node: fx.Node) -> tuple[fx.Node | None, str | None]:
+    users = list(node.users)
+    if len(users) != 1:
+        uses = f"{len(users)} times" if users else "nowhere"
+        return None, f"its output is used {uses}, so it cannot be left out"
+    if users[0].op == "output":
+        return None, "nothing to fuse follows it: its output is returned"
+    return users[0], None
+
+
+def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(modules.get(str(node.target)), nn.ReLU) and len(node.args) == 1
+    if node.op == "call_function":
+        return node.target in _RELU_FUNCTIONS and set(node.kwargs) <= {"input", "inplace"}
+    return node.op == "call_method" and node.target in _RELU_METHODS
+
+
+def _is_add(node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target in _ADD_FUNCTIONS
+    return node.op == "call_method" and node.target in _ADD_METHODS
+
+
+def _operands(add: fx.Node) -> list[fx.Node] | None:
+    """Both operands of a plain sum of two values; None for anything else."""
+    options = dict(add.kwargs)
+    values = [*add.args, *(options.pop(k) for k in ("input", "other") if k in options)]
+    if options.pop("alpha", 1) != 1 or options or len(values) != 2:
+        return None
+    found = [value for value in values if isinstance(value, fx.Node)]
+    return found if len(found) == 2 else None
+
+
+def _describe(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    return _name(node)
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)

@@ -1,0 +1,221 @@
+"""A twin of a module to trace in its place: same children, nothing shared that can be written, reads written down.
+
+What a forward reads off `self` while it is traced is baked into the graph, so the fused forward is valid only while
+those reads give the same answers. They become `Reads`, which are looked at again at each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .subclass import subclass
+
+Path = tuple[str, ...]
+
+# Where a twin keeps its notes.
+_NOTES = "_fusedres_notes"
+# `training` is not a read to guard: both modes are traced, and must give the same graph.
+_INTERNAL = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"} | {"forward", _NOTES}
+PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size,
+    torch.memory_format, torch.layout,
+)  # fmt: skip
+# Kept by reference when a module is copied or pickled, so that they can be compared by identity.
+_BY_NAME = (types.FunctionType, types.BuiltinFunctionType, type)
+_ABSENT = object()
+
+
+class NotTraceable(Exception):
+    """Why a module's forward cannot be rewritten; the text goes into the report."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the traced forward read off one module, `path` being its place below the owner.
+
+    modules: children that were there. values: plain attributes. own: names that the instance did not have itself
+    (methods of the class, attributes that were missing). keys: all children of a container that forward walked through.
+    """
+
+    path: Path
+    modules: tuple[str, ...]
+    values: tuple[tuple[str, Any], ...]
+    own: tuple[str, ...]
+    keys: tuple[str, ...] | None = None
+
+
+class Notes:
+    """Which (path, name) were read, in order, while `on`."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.seen: dict[tuple[Path, str], None] = {}
+
+
+def make_twin(module: nn.Module, original: type, notes: Notes) -> nn.Module:
+    """A recording copy of `module` as an instance of `original`, its children twins too."""
+    return _twin(module, original, (), notes, {})
+
+
+def _twin(module: nn.Module, cls: type, path: Path, notes: Notes, memo: dict) -> nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, torch.jit.ScriptModule):
+        # Its attributes live in C++; it is only ever called.
+        return module
+    twin = object.__new__(_recording_class(cls))
+    memo[id(module)] = twin
+    state = dict(vars(module))
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            # No value to read and none to spoil: a forward that needs one cannot be traced.
+            state[name] = torch.empty_like(value, device="meta")
+    state["_parameters"] = dict(module._parameters)
+    state["_buffers"] = dict(module._buffers)
+    state["_modules"] = {
+        name: None if child is None else _twin(child, type(child), (*path, name), notes, memo)
+        for name, child in module._modules.items()
+    }
+    state[_NOTES] = (path, notes)
+    object.__setattr__(twin, "__dict__", state)
+    return twin
+
+
+def _recording_class(cls: type) -> type:
+    def __getattribute__(self: Any, name: str) -> Any:
+        if not (name.startswith("__") and name.endswith("__")):
+            path, notes = object.__getattribute__(self, "__dict__")[_NOTES]
+            if notes.on:
+                notes.seen[path, name] = None
+        return super(recording, self).__getattribute__(name)
+
+    recording = subclass(
+        cls,
+        {
+            "__getattribute__": __getattribute__,
+            "__class__": property(lambda self: cls),
+            "__hash__": object.__hash__,
+            "__eq__": object.__eq__,
+        },
+    )
+    return recording
+
+
+def snapshot(twin: nn.Module) -> dict[str, Any]:
+    """The twin's state as it stands, to see whether forward changes it."""
+    state = dict(vars(twin))
+    for name in ("_parameters", "_buffers", "_modules"):
+        state[name] = dict(state[name])
+    return state
+
+
+def changed_attribute(before: dict[str, Any], twin: nn.Module) -> str | None:
+    """The name of an attribute that is not what it was; None when all are."""
+    after = snapshot(twin)
+    for name in {**before, **after}:
+        old, new = before.get(name, _ABSENT), after.get(name, _ABSENT)
+        if name in ("_parameters", "_buffers", "_modules"):
+            for key in {**old, **new}:
+                if old.get(key, _ABSENT) is not new.get(key, _ABSENT):
+                    return key
+        elif old is not new:
+            return name
+        elif isinstance(new, torch.Tensor) and new._version:
+            return name
+    return None
+
+
+def collect_reads(twin: nn.Module, seen: Iterable[tuple[Path, str]]) -> tuple[Reads, ...]:
+    """The notes as guards, one `Reads` for each module.
+
+    Raises:
+        NotTraceable: something was read that cannot be looked at again cheaply.
+    """
+    grouped: dict[Path, tuple[list, list, list]] = {}
+    for path, name in seen:
+        if name in _INTERNAL:
+            continue
+        module = twin
+        for part in path:
+            module = vars(module)["_modules"][part]
+        modules, values, own = grouped.setdefault(path, ([], [], []))
+        _sort_read(module, ".".join((*path, name)), name, modules, values, own)
+    return tuple(
+        Reads(path, tuple(modules), tuple(values), tuple(own))
+        for path, (modules, values, own) in grouped.items()
+        if modules or values or own
+    )
+
+
+def _sort_read(module, full, name, modules, values, own) -> None:
+    state = vars(module)
+    if name in ("_parameters", "_buffers"):
+        raise NotTraceable("its forward looks through its own parameters or buffers")
+    if name in state:
+        _sort_value(full, name, state[name], values)
+    elif name in state["_modules"]:
+        if state["_modules"][name] is None:
+            values.append((name, None))
+        else:
+            modules.append(name)
+    elif name in state["_parameters"] or name in state["_buffers"]:
+        if state["_parameters"].get(name, state["_buffers"].get(name)) is None:
+            values.append((name, None))
+    else:
+        found = inspect.getattr_static(type(module), name, _ABSENT)
+        if isinstance(found, PLAIN):
+            values.append((name, found))
+        else:
+            own.append(name)
+
+
+def _sort_value(full: str, name: str, value: Any, values: list[tuple[str, Any]]) -> None:
+    if isinstance(value, torch.Tensor):
+        return
+    if isinstance(value, list) and all(isinstance(item, PLAIN) for item in value):
+        # Kept as a tuple, which cannot change with it.
+        value = tuple(value)
+    items = value if type(value) is tuple else (value,)
+    if not all(isinstance(item, (*PLAIN, *_BY_NAME)) for item in items):
+        raise NotTraceable(
+            f"its forward depends on self.{full}, a {type(value).__name__}, whose contents may change"
+        )
+    values.append((name, value))
+
+
+def how_reads_differ(module: nn.Module, reads: Reads) -> str | None:
+    """What is no longer as it was when the forward was traced; None when all is. Called at each forward."""
+    target: nn.Module | None = module
+    for part in reads.path:
+        target = target._modules.get(part)  # type: ignore[union-attr]
+        if target is None:
+            return f"{part} was removed after it was fused"
+    children = target._modules  # type: ignore[union-attr]
+    if reads.keys is not None and tuple(children) != reads.keys:
+        return "its children are no longer those that were fused"
+    for name in reads.modules:
+        if children.get(name) is None:
+            return f"{name} was removed after it was fused"
+    for name, value in reads.values:
+        now = getattr(target, name, _ABSENT)
+        if now is not value and _differs(now, value):
+            return f"self.{name} was changed after it was fused"
+    if reads.own:
+        state = target.__dict__
+        for name in reads.own:
+            if name in state or name in children or name in target._parameters or name in target._buffers:
+                return f"self.{name} was set after it was fused"
+    return None
+
+
+def _differs(now: Any, value: Any) -> bool:
+    if isinstance(now, list):
+        now = tuple(now)
+    return type(now) is not type(value) or now != value

@@ -1,0 +1,130 @@
+"""A traced graph with its sites fused, as source; and that source as a function."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+import re
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn.batch_norm import call_batch_norm
+from .alias import in_place
+from .match import Match
+from .record import NotTraceable
+
+Imports = tuple[tuple[str, str, str], ...]
+
+_FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
+
+
+def run_site(
+    norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None, add_in_place: bool
+) -> Tensor:
+    """`activation(norm(input) + residual)`: what stands in a rewritten forward in place of the three.
+
+    A residual that PyTorch would broadcast or promote is left to PyTorch.
+    """
+    if residual is None or (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    ):
+        return call_batch_norm(norm, input, residual, activation)
+    output = norm(input)
+    if add_in_place:
+        output += residual
+    else:
+        output = output + residual
+    return torch.relu(output) if activation == "relu" else output
+
+
+def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
+    """Replace each match in the graph by a call of `run_site`; the new source, and where its globals come from.
+
+    Raises:
+        NotTraceable: the source would need an object that cannot be imported by name.
+    """
+    for match in matches:
+        _replace(graph, match)
+    graph.lint()
+    code = graph.python_code("self")
+    imports = []
+    for name, value in code.globals.items():
+        if re.search(rf"\b{name}\b", code.src) is None:
+            continue
+        if (where := _import_of(value)) is None:
+            raise NotTraceable(f"its forward uses {name}, which cannot be imported by name")
+        imports.append((name, *where))
+    return code.src.strip() + "\n", tuple(imports)
+
+
+def _replace(graph: fx.Graph, match: Match) -> None:
+    residual, activation = match.residual, "relu" if match.relu is not None else None
+    add_in_place = match.add is not None and in_place(match.add)
+    with graph.inserting_before(match.end):
+        norm = graph.create_node("get_attr", match.norm.target)
+        arguments = (norm, match.norm.all_input_nodes[0], residual, activation, add_in_place)
+        site = graph.call_function(run_site, arguments)
+    match.end.replace_all_uses_with(site)
+    for node in (match.relu, match.add, match.norm):
+        if node is not None:
+            graph.erase_node(node)
+
+
+def _import_of(value: Any) -> tuple[str, str] | None:
+    if isinstance(value, types.ModuleType):
+        return value.__name__, ""
+    if value is type(None):
+        return "types", "NoneType"
+    if isinstance(value, float):
+        return "math", repr(value)
+    module = getattr(value, "__module__", None)
+    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
+    if not isinstance(module, str) or not isinstance(name, str):
+        return None
+    try:
+        return (module, name) if resolve(module, name) is value else None
+    except (ImportError, AttributeError):
+        return None
+
+
+def resolve(module: str, attribute: str) -> Any:
+    """The object that an import of a plan names."""
+    found: Any = importlib.import_module(module)
+    for part in attribute.split(".") if attribute else ():
+        found = getattr(found, part)
+    return found
+
+
+def compile_source(source: str, imports: Imports) -> types.FunctionType:
+    """The function `forward` that the source defines; the same one for the same source."""
+    key = (source, imports)
+    if key not in _FUNCTIONS:
+        scope = {name: resolve(module, attribute) for name, module, attribute in imports}
+        filename = f"<fusedres {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+        # So that tracebacks and inspect show the source.
+        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        exec(compile(source, filename, "exec", dont_inherit=True), scope)
+        _FUNCTIONS[key] = scope["forward"]
+    return _FUNCTIONS[key]
+
+
+def fingerprint(cls: type) -> str:
+    """A digest of the code of a class's own methods, down to nn.Module."""
+    digest = hashlib.sha256()
+    for base in cls.__mro__:
+        if base is nn.Module:
+            break
+        for name, value in sorted(vars(base).items()):
+            function = getattr(value, "__func__", value)
+            if isinstance(function, types.FunctionType):
+                code = function.__code__
+                # Nested code prints its address, and a set its order, which differ from process to process.
+                constants = [c for c in code.co_consts if not isinstance(c, (types.CodeType, frozenset))]
+                digest.update(repr((name, code.co_code, code.co_names, constants)).encode())
+    return digest.hexdigest()[:16]

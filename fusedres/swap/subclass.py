@@ -1,0 +1,23 @@
+"""A class derived from somebody else's without its author noticing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def subclass(cls: type, body: dict[str, Any]) -> type:
+    """A subclass of `cls` that prints and is looked up as `cls` itself.
+
+    It is made under nn.Module and moved under `cls` afterwards, so that an `__init_subclass__` that keeps a registry
+    of models does not see it.
+
+    Raises:
+        TypeError: `cls` cannot be derived from (its instances are laid out in another way).
+    """
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    derived = type(cls)(cls.__name__, (nn.Module,), {**names, **body})
+    if cls is not nn.Module:
+        derived.__bases__ = (cls,)
+    return derived

@@ -1,0 +1,229 @@
+"""A module's own forward as a torch.fx graph, every child a leaf.
+
+A trace is trusted only where it says everything that forward does. torch.fx alone would silently lose in-place
+operators (`a += b`), `torch.no_grad`, autocast, checkpointing and draws from a random generator, would take the wrong
+branch of `isinstance(x, Tensor)` and `x is None`, and would run on the module itself; each of these is closed here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .record import (
+    PLAIN,
+    NotTraceable,
+    Notes,
+    Reads,
+    changed_attribute,
+    collect_reads,
+    make_twin,
+    snapshot,
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of one forward.
+
+    inputs: the required arguments, each taken to be a Tensor. defaults: the others, taken to have their default.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...]
+    reads: tuple[Reads, ...]
+
+
+def trace(module: nn.Module, original: type) -> Trace:
+    """Trace the forward of `original` (the class of `module` before any swap) in train and in eval mode.
+
+    Raises:
+        NotTraceable: the forward cannot be rewritten from a trace; the text says why.
+    """
+    _refuse_special(module, original)
+    inputs, defaults = _signature(original)
+    training, reads = _trace_mode(module, original, inputs, training=True)
+    evaluation, more = _trace_mode(module, original, inputs, training=False)
+    if _text(training) != _text(evaluation):
+        raise NotTraceable("its forward is another one in train and in eval mode")
+    return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more))))
+
+
+def _refuse_special(module: nn.Module, original: type) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NotTraceable("it is a TorchScript module")
+    if isinstance(module, fx.GraphModule):
+        raise NotTraceable("it is a torch.fx.GraphModule, whose forward is generated already")
+    if "forward" in vars(module):
+        raise NotTraceable("its forward was replaced on the instance")
+    if not inspect.isfunction(original.forward):
+        raise NotTraceable("its forward is not a plain function")
+
+
+def _signature(original: type) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+    inputs, defaults = [], []
+    for parameter in list(inspect.signature(original.forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is not parameter.empty:
+            if not isinstance(parameter.default, PLAIN):
+                raise NotTraceable(f"its forward has a default that may change, for {parameter.name}")
+            defaults.append((parameter.name, parameter.default))
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            raise NotTraceable(f"its forward has a required keyword argument, {parameter.name}")
+        else:
+            inputs.append(parameter.name)
+    return tuple(inputs), tuple(defaults)
+
+
+def _trace_mode(module: nn.Module, original: type, inputs: tuple[str, ...], training: bool):
+    notes = Notes()
+    try:
+        twin = make_twin(module, original, notes)
+    except TypeError as error:
+        raise NotTraceable(f"a class in it cannot be derived from: {error}") from error
+    for child in twin.modules():
+        vars(child)["training"] = training
+    before, generators = snapshot(twin), _generator_states()
+    tracer = _Tracer(notes)
+    try:
+        # Gradients off in eval mode: a forward that asks whether they are on gives two graphs.
+        with torch.set_grad_enabled(training):
+            graph = tracer.trace_forward(twin, original, inputs)
+    except NotTraceable:
+        raise
+    except Exception as error:
+        # The forward is foreign code run on proxies: whatever it raises is the reason, told in the report.
+        text = " ".join(str(error).split())
+        raise NotTraceable(
+            f"torch.fx cannot trace its forward: {type(error).__name__}: {text[:160]}"
+        ) from error
+    finally:
+        notes.on = False
+        drew = _restore_generators(generators)
+    if drew:
+        raise NotTraceable("its forward draws random numbers while it decides what to run")
+    if (name := changed_attribute(before, twin)) is not None:
+        raise NotTraceable(f"its forward writes to self.{name}, or makes a constant tensor")
+    return graph, collect_reads(twin, notes.seen)
+
+
+def _generator_states() -> tuple[torch.Tensor, Any]:
+    return torch.random.get_rng_state(), random.getstate()
+
+
+def _restore_generators(before: tuple[torch.Tensor, Any]) -> bool:
+    """Put the generators back; whether they had moved."""
+    state, python_state = _generator_states()
+    if torch.equal(state, before[0]) and python_state == before[1]:
+        return False
+    torch.random.set_rng_state(before[0])
+    random.setstate(before[1])
+    return True
+
+
+def _text(graph: fx.Graph) -> str:
+    return graph.python_code("self").src
+
+
+def _ambient() -> tuple[Any, ...]:
+    """The state around an operation that a graph cannot hold."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+class _Tensor(fx.Proxy):
+    """A proxy that says it is a Tensor, and that keeps an in-place operator in place."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor
+
+
+def _in_place(function: Any) -> Any:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+for _name in (
+    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul".split()
+):
+    setattr(_Tensor, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer with every child a leaf, reads of the module noted, ambient state watched."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, notes: Notes) -> None:
+        super().__init__()
+        self._notes = notes
+        self._around = _ambient()
+
+    def trace_forward(self, twin: nn.Module, original: type, inputs: tuple[str, ...]) -> fx.Graph:
+        """The graph of `original.forward(twin, *inputs)`."""
+        self._around = _ambient()
+        names = ", ".join(inputs)
+        scope = {"_forward": original.forward, "_notes": self._notes}
+        # fx reads the arguments off the function's code, so it gets one with just the required ones.
+        source = f"def forward(self, {names}):\n    _notes.on = True\n    return _forward(self, {names})\n"
+        exec(source, scope)
+        type(twin).forward = scope["forward"]  # type: ignore[method-assign, assignment]
+        return self.trace(twin)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Tensor(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _ambient() != self._around:
+            raise NotTraceable(
+                "its forward switches gradients, autocast, checkpointing or a torch mode on its way"
+            )
+        return super().create_node(*args, **kwargs)
+
+    # What the tracer itself reads off the module is no read of forward's.
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        with _Pause(self._notes):
+            return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        with _Pause(self._notes):
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        with _Pause(self._notes):
+            return super().call_module(m, forward, args, kwargs)
+
+
+class _Pause:
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+
+    def __enter__(self) -> None:
+        self._was, self._notes.on = self._notes.on, False
+
+    def __exit__(self, *_: object) -> None:
+        self._notes.on = self._was
