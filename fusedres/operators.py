@@ -201,7 +201,7 @@ def _batch_norm_act_backward(
     coefficients = None
     if need_weight or need_bias or (training and need_input):
         tile = k.tile(rows, size, k.REDUCING, chip)
-        partial = saved.new_empty((tile.programs, 2, channels), dtype=torch.float64)
+        partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
         k.grad_reduce(
             dy, input, mask, weight, bias, saved, partial,
             rows, bits_stride, pack_channels, tile, activation, offset,

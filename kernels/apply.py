@@ -134,9 +134,6 @@ def launch_bn_apply(
         ACTIVATION=activation,
         PACK_CHANNELS=pack_channels,
         ACC=accumulate,
-        BLOCK_OUTER=tile.block_outer,
-        BLOCK_INNER=tile.block_inner,
-        BLOCK_CHANNELS=tile.block_channels,
         OFFSET=offset,
-        num_warps=tile.warps,
+        **tile.options,
     )

@@ -14,8 +14,15 @@ from .tile import load_vector
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 
 
-def _block_partials(programs: int) -> int:
-    return max(8, triton.next_power_of_2(programs))
+def _options(programs: int) -> dict[str, int]:
+    block = max(16, triton.next_power_of_2(programs))
+    warps = max(4, min(16, block * BLOCK_CHANNELS // 256))  # 8 values a thread
+    return {
+        "BLOCK_PARTIALS": block,
+        "BLOCK_CHANNELS": BLOCK_CHANNELS,
+        "num_warps": warps,
+        "enable_fp_fusion": True,
+    }
 
 
 @triton.jit
@@ -43,7 +50,8 @@ def bn_finalize_kernel(
     b_count = tl.load(p, mask=m, other=0.0)
     b_mean = tl.load(p + channels, mask=m, other=0.0)
     b_m2 = tl.load(p + 2 * channels, mask=m, other=0.0)
-    b_n, b_offset, b_m2 = merge(b_count, b_mean, b_m2)
+    b_total = b_count.to(tl.float64) * b_mean.to(tl.float64)
+    b_n, b_offset, b_m2 = merge(b_count.to(tl.float64), b_total, b_m2.to(tl.float64))
 
     b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
     b_exact = b_pivot.to(tl.float64) + b_offset
@@ -89,9 +97,7 @@ def launch_bn_finalize(
         programs,
         momentum,
         eps,
-        BLOCK_PARTIALS=_block_partials(programs),
-        BLOCK_CHANNELS=BLOCK_CHANNELS,
-        num_warps=4,
+        **_options(programs),
     )
 
 
@@ -116,8 +122,8 @@ def bn_grad_finalize_kernel(
     o_partial = tl.arange(0, BLOCK_PARTIALS)
     m = (o_partial < programs)[:, None] & m_channel[None, :]
     p = p_partial + (o_partial * 2 * channels)[:, None] + o_channel[None, :]
-    b_dz = tl.sum(tl.load(p, mask=m, other=0.0), axis=0)
-    b_dzx = tl.sum(tl.load(p + channels, mask=m, other=0.0), axis=0)
+    b_dz = tl.sum(tl.load(p, mask=m, other=0.0).to(tl.float64), axis=0)
+    b_dzx = tl.sum(tl.load(p + channels, mask=m, other=0.0).to(tl.float64), axis=0)
 
     b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     if p_dweight is not None:
@@ -153,7 +159,5 @@ def launch_bn_grad_finalize(
         channels,
         programs,
         1.0 / rows,
-        BLOCK_PARTIALS=_block_partials(programs),
-        BLOCK_CHANNELS=BLOCK_CHANNELS,
-        num_warps=4,
+        **_options(programs),
     )

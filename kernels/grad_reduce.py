@@ -43,7 +43,7 @@ def bn_grad_reduce_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """partial [programs, 2, C], float64: sum(dz), sum(dz * (x - mean))."""
+    """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean))."""
     ACC: tl.constexpr = p_saved.dtype.element_ty
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32
@@ -82,8 +82,12 @@ def bn_grad_reduce_kernel(
             b_dot += b_dz * b_centered
 
     p_row = p_partial + i_program * 2 * channels + o_channel
-    b_sum = tl.sum(b_sum.to(tl.float64) + b_sum_low.to(tl.float64), axis=0)
-    b_dot = tl.sum(b_dot.to(tl.float64) + b_dot_low.to(tl.float64), axis=0)
+    b_sum, b_dot = b_sum.to(tl.float64), b_dot.to(tl.float64)
+    if COMPENSATED:
+        b_sum += b_sum_low.to(tl.float64)
+        b_dot += b_dot_low.to(tl.float64)
+    PARTIAL: tl.constexpr = p_partial.dtype.element_ty
+    b_sum, b_dot = tl.sum(b_sum, axis=0).to(PARTIAL), tl.sum(b_dot, axis=0).to(PARTIAL)
     tl.store(p_row, b_sum, mask=m_channel)
     tl.store(p_row + channels, b_dot, mask=m_channel)
 
@@ -123,9 +127,6 @@ def launch_bn_grad_reduce(
         tile.programs,
         ACTIVATION=activation,
         PACK_CHANNELS=pack_channels,
-        BLOCK_OUTER=tile.block_outer,
-        BLOCK_INNER=tile.block_inner,
-        BLOCK_CHANNELS=tile.block_channels,
         OFFSET=offset,
-        num_warps=tile.warps,
+        **tile.options,
     )

@@ -2,7 +2,7 @@
 
 Not one of these numbers has been timed on a GPU yet. They come from what a multiprocessor needs in flight
 (bandwidth x latency: 4.8 TB/s x 0.7 us / 132 = 25 KiB on an H200): eight warps with two 16-byte loads a thread and
-tensor are 8 KiB a program, four programs a multiprocessor at 64 registers.
+tensor are 8 KiB a program, and four programs share a multiprocessor at 64 registers.
 """
 
 import functools
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from .chip import Chip
 from .layout import RowMap
 
-ELEMENTS = 4096  # of a tile: 16 a thread with 8 warps
+TILE_BYTES = 8192  # of a tensor: two 16-byte accesses a thread with 8 warps
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
-MAX_PARTIALS = 1024  # the finalising step holds all partials of 8 channels in registers
+MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
 # Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
 REDUCING, APPLYING = 4, 16
@@ -31,6 +31,18 @@ class Tile:
     tiles: int
     programs: int
     channel_blocks: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The tile as keyword arguments of a launch. Contraction into fused multiply-adds is asked for by name, since
+        Triton's default for it changes from 3.9 to 3.10."""
+        return {
+            "BLOCK_OUTER": self.block_outer,
+            "BLOCK_INNER": self.block_inner,
+            "BLOCK_CHANNELS": self.block_channels,
+            "num_warps": self.warps,
+            "enable_fp_fusion": True,
+        }
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -56,7 +68,7 @@ def _block_inner(inner: int, most: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def choose_tile(rows: RowMap, element_size: int, per_multiprocessor: int, chip: Chip) -> Tile:
     """The tile of a pass over `rows`; `per_multiprocessor` is REDUCING or APPLYING."""
-    elements = ELEMENTS if element_size <= 4 else ELEMENTS // 2
+    elements = TILE_BYTES // element_size
     channels = _power_of_two(rows.channels)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
@@ -76,7 +88,7 @@ def choose_tile(rows: RowMap, element_size: int, per_multiprocessor: int, chip: 
     programs = max(1, min(tiles, wanted))
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
     tile_size = block_outer * block_inner * block_channels
-    warps = 8 if tile_size >= 2048 else 4
+    warps = 8 if tile_size * element_size >= TILE_BYTES // 2 else 4
     return Tile(
         block_outer, block_inner, block_channels, warps, tiles_inner, tiles, programs, channel_blocks
     )  # fmt: skip

@@ -48,17 +48,18 @@ def load_pivot(p_x, o_channel, m_channel, stride_channel, ACC: tl.constexpr):
 
 
 @triton.jit
-def merge(b_count, b_mean, b_m2):
-    """Merge over axis 0: (count, mean, M2) of [P, C] groups -> float64 [C]; Chan, Golub and LeVeque 1983, all at once.
+def merge(b_count, b_total, b_m2):
+    """Merge over axis 0: (count, total = count * mean, M2) of [P, C] groups -> (count, mean, M2) of [C], float64.
 
-    In float64, since it happens once a program: what a float32 tree rounds would be seen in the last digit.
+    Chan, Golub and LeVeque 1983, all groups at once. The sums are in float64: there is one a program, and what a
+    float32 tree rounds off would be seen in the last digit of a running variance.
     """
-    b_count, b_mean, b_m2 = b_count.to(tl.float64), b_mean.to(tl.float64), b_m2.to(tl.float64)
-    b_n = tl.sum(b_count, axis=0)
-    b_total = tl.sum(b_count * b_mean, axis=0)
-    b_all = b_total / tl.maximum(b_n, 1.0)
-    b_delta = tl.where(b_count > 0, b_mean - b_all[None, :], 0.0)
-    return b_n, b_all, tl.sum(b_m2 + b_delta * (b_delta * b_count), axis=0)
+    b_n = tl.sum(b_count.to(tl.float64), axis=0)
+    b_mean = tl.sum(b_total.to(tl.float64), axis=0) / tl.maximum(b_n, 1.0)
+    b_delta = b_total / tl.maximum(b_count, 1.0) - b_mean.to(b_total.dtype)[None, :]
+    b_delta = tl.where(b_count > 0, b_delta, 0.0)
+    b_m2 = b_m2 + b_delta * (b_delta * b_count)
+    return b_n, b_mean, tl.sum(b_m2.to(tl.float64), axis=0)
 
 
 @triton.jit

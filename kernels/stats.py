@@ -4,8 +4,8 @@
 
 Reads x once, writes 3 values a channel and program. Parallel over row programs (grid axis 0) and channel blocks
 (axis 1). Each position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the
-end in a fixed tree, so a launch gives the same bits every time. Arithmetic in float32, the merge in float64; sums over the
-tiles of float32 tensors are compensated (PyTorch's own are double on a CPU).
+end in a fixed tree, so a launch gives the same bits every time. Arithmetic in float32; the sums over the
+tiles of a float32 tensor are compensated (PyTorch's own are double on a CPU).
 """
 
 import triton
@@ -70,14 +70,16 @@ def bn_stats_kernel(
         b_count = b_more
 
     b_counts = b_count[:, None] + tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_sum = b_total.to(tl.float64) + b_total_low.to(tl.float64)
-    b_mean = b_sum / tl.maximum(b_counts, 1.0).to(tl.float64)
-    b_n, b_mean, b_m2 = merge(b_counts, b_mean, b_m2.to(tl.float64) + b_m2_low.to(tl.float64))
+    if COMPENSATED:
+        b_total = b_total.to(tl.float64) + b_total_low.to(tl.float64)
+        b_m2 = b_m2.to(tl.float64) + b_m2_low.to(tl.float64)
+        b_counts = b_counts.to(tl.float64)
+    b_n, b_mean, b_m2 = merge(b_counts, b_total, b_m2)
+    PARTIAL: tl.constexpr = p_partial.dtype.element_ty
     p_row = p_partial + i_program * 3 * channels + o_channel
-    OUT: tl.constexpr = p_partial.dtype.element_ty
-    tl.store(p_row, b_n.to(OUT), mask=m_channel)
-    tl.store(p_row + channels, b_mean.to(OUT), mask=m_channel)
-    tl.store(p_row + 2 * channels, b_m2.to(OUT), mask=m_channel)
+    tl.store(p_row, b_n.to(PARTIAL), mask=m_channel)
+    tl.store(p_row + channels, b_mean.to(PARTIAL), mask=m_channel)
+    tl.store(p_row + 2 * channels, b_m2.to(PARTIAL), mask=m_channel)
 
 
 def launch_bn_stats(x: Tensor, partial: Tensor, rows: RowMap, tile: Tile, offset: tl.dtype) -> None:
@@ -92,9 +94,6 @@ def launch_bn_stats(x: Tensor, partial: Tensor, rows: RowMap, tile: Tile, offset
         tile.tiles_inner,
         tile.tiles,
         tile.programs,
-        BLOCK_OUTER=tile.block_outer,
-        BLOCK_INNER=tile.block_inner,
-        BLOCK_CHANNELS=tile.block_channels,
         OFFSET=offset,
-        num_warps=tile.warps,
+        **tile.options,
     )
