@@ -16,17 +16,16 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-_IN_PLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in (
-        "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul setitem"
-    ).split()
-)
+IN_PLACE_OPERATORS = frozenset(
+    (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
+     operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul,
+     operator.setitem)
+)  # fmt: skip
 # Their result is always new memory, and they only read their inputs.
 _FRESH_MODULES = (_ConvNd, nn.Linear, _NormBase)
 _FRESH_FUNCTIONS = frozenset(
-    (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.relu, F.relu, torch.cat)
-    + (F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.linear, torch.sigmoid)
+    (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.relu, F.relu, torch.cat,
+     F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.linear, torch.sigmoid)
 )  # fmt: skip
 _FRESH_METHODS = frozenset(("add", "sub", "mul", "relu", "sigmoid", "mean", "clone", "sum"))
 _KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
@@ -102,7 +101,7 @@ def in_place(node: fx.Node) -> bool:
     """Whether this function or method writes to its first argument."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if node.target in _IN_PLACE_OPERATORS or _is_true(node.kwargs.get("inplace")):
+    if node.target in IN_PLACE_OPERATORS or _is_true(node.kwargs.get("inplace")):
         return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if node.target is F.relu and len(node.args) > 1:

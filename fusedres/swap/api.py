@@ -20,7 +20,7 @@ class _Owner:
 
     name: str
     module: nn.Module
-    cls: type
+    cls: type[nn.Module]
     plan: Plan | None
     sites: tuple[Site, ...]
 
@@ -42,8 +42,8 @@ def fuse_(
     Args:
         model: any module; only instances inside it are changed, never a class.
         config: which patterns; all by default.
-        filter_fn: `filter_fn(module, fqn) -> bool`, asked for each module that owns a BatchNorm; where it says False the
-            module is left as it is.
+        filter_fn: `filter_fn(module, fqn) -> bool`, asked for each module that owns a BatchNorm; where it says False
+            the module is left as it is.
         strict: raise where a pattern was found and cannot be fused, or could not be looked for.
 
     Returns:
@@ -59,7 +59,7 @@ def fuse_(
     report = _report(owners, dry=False)
     if strict:
         _raise_if_left(report)
-    changed: list[tuple[nn.Module, type]] = []
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         for owner in owners:
             if (before := type(owner.module)) is not owner.cls:
@@ -77,8 +77,8 @@ def explain(
 ) -> FuseReport:
     """What `fuse_` would fuse, what not, and why; nothing is changed.
 
-    Of a model that is fused already it tells what runs fused now, and which modules fall back to their own forward since
-    something in them was changed.
+    Of a model that is fused already it tells what runs fused now, and which modules fall back to their own forward
+    since something in them was changed.
 
     Args:
         model: any module, fused or not.
@@ -99,7 +99,9 @@ def unfuse_(model: nn.Module) -> None:
         RuntimeError: a module was given another class after `fuse_` (a parametrization, FSDP); nothing is changed then.
     """
     check_model("unfuse_", model)
-    fused = [(name, module) for name, module in model.named_modules() if plan_of(module) is not None]
+    fused = [
+        (name, module) for name, module in model.named_modules() if plan_of(module) is not None
+    ]
     for name, module in fused:
         if is_covered(module):
             raise RuntimeError(
@@ -121,7 +123,11 @@ def is_fused(model: nn.Module) -> bool:
 
 
 def _decisions(
-    caller: str, model: nn.Module, config: FuseConfig | None, filter_fn: FilterFn | None, keep: bool = False
+    caller: str,
+    model: nn.Module,
+    config: FuseConfig | None,
+    filter_fn: FilterFn | None,
+    keep: bool = False,
 ) -> Iterator[_Owner]:
     """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
     config = check_arguments(caller, model, config, filter_fn)
@@ -153,7 +159,8 @@ def _planned(name: str, module: nn.Module, config: FuseConfig) -> _Owner:
 
 def _refuse(decision: Decision, reason: str) -> tuple[Site, ...]:
     return tuple(
-        Site(site.norm, site.pattern, site.reason or reason, site.excluded) for site in decision.sites
+        Site(site.norm, site.pattern, site.reason or reason, site.excluded)
+        for site in decision.sites
     )
 
 
@@ -173,7 +180,9 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
             if stale is not None and status == FUSED:
                 status, reason = FALLBACK, stale
             where = f"{owner.name}.{site.norm}" if owner.name else site.norm
-            rows.append(Row(where, original_class(owner.module).__name__, site.pattern, status, reason))
+            rows.append(
+                Row(where, original_class(owner.module).__name__, site.pattern, status, reason)
+            )
     return FuseReport(tuple(rows), fallback_note(current_backend()))
 
 

@@ -1,7 +1,7 @@
 """Putting a plan into an instance: its class becomes a subclass of its own class, with another forward.
 
-The subclass, not the instance, holds the plan. So forward gets the `self` it is called on (copies and replicas too), the
-instance's `__dict__` is left as it is, and taking the plan out is giving the class back.
+The subclass, not the instance, holds the plan. So forward gets the `self` it is called on (copies and replicas
+too), the instance's `__dict__` is left as it is, and taking the plan out is giving the class back.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..dispatch import current_backend, why_not_fused
 from .match import why_not_plain_relu
 from .plan import Plan
-from .record import how_reads_differ
+from .record import child_at, how_reads_differ
 from .rewrite import compile_source, fingerprint
 from .subclass import subclass
 
 _PLAN, _ORIGINAL = "_fusedres_plan", "_fusedres_original"
 # One class for all blocks of a kind that are fused alike; it goes when the last of them does.
-_CLASSES: weakref.WeakValueDictionary[tuple[type, Plan], type] = weakref.WeakValueDictionary()
+_CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -31,22 +33,22 @@ def plan_of(module: nn.Module) -> Plan | None:
     return getattr(type(module), _PLAN, None)
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before any swap."""
     return getattr(type(module), _ORIGINAL, type(module))
 
 
 def is_covered(module: nn.Module) -> bool:
-    """Whether somebody derived a class from the fused one (parametrizations and FSDP do), so that it cannot be undone."""
+    """Whether somebody derived a class from the fused one, as parametrizations and FSDP do."""
     return plan_of(module) is not None and _PLAN not in vars(type(module))
 
 
-def set_class(module: nn.Module, cls: type) -> None:
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Assign the class past any `__setattr__` of the module's own."""
     object.__setattr__(module, "__class__", cls)
 
 
-def fused_class(original: type, plan: Plan) -> type:
+def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of `original` that runs by `plan`.
 
     Raises:
@@ -65,9 +67,9 @@ def fused_class(original: type, plan: Plan) -> type:
     return found
 
 
-def _make_forward(original: type, plan: Plan):
+def _make_forward(original: type[nn.Module], plan: Plan):
     fused = compile_source(plan.source, plan.imports)
-    traced = original.forward  # type: ignore[attr-defined]
+    traced = original.forward
     count = len(plan.inputs)
 
     @functools.wraps(traced)
@@ -97,7 +99,10 @@ def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
         values.append(kwargs.pop(name))
     for value, (_, default) in zip(args[count:], plan.defaults, strict=False):
         if value is not default:
-            return args, {**kwargs, **dict(zip(plan.inputs[len(args) :], values[len(args) :], strict=True))}
+            return args, {
+                **kwargs,
+                **dict(zip(plan.inputs[len(args) :], values[len(args) :], strict=True)),
+            }
     for name, default in plan.defaults:
         if kwargs.get(name, default) is default:
             kwargs.pop(name, None)
@@ -106,10 +111,7 @@ def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
 
 def _are_plain_tensors(args: tuple) -> bool:
     # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
-    for arg in args:
-        if type(arg) is not Tensor and type(arg) is not nn.Parameter:
-            return False
-    return True
+    return all(type(arg) is Tensor or type(arg) is nn.Parameter for arg in args)
 
 
 def why_own_forward(module: nn.Module, plan: Plan) -> str | None:
@@ -132,22 +134,13 @@ def why_plan_is_stale(module: nn.Module, plan: Plan) -> str | None:
         if (reason := how_reads_differ(module, reads)) is not None:
             return reason
     for path in plan.norms:
-        norm = _child(module, path)
+        norm = child_at(module, path)
         if norm is None or (reason := why_not_fused(norm)) is not None:
             return f"{'.'.join(path)}: {'it was removed' if norm is None else reason}"
     for path in plan.relus:
-        if (reason := why_not_plain_relu(_child(module, path))) is not None:
+        if (reason := why_not_plain_relu(child_at(module, path))) is not None:
             return f"{'.'.join(path)}: {reason}"
     return None
-
-
-def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    child: nn.Module | None = module
-    for name in path:
-        child = child._modules.get(name)  # type: ignore[union-attr]
-        if child is None:
-            return None
-    return child
 
 
 def _reduce_ex(self, protocol):
@@ -160,7 +153,7 @@ def _reduce_ex(self, protocol):
     return (restore, (plan_of(self), function, arguments), *rest)
 
 
-def vars_owner(module: nn.Module) -> type:
+def vars_owner(module: nn.Module) -> type[nn.Module]:
     """The class in the module's ancestry that holds the plan."""
     return next(cls for cls in type(module).__mro__ if _PLAN in vars(cls))
 
@@ -184,7 +177,8 @@ def unfused_double(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             return module
         cls = original_class(module)
-        double = memo[id(module)] = cls.__new__(cls)
+        double: nn.Module = object.__new__(cls)
+        memo[id(module)] = double
         object.__setattr__(double, "__dict__", dict(vars(module)))
         vars(double)["_modules"] = {
             name: None if child is None else unfused_double(child, memo)

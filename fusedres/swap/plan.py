@@ -73,7 +73,7 @@ def _norms_below(module: nn.Module, prefix: str):
             yield prefix + name
 
 
-def decide(module: nn.Module, original: type, config: FuseConfig) -> Decision:
+def decide(module: nn.Module, original: type[nn.Module], config: FuseConfig) -> Decision:
     """What can be fused in `module`; changes nothing."""
     norms = owned_norms(module)
     try:
@@ -98,7 +98,9 @@ def decide(module: nn.Module, original: type, config: FuseConfig) -> Decision:
         reads=(*traced.reads, *containers),
         norms=_paths(match.norm for match in chosen),
         relus=_paths(
-            match.relu for match in chosen if match.relu is not None and match.relu.op == "call_module"
+            match.relu
+            for match in chosen
+            if match.relu is not None and match.relu.op == "call_module"
         ),
         sites=sites,
         fingerprint=fingerprint(original),
@@ -135,8 +137,9 @@ def _containers(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[Reads, 
         str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "call_module"
     )
     return tuple(
-        Reads(tuple(parent.split(".")) if parent else (), (), (), (), tuple(modules[parent]._modules))
+        Reads(
+            tuple(parent.split(".")) if parent else (), (), (), (), tuple(modules[parent]._modules)
+        )
         for parent in parents
         if isinstance(modules[parent], (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     )
-

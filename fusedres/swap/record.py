@@ -59,18 +59,20 @@ class Notes:
         self.seen: dict[tuple[Path, str], None] = {}
 
 
-def make_twin(module: nn.Module, original: type, notes: Notes) -> nn.Module:
+def make_twin(module: nn.Module, original: type[nn.Module], notes: Notes) -> nn.Module:
     """A recording copy of `module` as an instance of `original`, its children twins too."""
     return _twin(module, original, (), notes, {})
 
 
-def _twin(module: nn.Module, cls: type, path: Path, notes: Notes, memo: dict) -> nn.Module:
+def _twin(
+    module: nn.Module, cls: type[nn.Module], path: Path, notes: Notes, memo: dict
+) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
     if isinstance(module, torch.jit.ScriptModule):
         # Its attributes live in C++; it is only ever called.
         return module
-    twin = object.__new__(_recording_class(cls))
+    twin: nn.Module = object.__new__(_recording_class(cls))
     memo[id(module)] = twin
     state = dict(vars(module))
     for name, value in state.items():
@@ -88,7 +90,7 @@ def _twin(module: nn.Module, cls: type, path: Path, notes: Notes, memo: dict) ->
     return twin
 
 
-def _recording_class(cls: type) -> type:
+def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         if not (name.startswith("__") and name.endswith("__")):
             path, notes = object.__getattribute__(self, "__dict__")[_NOTES]
@@ -96,7 +98,7 @@ def _recording_class(cls: type) -> type:
                 notes.seen[path, name] = None
         return super(recording, self).__getattribute__(name)
 
-    recording = subclass(
+    recording: type[nn.Module] = subclass(
         cls,
         {
             "__getattribute__": __getattribute__,
@@ -125,9 +127,7 @@ def changed_attribute(before: dict[str, Any], twin: nn.Module) -> str | None:
             for key in {**old, **new}:
                 if old.get(key, _ABSENT) is not new.get(key, _ABSENT):
                     return key
-        elif old is not new:
-            return name
-        elif isinstance(new, torch.Tensor) and new._version:
+        elif old is not new or (isinstance(new, torch.Tensor) and new._version):
             return name
     return None
 
@@ -190,14 +190,22 @@ def _sort_value(full: str, name: str, value: Any, values: list[tuple[str, Any]])
     values.append((name, value))
 
 
+def child_at(module: nn.Module, path: Path) -> nn.Module | None:
+    """The module at `path` below another; None where there is none."""
+    for name in path:
+        child = module._modules.get(name)
+        if child is None:
+            return None
+        module = child
+    return module
+
+
 def how_reads_differ(module: nn.Module, reads: Reads) -> str | None:
     """What is no longer as it was when the forward was traced; None when all is. Called at each forward."""
-    target: nn.Module | None = module
-    for part in reads.path:
-        target = target._modules.get(part)  # type: ignore[union-attr]
-        if target is None:
-            return f"{part} was removed after it was fused"
-    children = target._modules  # type: ignore[union-attr]
+    target = child_at(module, reads.path)
+    if target is None:
+        return f"{'.'.join(reads.path)} was removed after it was fused"
+    children = target._modules
     if reads.keys is not None and tuple(children) != reads.keys:
         return "its children are no longer those that were fused"
     for name in reads.modules:
@@ -210,7 +218,12 @@ def how_reads_differ(module: nn.Module, reads: Reads) -> str | None:
     if reads.own:
         state = target.__dict__
         for name in reads.own:
-            if name in state or name in children or name in target._parameters or name in target._buffers:
+            if (
+                name in state
+                or name in children
+                or name in target._parameters
+                or name in target._buffers
+            ):
                 return f"self.{name} was set after it was fused"
     return None
 

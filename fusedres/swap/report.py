@@ -19,10 +19,10 @@ class Row:
     Args:
         where: the BatchNorm's name in the model, for example "layer1.0.bn3".
         block: the class of the module that owns it.
-        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU"; "BN" where nothing to fuse follows; "unknown" where the owner's forward
-            cannot be traced.
-        status: "fused"; "fusable" (in a dry run); "left alone"; "excluded" by filter_fn or config; "own forward" (fused,
-            but something changed since, so that the block falls back).
+        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU"; "BN" where nothing to fuse follows; "unknown" where the
+            owner's forward cannot be traced.
+        status: "fused"; "fusable" (in a dry run); "left alone"; "excluded" by filter_fn or config; "own forward"
+            (fused, but something changed since, so that the block falls back).
         reason: why it is not fused; empty where it is.
     """
 
@@ -71,7 +71,11 @@ class FuseReport:
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, one object a BatchNorm; also written to `path` when one is given."""
         text = json.dumps(
-            {"n_fused": self.n_fused, "note": self.note, "rows": [asdict(row) for row in self.rows]},
+            {
+                "n_fused": self.n_fused,
+                "note": self.note,
+                "rows": [asdict(row) for row in self.rows],
+            },
             indent=2,
         )
         return _written(text, path)
@@ -88,7 +92,10 @@ class FuseReport:
         if not self.rows:
             text = "fusedres: there is no BatchNorm in this model"
         else:
-            counts = {status: self._count(status) for status in (FUSED, FUSABLE, FALLBACK, ALONE, EXCLUDED)}
+            counts = {
+                status: self._count(status)
+                for status in (FUSED, FUSABLE, FALLBACK, ALONE, EXCLUDED)
+            }
             told = [f"{n} {status}" for status, n in counts.items() if n]
             text = f"fusedres: {len(self.rows)} BatchNorm: {', '.join(told)}"
         return f"{text} ({self.note})" if self.note else text
@@ -124,7 +131,7 @@ def _skeleton(where: str) -> str:
 
 
 def _span(where: list[str]) -> str:
-    """`layer1.0.bn1, layer1.1.bn1, layer2.0.bn1` -> `layer1-2.0-1.bn1`: from the least to the greatest of each number."""
+    """`layer1.0.bn1, layer2.1.bn1` -> `layer1-2.0-1.bn1`: from the least to the greatest of each number."""
     if len(where) == 1:
         return where[0]
     pieces = [re.split(r"(\d+)", name) for name in where]
@@ -136,5 +143,3 @@ def _merge(values: tuple[str, ...]) -> str:
         return values[0]
     numbers = sorted({int(value) for value in values})
     return f"{numbers[0]}-{numbers[-1]}"
-
-

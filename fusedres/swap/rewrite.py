@@ -23,7 +23,11 @@ _FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
 
 
 def run_site(
-    norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None, add_in_place: bool
+    norm: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    add_in_place: bool,
 ) -> Tensor:
     """`activation(norm(input) + residual)`: what stands in a rewritten forward in place of the three.
 
@@ -114,7 +118,7 @@ def compile_source(source: str, imports: Imports) -> types.FunctionType:
     return _FUNCTIONS[key]
 
 
-def fingerprint(cls: type) -> str:
+def fingerprint(cls: type[nn.Module]) -> str:
     """A digest of the code of a class's own methods, down to nn.Module."""
     digest = hashlib.sha256()
     for base in cls.__mro__:
@@ -125,6 +129,8 @@ def fingerprint(cls: type) -> str:
             if isinstance(function, types.FunctionType):
                 code = function.__code__
                 # Nested code prints its address, and a set its order, which differ from process to process.
-                constants = [c for c in code.co_consts if not isinstance(c, (types.CodeType, frozenset))]
+                constants = [
+                    c for c in code.co_consts if not isinstance(c, (types.CodeType, frozenset))
+                ]
                 digest.update(repr((name, code.co_code, code.co_names, constants)).encode())
     return digest.hexdigest()[:16]

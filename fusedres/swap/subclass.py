@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def subclass(cls: type, body: dict[str, Any]) -> type:
+def subclass(cls: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
     """A subclass of `cls` that prints and is looked up as `cls` itself.
 
     It is made under nn.Module and moved under `cls` afterwards, so that an `__init_subclass__` that keeps a registry
@@ -17,7 +17,8 @@ def subclass(cls: type, body: dict[str, Any]) -> type:
         TypeError: `cls` cannot be derived from (its instances are laid out in another way).
     """
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    derived = type(cls)(cls.__name__, (nn.Module,), {**names, **body})
+    metaclass: Any = type(cls)
+    derived: type[nn.Module] = metaclass(cls.__name__, (nn.Module,), {**names, **body})
     if cls is not nn.Module:
         derived.__bases__ = (cls,)
     return derived

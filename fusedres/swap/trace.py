@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .alias import IN_PLACE_OPERATORS
 from .record import (
     PLAIN,
-    NotTraceable,
     Notes,
+    NotTraceable,
     Reads,
     changed_attribute,
     collect_reads,
@@ -41,7 +42,7 @@ class Trace:
     reads: tuple[Reads, ...]
 
 
-def trace(module: nn.Module, original: type) -> Trace:
+def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
     """Trace the forward of `original` (the class of `module` before any swap) in train and in eval mode.
 
     Raises:
@@ -56,7 +57,7 @@ def trace(module: nn.Module, original: type) -> Trace:
     return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more))))
 
 
-def _refuse_special(module: nn.Module, original: type) -> None:
+def _refuse_special(module: nn.Module, original: type[nn.Module]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise NotTraceable("it is a TorchScript module")
     if isinstance(module, fx.GraphModule):
@@ -67,14 +68,16 @@ def _refuse_special(module: nn.Module, original: type) -> None:
         raise NotTraceable("its forward is not a plain function")
 
 
-def _signature(original: type) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
+def _signature(original: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
     inputs, defaults = [], []
     for parameter in list(inspect.signature(original.forward).parameters.values())[1:]:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.default is not parameter.empty:
             if not isinstance(parameter.default, PLAIN):
-                raise NotTraceable(f"its forward has a default that may change, for {parameter.name}")
+                raise NotTraceable(
+                    f"its forward has a default that may change, for {parameter.name}"
+                )
             defaults.append((parameter.name, parameter.default))
         elif parameter.kind is parameter.KEYWORD_ONLY:
             raise NotTraceable(f"its forward has a required keyword argument, {parameter.name}")
@@ -83,7 +86,9 @@ def _signature(original: type) -> tuple[tuple[str, ...], tuple[tuple[str, Any], 
     return tuple(inputs), tuple(defaults)
 
 
-def _trace_mode(module: nn.Module, original: type, inputs: tuple[str, ...], training: bool):
+def _trace_mode(
+    module: nn.Module, original: type[nn.Module], inputs: tuple[str, ...], training: bool
+):
     notes = Notes()
     try:
         twin = make_twin(module, original, notes)
@@ -161,10 +166,8 @@ def _in_place(function: Any) -> Any:
     return record
 
 
-for _name in (
-    "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul".split()
-):
-    setattr(_Tensor, f"__{_name}__", _in_place(getattr(operator, _name)))
+for _operator in IN_PLACE_OPERATORS - {operator.setitem}:
+    setattr(_Tensor, f"__{_operator.__name__}__", _in_place(_operator))
 
 
 class _Tracer(fx.Tracer):
@@ -177,15 +180,17 @@ class _Tracer(fx.Tracer):
         self._notes = notes
         self._around = _ambient()
 
-    def trace_forward(self, twin: nn.Module, original: type, inputs: tuple[str, ...]) -> fx.Graph:
+    def trace_forward(
+        self, twin: nn.Module, original: type[nn.Module], inputs: tuple[str, ...]
+    ) -> fx.Graph:
         """The graph of `original.forward(twin, *inputs)`."""
         self._around = _ambient()
         names = ", ".join(inputs)
-        scope = {"_forward": original.forward, "_notes": self._notes}
+        scope: dict[str, Any] = {"_forward": original.forward, "_notes": self._notes}
         # fx reads the arguments off the function's code, so it gets one with just the required ones.
         source = f"def forward(self, {names}):\n    _notes.on = True\n    return _forward(self, {names})\n"
         exec(source, scope)
-        type(twin).forward = scope["forward"]  # type: ignore[method-assign, assignment]
+        type(twin).forward = scope["forward"]
         return self.trace(twin)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
