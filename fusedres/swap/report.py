@@ -130,16 +130,35 @@ def _skeleton(where: str) -> str:
     return re.sub(r"\d+", "#", owner) + "." + re.sub(r"^\d+$", "#", local)
 
 
-def _span(where: list[str]) -> str:
-    """`layer1.0.bn1, layer2.1.bn1` -> `layer1-2.0-1.bn1`: from the least to the greatest of each number."""
-    if len(where) == 1:
-        return where[0]
-    pieces = [re.split(r"(\d+)", name) for name in where]
-    return "".join(map(_merge, zip(*pieces, strict=True)))
+def _span(names: list[str]) -> str:
+    """Names that differ in their numbers, as one: `layer{1.0-2,2.0-3}.bn1`."""
+    local = names[0].rpartition(".")[2]
+    tail = f".{local}" if all(name.endswith(f".{local}") for name in names) else ""
+    pieces = [re.split(r"(\d+)", name.removesuffix(tail)) for name in names]
+    *texts, last = pieces[0][::2]
+    return _tree(texts, [tuple(map(int, piece[1::2])) for piece in pieces]) + last + tail
 
 
-def _merge(values: tuple[str, ...]) -> str:
-    if len(set(values)) == 1:
-        return values[0]
-    numbers = sorted({int(value) for value in values})
-    return f"{numbers[0]}-{numbers[-1]}"
+def _tree(texts: list[str], numbers: list[tuple[int, ...]]) -> str:
+    """The numbers with the texts between them, in braces where they are not one range at each place."""
+    if not texts:
+        return ""
+    below: dict[int, list[tuple[int, ...]]] = {}
+    for number, *rest in numbers:
+        below.setdefault(number, []).append(tuple(rest))
+    alike: dict[str, list[int]] = {}
+    for number, found in below.items():
+        alike.setdefault(_tree(texts[1:], found), []).append(number)
+    options = [run + tail for tail, found in alike.items() for run in _runs(found)]
+    return texts[0] + (options[0] if len(options) == 1 else "{" + ",".join(options) + "}")
+
+
+def _runs(numbers: list[int]) -> list[str]:
+    """[0, 1, 2, 5] -> ["0-2", "5"]."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
