@@ -150,6 +150,7 @@ def _tree(texts: list[str], numbers: list[tuple[int, ...]]) -> str:
     for number, found in below.items():
         alike.setdefault(_tree(texts[1:], found), []).append(number)
     options = [run + tail for tail, found in alike.items() for run in _runs(found)]
+    options.sort(key=lambda option: int(option.partition("-")[0].partition(".")[0]))
     return texts[0] + (options[0] if len(options) == 1 else "{" + ",".join(options) + "}")
 
 

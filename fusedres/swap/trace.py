@@ -154,6 +154,10 @@ def _ambient() -> tuple[Any, ...]:
 class _Tensor(fx.Proxy):
     """A proxy that says it is a Tensor, and that keeps an in-place operator in place."""
 
+    # Asked by isinstance(x, nn.Parameter) and by Module.__setattr__ of whatever is a Tensor.
+    _is_param = False
+    _is_buffer = False
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return torch.Tensor
