@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .training import Trainee
 
+NEGLIGIBLE = 1e-4
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -46,8 +48,8 @@ def largest(differences: list[Difference]) -> Difference:
 def _largest(originals: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
     """The largest relative difference over tensors of the same name.
 
-    A tensor that is zero up to rounding (a convolution's bias before BatchNorm has no gradient) is held against the
-    rounding of all of them together, not against itself.
+    A tensor that is next to nothing beside the others (a convolution's bias before BatchNorm: its gradient is zero up
+    to rounding) is held against NEGLIGIBLE of all of them together, not against its own rounding.
     """
     if originals.keys() != others.keys():
         odd = sorted(originals.keys() ^ others.keys())
@@ -56,7 +58,7 @@ def _largest(originals: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> f
         return 0.0
     norms = torch.stack([_norm(tensor) for tensor in originals.values()])
     apart = torch.stack([_norm(others[name] - tensor) for name, tensor in originals.items()])
-    floor = torch.finfo(norms.dtype).eps * norms.norm() + torch.finfo(norms.dtype).tiny
+    floor = NEGLIGIBLE * norms.norm() + torch.finfo(norms.dtype).tiny
     return (apart / norms.clamp_min(floor)).max().item()
 
 

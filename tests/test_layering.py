@@ -1,0 +1,111 @@
+"""Four floors: a file imports only from its own floor and from the floors below it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).resolve().parent.parent
+# From the bottom up. A name stands for a file or a folder of fusedres/; kernels/ is `kernels`.
+FLOORS = (
+    ("kernels",),
+    ("reference", "dispatch", "checks", "operators", "autograd", "functional"),
+    ("nn",),
+    ("swap", "cli", "__main__", "__init__"),
+)
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+# On one floor, who may not see whom: the swap knows nothing of the command line.
+FORBIDDEN = {("swap", "cli"), ("swap", "__main__"), ("__init__", "cli"), ("cli", "__main__")}
+TORCH_OFF_LIMITS_IN_KERNELS = ("torch.nn", "torch.autograd", "torch.library")
+
+
+def _files() -> dict[str, Path]:
+    """Every module by its dotted name, as installed."""
+    found = {}
+    for folder, prefix in (("fusedres", "fusedres"), ("kernels", "fusedres.kernels")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((prefix, *parts))] = path
+    return found
+
+
+def _imports(module: str, source: str) -> set[str]:
+    """What a file imports, absolute: `from .a import b` in fusedres.x gives fusedres.a.b."""
+    package = module.split(".")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = [*above, *(node.module.split(".") if node.module else [])]
+            names |= {".".join((*base, alias.name)) for alias in node.names}
+    return names
+
+
+def _room(dotted: str) -> str:
+    """`fusedres.swap.match` lives in `swap`; a name that fusedres itself holds (fuse_) lives in `__init__`."""
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__"
+
+
+def _faults(module: str, source: str) -> list[str]:
+    room = _room(module)
+    faults = []
+    for name in sorted(_imports(module, source)):
+        top = name.split(".")[0]
+        if top == "fusedres":
+            seen = _room(name)
+            if FLOOR[seen] > FLOOR[room] or (room, seen) in FORBIDDEN:
+                faults.append(f"{module} imports {name}: {room} may not see {seen}")
+        elif room == "kernels" and (
+            top not in {"torch", "triton", *sys.stdlib_module_names}
+            or name.startswith(TORCH_OFF_LIMITS_IN_KERNELS)
+        ):
+            faults.append(
+                f"{module} imports {name}: kernels/ knows torch's tensors, triton, stdlib"
+            )
+    return faults
+
+
+def test_arrows_point_down():
+    files = _files()
+    assert len(files) > 30
+    assert [f for name, path in files.items() for f in _faults(name, path.read_text())] == []
+
+
+def test_every_room_has_a_floor():
+    rooms = {p.stem for p in (ROOT / "fusedres").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert rooms - {"__pycache__"} <= set(FLOOR), "put the new room on a floor"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("fusedres.kernels.stats", "import numpy"),
+        ("fusedres.kernels.stats", "from torch import nn"),
+        ("fusedres.kernels.stats", "import torch.library"),
+        ("fusedres.kernels.stats", "from ..dispatch import resolve"),
+        ("fusedres.operators", "from . import nn"),
+        ("fusedres.operators", "from fusedres.nn.batch_norm import BatchNormAct2d"),
+        ("fusedres.nn.batch_norm", "from ..swap import fuse_"),
+        ("fusedres.nn.batch_norm", "import fusedres"),
+        ("fusedres.swap.match", "from ..cli.main import main"),
+        ("fusedres.__init__", "from .cli import main"),
+    ],
+)
+def test_an_arrow_upwards_is_found(module, line):
+    assert _faults(module, line)
+
+
+def test_no_bare_assert_outside_the_tests():
+    asserts = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in _files().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert asserts == []

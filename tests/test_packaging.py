@@ -1,0 +1,119 @@
+"""A wheel, installed in an environment of its own, seen from outside the checkout."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.once
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tracked() -> list[str]:
+    names = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
+    return [name for name in names if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tracked files: what the checkout has lying about must not get in, nor be touched."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
+        "--wheel-dir", copy / "dist", copy, cwd=copy,
+    )  # fmt: skip
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment that holds the wheel, and borrows torch from this one.
+
+    Torch comes by a line in a .pth file: that adds this environment's folder to the path but runs none of its own .pth
+    files, so an editable install of fusedres is not seen.
+    """
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
+    new = environment / "bin" / "python"
+    run(
+        sys.executable, "-m", "pip", "--python", new, "install", "--no-deps", "--no-index", wheel,
+        cwd=environment,
+    )  # fmt: skip
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    return new
+
+
+def test_the_wheel_holds_every_tracked_module(wheel):
+    expected = {
+        name if name.startswith("fusedres/") else f"fusedres/{name}"
+        for name in tracked()
+        if name.startswith(("fusedres/", "kernels/")) and name.endswith((".py", ".typed"))
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == expected
+    assert any(name.startswith("fusedres/kernels/") for name in held)
+
+
+def test_the_only_top_level_name_is_fusedres(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (top,) = (name for name in archive.namelist() if name.endswith("/top_level.txt"))
+        assert archive.read(top).decode().split() == ["fusedres"]
+
+
+def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    assert "License-Expression: MIT" in lines
+    needs = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert [line.split()[1].split(">")[0] for line in needs] == ["torch", "triton"]
+    assert 'platform_system == "Linux"' in needs[1]
+
+
+def test_kernels_come_with_it_and_run_nowhere_else(python, tmp_path):
+    code = """
+import fusedres, fusedres.kernels, fusedres.kernels.stats, sys
+print(fusedres.__file__, fusedres.kernels.__file__, sep="\\n")
+try:
+    import kernels
+except ModuleNotFoundError:
+    print("no top-level kernels")
+"""
+    package, kernels, said = run(python, "-c", code, cwd=tmp_path).splitlines()
+    home = python.parent.parent
+    assert Path(package).is_relative_to(home)
+    assert Path(kernels) == Path(package).parent / "kernels" / "__init__.py"
+    assert said == "no top-level kernels"
+
+
+def test_the_command_line_runs_from_the_wheel(python, tmp_path):
+    assert "fusedres" in run(python, "-m", "fusedres", "env", cwd=tmp_path)
+
+
+def test_in_the_checkout_the_folder_refuses_the_short_name():
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "'kernels' is fusedres.kernels" in done.stderr

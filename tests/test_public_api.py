@@ -1,0 +1,78 @@
+"""The public names: all of `__all__` exists, has a docstring, and shows itself readably."""
+
+import inspect
+import types
+
+import pytest
+from torch import nn
+
+import fusedres
+
+pytestmark = pytest.mark.once
+
+PUBLIC = {
+    fusedres: {
+        "FuseConfig", "FuseReport", "backend", "explain", "functional", "fuse_", "get_backend", "is_fused", "nn",
+        "set_backend", "unfuse_",
+    },
+    fusedres.functional: {"batch_norm_act"},
+    fusedres.nn: {"BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"},
+}  # fmt: skip
+NAMES = [(module, name) for module in PUBLIC for name in sorted(PUBLIC[module])]
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_all_is_exactly_the_contract(module):
+    assert set(module.__all__) == PUBLIC[module]
+    assert len(module.__all__) == len(set(module.__all__))
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_nothing_else_is_lying_about(module):
+    """A public name that is not in `__all__` is a submodule, an import of the language, or a mistake."""
+    stray = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name not in module.__all__
+        and not isinstance(value, types.ModuleType)
+        and (getattr(value, "__module__", "") or "").startswith("fusedres")
+        and inspect.getmodule(value) is module
+    }
+    assert stray == set()
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m.__name__}.{n}" for m, n in NAMES])
+def test_every_public_name_has_a_docstring(module, name):
+    assert (inspect.getdoc(getattr(module, name)) or "").strip()
+
+
+def test_version_is_that_of_the_installed_distribution():
+    from importlib.metadata import version
+
+    assert version("fusedres") == fusedres.__version__
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC[fusedres.nn]))
+def test_a_module_shows_what_it_is(name):
+    shown = repr(getattr(fusedres.nn, name)(8, activation="relu"))
+    assert shown.startswith(name)
+    assert "activation=relu" in shown
+    assert f"BatchNorm{name[-2:]}(8," in shown
+
+
+def test_reports_and_configs_show_themselves():
+    report = fusedres.explain(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    for shown in (str(report), repr(report), repr(fusedres.FuseConfig())):
+        assert shown.strip()
+        assert " object at 0x" not in shown
+
+
+@pytest.mark.parametrize("block", ["resnet18", "resnet50"])
+def test_a_fused_model_shows_itself(block):
+    import torchvision
+
+    model = torchvision.models.get_model(block, weights=None)
+    fusedres.fuse_(model)
+    assert "BatchNorm2d(64" in repr(model)
+    assert " object at 0x" not in repr(model)
