@@ -73,8 +73,9 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     largest = 0.0
     for name, value in a.items():
-        size = float(value.double().abs().max())
-        largest = max(largest, float((value - b[name]).double().abs().max()) / (size or 1.0))
+        value, other = value.detach().double(), b[name].detach().double()
+        size = float(value.abs().max())
+        largest = max(largest, float((value - other).abs().max()) / (size or 1.0))
     return largest
 
 
@@ -82,6 +83,8 @@ def excess(original: nn.Module, fused: nn.Module, x: Tensor, steps: int = 1) -> 
     """How many times the fused model's difference is what one ulp in the input makes of the original; 0 when equal."""
     exact = run(original, x, steps)
     found = difference(exact, run(fused, x, steps))
+    if found == 0:
+        return 0.0
     noise = difference(exact, run(original, x * (1 + torch.finfo(x.dtype).eps), steps))
     return found / (noise + torch.finfo(x.dtype).eps)
 

@@ -156,6 +156,12 @@ def test_a_skip_set_after_fusing_is_run():
     assert torch.equal(fused(x), block(x))
 
 
+def test_inside_a_device_context():
+    with torch.device("cpu"):
+        block = make(lambda self, x: torch.flatten(self.relu(self.bn1(x)), 1))
+        assert fusedres.fuse_(block).n_fused == 1
+
+
 def test_a_registry_of_subclasses_does_not_see_the_swap():
     registry = []
 

@@ -172,7 +172,7 @@ def _excluded(module: nn.Module) -> tuple[Site, ...]:
 def _report(owners: list[_Owner], dry: bool) -> FuseReport:
     rows = []
     for owner in owners:
-        stale = None if owner.plan is None else why_plan_is_stale(owner.module, owner.plan)
+        stale = None if owner.plan is None else _why_not_now(owner.module, owner.plan)
         active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
         for site in owner.sites:
             reason = site.reason or ""
@@ -184,6 +184,12 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
                 Row(where, original_class(owner.module).__name__, site.pattern, status, reason)
             )
     return FuseReport(tuple(rows), fallback_note(current_backend()))
+
+
+def _why_not_now(module: nn.Module, plan: Plan) -> str | None:
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return why_plan_is_stale(module, plan)
 
 
 def _raise_if_left(report: FuseReport) -> None:

@@ -146,7 +146,6 @@ def _ambient() -> tuple[Any, ...]:
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch._C._autograd._top_saved_tensors_default_hooks(True),
-        torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     )
 
@@ -206,7 +205,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self._around:
             raise NotTraceable(
-                "its forward switches gradients, autocast, checkpointing or a torch mode on its way"
+                "its forward switches gradients, autocast, checkpointing or a dispatch mode on its way"
             )
         return super().create_node(*args, **kwargs)
 

@@ -1,0 +1,472 @@
+"""A fused model in the world: copied, pickled, compiled, exported, hooked, frozen, converted, its children replaced.
+
+Each either works fused or falls back by itself, with the same numbers as the untouched model.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fusedres
+from fusedres.nn.batch_norm import call_batch_norm
+
+from .swap_blocks import (
+    ALLOWED,
+    difference,
+    excess,
+    fused_copy,
+    images,
+    make,
+    relu_child,
+    run,
+    tail,
+)
+
+pytestmark = pytest.mark.once
+X = images(2, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    """A ResNet of one BasicBlock a stage, in float64."""
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet
+    return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).double()
+
+
+@pytest.fixture
+def fused(plain) -> nn.Module:
+    return fused_copy(plain)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """One entry for each site that runs fused."""
+    calls = []
+
+    def spy(norm, *args):
+        calls.append(norm)
+        return call_batch_norm(norm, *args)
+
+    monkeypatch.setattr("fusedres.swap.rewrite.call_batch_norm", spy)
+    return calls
+
+
+# --- copies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.copy,
+        copy.deepcopy,
+        *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in (0, 2, 5)),
+    ],
+    ids=["copy", "deepcopy", "pickle0", "pickle2", "pickle5"],
+)
+def test_a_copy_is_fused_too(fused, duplicate, fused_calls):
+    model = duplicate(fused)
+    assert difference(run(fused, X), run(model, X)) == 0
+    assert len(fused_calls) == 2 * 9
+
+
+def test_a_copy_runs_its_own_parameters(fused):
+    model = copy.deepcopy(fused)
+    with torch.no_grad():
+        model.bn1.bias.fill_(7)
+    assert not torch.equal(model(X), fused(X))
+
+
+def test_pickled_to_another_process(fused, tmp_path):
+    fused.eval()
+    torch.save((fused, X, fused(X)), tmp_path / "model.pt")
+    source = (
+        "import sys, torch\n"
+        "model, x, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "import fusedres\n"
+        "assert fusedres.explain(model).n_fused == 9, fusedres.explain(model)\n"
+        "assert torch.equal(model(x), expected)\n"
+        "fusedres.unfuse_(model)\n"
+        "assert torch.equal(model(x), expected)\n"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pickle_of_other_code_comes_back_unfused(fused, monkeypatch):
+    data = pickle.dumps(fused)
+    block = torchvision.models.resnet.BasicBlock
+    monkeypatch.setattr(block, "forward", lambda self, x: self.conv1(x), raising=True)
+    assert fusedres.explain(pickle.loads(data)).n_fused == 1  # the stem
+
+
+def test_a_class_patched_after_fusing_runs_as_patched(fused, monkeypatch):
+    block = torchvision.models.resnet.BasicBlock
+    monkeypatch.setattr(block, "forward", lambda self, x: x)
+    x = images(2, 64, 8, 8)
+    assert fused.layer1(x) is x
+
+
+def test_ema_by_deepcopy(plain, fused):
+    averaged = torch.optim.swa_utils.AveragedModel(fused)
+    averaged.update_parameters(fused)
+    assert torch.equal(averaged.eval()(X), copy.deepcopy(plain).eval()(X))
+
+
+def test_data_parallel_replicas_run_with_their_own_parameters(fused):
+    replica = fused.layer1[0]._replicate_for_data_parallel()
+    assert type(replica) is type(fused.layer1[0])
+
+
+# --- compilers, tracers, exporters -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_compiles_in_one_graph(plain, fused, training):
+    torch._dynamo.reset()
+    model = torch.compile(fused.train(training), fullgraph=True, backend="aot_eager")
+    expected = copy.deepcopy(plain).train(training)
+    model(X).sum().backward()
+    expected(X).sum().backward()
+    found = {name: p.grad for name, p in fused.named_parameters()} | dict(fused.named_buffers())
+    exact = {name: p.grad for name, p in expected.named_parameters()} | dict(
+        expected.named_buffers()
+    )
+    assert difference(exact, found) <= 1e-12
+
+
+def test_compiled_code_notices_a_replaced_child(plain, fused):
+    torch._dynamo.reset()
+    model, expected = torch.compile(fused.eval(), backend="eager"), copy.deepcopy(plain).eval()
+    model(X)
+    for each in (fused, expected):
+        each.layer1[0].relu = nn.SiLU()
+    torch.testing.assert_close(model(X), expected(X), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_jit_trace(plain, fused):
+    traced = torch.jit.trace(fused.eval(), X)
+    assert torch.equal(traced(X), copy.deepcopy(plain).eval()(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_jit_script(plain, fused):
+    scripted = torch.jit.script(fused.eval())
+    assert torch.equal(scripted(X), copy.deepcopy(plain).eval()(X))
+    assert fusedres.explain(fused).n_fused == 9
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(plain, fused, strict):
+    program = torch.export.export(fused.eval(), (X,), strict=strict)
+    torch.testing.assert_close(
+        program.module()(X), copy.deepcopy(plain).eval()(X), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_feature_extractor(plain, fused):
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    assert get_graph_node_names(fused) == get_graph_node_names(plain)
+    nodes = ["relu", "layer1.0.bn2", "layer2.0.add", "layer4"]
+    expected = create_feature_extractor(copy.deepcopy(plain).eval(), nodes)(X)
+    assert difference(expected, create_feature_extractor(fused.eval(), nodes)(X)) == 0
+
+
+def test_symbolic_trace_sees_the_own_forward(plain, fused):
+    traced = torch.fx.symbolic_trace(fused.eval())
+    assert traced.code == torch.fx.symbolic_trace(copy.deepcopy(plain).eval()).code
+
+
+def test_fuse_conv_bn_after_unfusing(plain, fused):
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    fusedres.unfuse_(fused.eval())
+    fused.conv1 = fuse_conv_bn_eval(fused.conv1, fused.bn1)
+    fused.bn1 = nn.Identity()
+    torch.testing.assert_close(fused(X), copy.deepcopy(plain).eval()(X), rtol=1e-12, atol=1e-12)
+
+
+def test_functional_call_and_vmap(plain, fused):
+    def per_image(model):
+        model = copy.deepcopy(model).eval()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+
+        def loss(weights, x):
+            return torch.func.functional_call(model, weights, (x[None],)).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, X)
+
+    assert difference(per_image(plain), per_image(fused)) <= 1e-12
+
+
+def test_checkpointing_updates_as_often(plain, fused):
+    def train(model):
+        model = copy.deepcopy(model)
+        checkpoint(model, X, use_reentrant=False).sum().backward()
+        return {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+    assert difference(train(plain), train(fused)) == 0
+
+
+# --- what is done to children afterwards -------------------------------------------------------------------------
+
+
+def in_eval(block):
+    block.bn1.eval()
+    block.bn2.eval()
+
+
+def frozen(block):
+    block.bn1.requires_grad_(False)
+
+
+def untracked(block):
+    block.bn1.track_running_stats = False
+    block.bn1.running_mean = block.bn1.running_var = block.bn1.num_batches_tracked = None
+
+
+def cumulative(block):
+    block.bn1.momentum = None
+
+
+def other_conv(block):
+    block.conv1 = nn.Conv2d(4, 4, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(block.conv1.weight, 0.1)
+
+
+def other_norm(block):
+    block.bn1 = nn.BatchNorm2d(4, eps=0.1, dtype=torch.float64)
+
+
+def channels_last(block):
+    block.to(memory_format=torch.channels_last)
+
+
+def without_norm(block):
+    block.bn1 = nn.Identity()
+
+
+def group_norm(block):
+    block.bn1 = nn.GroupNorm(2, 4, dtype=torch.float64)
+
+
+def frozen_batch_norm(block):
+    block.bn1 = torchvision.ops.FrozenBatchNorm2d(4).double()
+
+
+def sync_batch_norm(block):
+    nn.SyncBatchNorm.convert_sync_batchnorm(block).eval()
+
+
+def norm_hook(block):
+    block.bn1.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def norm_pre_hook(block):
+    block.bn1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def norm_backward_hook(block):
+    block.relu = nn.ReLU()  # PyTorch refuses to write to the output of a module with such a hook
+    block.bn1.register_full_backward_hook(lambda module, grad_in, grad_out: (grad_in[0] * 2,))
+
+
+def relu_hook(block):
+    block.relu.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def other_relu(block):
+    block.relu = nn.SiLU()
+
+
+def leaky_relu_class(block):
+    block.relu = type("Leaky", (nn.ReLU,), {"forward": lambda self, x: x.clamp(min=-0.1)})()
+
+
+def relu_forward(block):
+    block.relu.forward = torch.tanh
+
+
+def norm_forward(block):
+    block.bn1.forward = torch.sin
+
+
+def computed_weight(block):
+    from torch.nn.utils import parametrize
+
+    parametrize.register_parametrization(block.bn1, "weight", nn.Softplus())
+
+
+def own_forward(block):
+    block.forward = block.conv1.forward
+
+
+# what was done: how many of the block's two sites still run fused
+AFTERWARDS = {
+    in_eval: 2, frozen: 2, untracked: 2, cumulative: 2, other_conv: 2, other_norm: 2, channels_last: 2,
+    without_norm: 0, group_norm: 0, frozen_batch_norm: 0, sync_batch_norm: 0, norm_hook: 0, norm_pre_hook: 0,
+    norm_backward_hook: 0, relu_hook: 0, other_relu: 0, leaky_relu_class: 0, relu_forward: 0, norm_forward: 0,
+    computed_weight: 0, own_forward: 0,
+}  # fmt: skip
+
+
+def same_change(change):
+    block = make(tail)
+    fused = fused_copy(block)
+    torch.manual_seed(2)
+    change(block)
+    torch.manual_seed(2)
+    change(fused)
+    return block, fused
+
+
+@pytest.mark.parametrize("change", AFTERWARDS, ids=lambda f: f.__name__)
+def test_changed_afterwards_computes_the_same(change):
+    block, fused = same_change(change)
+    # Two steps on the objects themselves: a copy of a hooked or patched module would call into the first one.
+    found = []
+    for model in (block, fused):
+        x = images(2, 4, 6, 5).requires_grad_()
+        for _ in range(2):
+            model(x * 1).square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"x": x.grad, **grads, **dict(model.named_buffers())})
+    assert difference(*found) <= 1e-12
+
+
+@pytest.mark.parametrize("change", AFTERWARDS, ids=lambda f: f.__name__)
+def test_changed_afterwards_runs_fused_or_falls_back(change, fused_calls):
+    _, fused = same_change(change)
+    fused(images(2, 4, 6, 5))
+    assert len(fused_calls) == AFTERWARDS[change]
+
+
+# change: what the report says then
+TOLD = {
+    norm_hook: "bn1: it has hooks",
+    relu_hook: "relu: it has hooks",
+    other_relu: "relu: it is a SiLU, not an nn.ReLU",
+    group_norm: "bn1: it is a GroupNorm, not an nn.BatchNorm",
+    without_norm: "bn1: it is a Identity, not an nn.BatchNorm",
+    relu_forward: "relu: its forward was replaced on the instance",
+    own_forward: "its forward was replaced on the instance",
+}
+
+
+@pytest.mark.parametrize("change", TOLD, ids=lambda f: f.__name__)
+def test_the_fallback_is_told(change):
+    _, fused = same_change(change)
+    row = fusedres.explain(fused).rows[0]
+    assert row.status == "own forward"
+    assert TOLD[change] in row.reason
+
+
+def test_fusing_again_takes_in_what_was_changed():
+    _, fused = same_change(norm_hook)
+    report = fusedres.fuse_(fused)
+    assert [(row.where, row.status) for row in report.rows] == [
+        ("bn1", "left alone"),
+        ("bn2", "fused"),
+    ]
+
+
+def test_a_removed_child_is_an_error_as_before():
+    block, fused = same_change(lambda block: delattr(block, "bn1"))
+    for each in (block, fused):
+        with pytest.raises(AttributeError, match="no attribute 'bn1'"):
+            each(images(2, 4, 5, 5))
+
+
+def scaled(self, x):
+    return self.relu(self.bn1(self.conv1(x) * self.scale))
+
+
+def guarded_by_method(self, x):
+    return self.relu(self.bn1(self.before(x)))
+
+
+def asks_for_an_attribute(self, x):
+    if hasattr(self, "gain"):
+        x = x * self.gain
+    return self.relu(self.bn1(self.conv1(x)))
+
+
+def reads_a_child(self, x):
+    return self.relu(
+        self.bn1(self.conv1(x))
+        if self.identity.training is None
+        else self.bn1(x * self.conv1.groups)
+    )
+
+
+@pytest.mark.parametrize(
+    ("forward", "change"),
+    [
+        (scaled, lambda block: setattr(block, "scale", 3.0)),
+        (asks_for_an_attribute, lambda block: setattr(block, "gain", 3.0)),
+        (asks_for_an_attribute, lambda block: setattr(block, "gain", nn.Parameter(torch.ones(())))),
+        (reads_a_child, lambda block: setattr(block.conv1, "groups", 2)),
+    ],
+    ids=["value", "new value", "new parameter", "child's value"],
+)
+def test_an_attribute_set_afterwards_is_taken_in(forward, change):
+    block = make(forward)
+    fused = fused_copy(block)
+    change(block)
+    change(fused)
+    x = images(2, 4, 5, 5)
+    assert torch.equal(fused(x), block(x))
+
+
+def test_a_method_set_afterwards_is_run(monkeypatch):
+    block = make(guarded_by_method)
+    monkeypatch.setattr(type(block), "before", lambda self, x: self.conv1(x), raising=False)
+    fused = fused_copy(block)
+    for each in (block, fused):
+        each.before = torch.exp
+    x = images(2, 4, 5, 5)
+    assert torch.equal(fused(x), block(x))
+
+
+def test_hooks_on_all_modules_run(fused_calls):
+    fused, seen = fused_copy(make(tail)), []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(type(module))
+    )
+    try:
+        fused(images(2, 4, 5, 5))
+    finally:
+        handle.remove()
+    assert (seen.count(nn.BatchNorm2d), len(fused_calls)) == (2, 0)
+
+
+def test_hooks_on_the_block_run():
+    fused, seen = fused_copy(make(tail)), []
+    fused.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert fused(images(2, 4, 5, 5)) is seen[0]
+
+
+def test_a_tensor_subclass_goes_to_the_own_forward(fused_calls):
+    class Marked(torch.Tensor):
+        pass
+
+    fused_copy(make(relu_child))(images(2, 4, 5, 5).as_subclass(Marked))
+    assert fused_calls == []
+
+
+def test_moved_and_cast_after_fusing():
+    block = make(tail)
+    fused = fused_copy(block).float()
+    assert excess(copy.deepcopy(block).float(), fused, images(2, 4, 6, 5).float()) <= ALLOWED
