@@ -93,10 +93,9 @@ def run(options: argparse.Namespace) -> None:
     images = _load(options).to(device)
     setting = Setting(device, dtype, LAYOUTS[options.channels_last])
     torch.manual_seed(options.seed)
-    model = build_model(options.model, images.classes).to(
-        device, memory_format=setting.memory_format
-    )
-    fused = copy.deepcopy(model.train())
+    model = build_model(options.model, images.classes).train().to(device)
+    model = model.to(memory_format=setting.memory_format)
+    fused = copy.deepcopy(model)
     report = fusedres.fuse_(fused)
     print(report)
     if report.n_fused == 0:

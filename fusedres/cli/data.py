@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,9 +29,12 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """All of it on the device, so that no step waits for a copy."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(
-            self, **{name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            held_out_images=self.held_out_images.to(device),
+            held_out_labels=self.held_out_labels.to(device),
         )
 
 

@@ -1,0 +1,39 @@
+"""What README shows runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fusedres.cli.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.once
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in example.splitlines() if line]) <= 5
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert "17 fused" in capsys.readouterr().out
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+
+
+@pytest.mark.once
+def test_the_commands_are_ones_that_there_are(capsys):
+    commands = re.findall(r"^    python -m fusedres (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["env", "explain", "compare"]
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([*command.split(), "--help"])
+        assert stop.value.code == 0
+
+
+@pytest.mark.once
+def test_the_make_targets_are_ones_that_there_are():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^    make (\S+)", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
