@@ -54,9 +54,9 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
         for tensor in (running_mean, running_var, weight, bias)
     )
     output = _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
-    if training and running_mean is not None:
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+    for buffer, updated in ((running_mean, mean), (running_var, var)):
+        if training and updated is not buffer:
+            buffer.copy_(updated)
     return output
 
 

@@ -47,6 +47,7 @@ def bn_apply_kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """With running statistics: normalise with those, and leave them in saved [3, C] (where given); else read saved."""
     i_program = tl.program_id(0)
@@ -67,7 +68,7 @@ def bn_apply_kernel(
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
 
-    for i in range(i_program, tiles, programs):
+    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET

@@ -54,10 +54,13 @@ def bn_finalize_kernel(
     b_n, b_offset, b_m2 = merge(b_count.to(tl.float64), b_total, b_m2.to(tl.float64))
 
     b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
-    b_exact = b_pivot.to(tl.float64) + b_offset
+    b_first = b_pivot.to(tl.float64)
+    b_exact = b_first + b_offset
     b_mean = b_exact.to(ACC)
-    # What the rounding took off; no such thing where the mean is not finite.
-    b_low = tl.where(tl.abs(b_mean) < float("inf"), b_exact - b_mean.to(tl.float64), 0.0).to(ACC)
+    # What the two roundings took off (Knuth's two-sum, then the cast); nothing where the mean is not finite.
+    b_back = b_exact - b_first
+    b_low = (b_first - (b_exact - b_back)) + (b_offset - b_back) + (b_exact - b_mean.to(tl.float64))
+    b_low = tl.where(tl.abs(b_mean) < float("inf"), b_low, 0.0).to(ACC)
     b_var = b_m2 / tl.maximum(b_n, 1.0)
     b_invstd = inverse_std(b_var.to(ACC), eps, ACC)
     tl.store(p_saved + o_channel, b_mean, mask=m_channel)
@@ -68,10 +71,10 @@ def bn_finalize_kernel(
         b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
         b_old = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
         b_new = b_old * (1.0 - b_momentum) + b_exact * b_momentum
-        tl.store(p_running_mean + o_channel, b_new.to(p_running_mean.dtype.element_ty), mask=m_channel)
+        tl.store(p_running_mean + o_channel, b_new.to(ACC).to(p_running_mean.dtype.element_ty), mask=m_channel)
         b_old = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
         b_new = b_old * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
-        tl.store(p_running_var + o_channel, b_new.to(p_running_var.dtype.element_ty), mask=m_channel)
+        tl.store(p_running_var + o_channel, b_new.to(ACC).to(p_running_var.dtype.element_ty), mask=m_channel)
 
 
 def launch_bn_finalize(
@@ -127,9 +130,9 @@ def bn_grad_finalize_kernel(
 
     b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     if p_dweight is not None:
-        tl.store(p_dweight + o_channel, (b_dzx * b_invstd).to(p_dweight.dtype.element_ty), mask=m_channel)
+        tl.store(p_dweight + o_channel, (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty), mask=m_channel)
     if p_dbias is not None:
-        tl.store(p_dbias + o_channel, b_dz.to(p_dbias.dtype.element_ty), mask=m_channel)
+        tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
     if p_coefficients is not None:
         b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
         b_share = b_scale * tl.full([BLOCK_CHANNELS], inverse_rows, tl.float64)

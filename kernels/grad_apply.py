@@ -46,6 +46,7 @@ def bn_grad_apply_kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dx and dresidual (each where given) <- dy, x."""
     i_program = tl.program_id(0)
@@ -59,7 +60,7 @@ def bn_grad_apply_kernel(
         b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
         b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
 
-    for i in range(i_program, tiles, programs):
+    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET

@@ -14,7 +14,7 @@ from torch import Tensor
 from .grad import masked_gradient
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import add_compensated, add_product, center, center_remainder
+from .moments import add_compensated, add_product, center, center_remainder, sum_rows
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
 
@@ -42,11 +42,12 @@ def bn_grad_reduce_kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean))."""
     ACC: tl.constexpr = p_saved.dtype.element_ty
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
-    COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32
+    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
@@ -59,7 +60,7 @@ def bn_grad_reduce_kernel(
     b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_sum_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_dot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    for i_tile in range(i_program, tiles, programs):
+    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
@@ -82,12 +83,9 @@ def bn_grad_reduce_kernel(
             b_dot += b_dz * b_centered
 
     p_row = p_partial + i_program * 2 * channels + o_channel
-    b_sum, b_dot = b_sum.to(tl.float64), b_dot.to(tl.float64)
-    if COMPENSATED:
-        b_sum += b_sum_low.to(tl.float64)
-        b_dot += b_dot_low.to(tl.float64)
     PARTIAL: tl.constexpr = p_partial.dtype.element_ty
-    b_sum, b_dot = tl.sum(b_sum, axis=0).to(PARTIAL), tl.sum(b_dot, axis=0).to(PARTIAL)
+    b_sum = sum_rows(b_sum, b_sum_low).to(PARTIAL)
+    b_dot = sum_rows(b_dot, b_dot_low).to(PARTIAL)
     tl.store(p_row, b_sum, mask=m_channel)
     tl.store(p_row + channels, b_dot, mask=m_channel)
 

@@ -17,6 +17,9 @@ MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in re
 BITS = 8  # mask bits in a byte
 # Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
 REDUCING, APPLYING = 4, 16
+# Tiles in flight: the accumulators leave a reducing pass two programs at a time (97 registers), so its loop has the
+# loads of the next two tiles under way (cp.async) while it works on one.
+STAGES = {REDUCING: 3, APPLYING: 1}
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Tile:
     block_inner: int
     block_channels: int
     warps: int
+    stages: int
     tiles_inner: int
     tiles: int
     programs: int
@@ -40,6 +44,7 @@ class Tile:
             "BLOCK_OUTER": self.block_outer,
             "BLOCK_INNER": self.block_inner,
             "BLOCK_CHANNELS": self.block_channels,
+            "STAGES": self.stages,
             "num_warps": self.warps,
             "enable_fp_fusion": True,
         }
@@ -57,8 +62,10 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _block_inner(inner: int, most: int) -> int:
+def _block_inner(inner: int, outer: int, most: int) -> int:
     """The longest power of two that pads the inner rows by at most an eighth, else the one that pads them least."""
+    if outer == 1:  # only the last tile is padded
+        return max(BITS, min(_power_of_two(inner), most))
     candidates = [1 << k for k in range(3, 20) if (1 << k) <= max(most, BITS)]
     candidates = [b for b in candidates if b < 2 * max(inner, BITS)]
     good = [b for b in candidates if _ceil(inner, b) * b <= inner * 9 // 8]
@@ -72,10 +79,10 @@ def choose_tile(rows: RowMap, element_size: int, per_multiprocessor: int, chip: 
     channels = _power_of_two(rows.channels)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
-        block_inner = _block_inner(rows.inner, elements // block_channels)
+        block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     else:
-        block_inner = _block_inner(rows.inner, 1024)
+        block_inner = _block_inner(rows.inner, rows.outer, 1024)
         block_channels = min(channels, 16, max(1, elements // block_inner))
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     block_outer = max(block_outer, 1)
@@ -90,5 +97,6 @@ def choose_tile(rows: RowMap, element_size: int, per_multiprocessor: int, chip: 
     tile_size = block_outer * block_inner * block_channels
     warps = 8 if tile_size * element_size >= TILE_BYTES // 2 else 4
     return Tile(
-        block_outer, block_inner, block_channels, warps, tiles_inner, tiles, programs, channel_blocks
+        block_outer, block_inner, block_channels, warps, STAGES[per_multiprocessor],
+        tiles_inner, tiles, programs, channel_blocks,
     )  # fmt: skip

@@ -16,8 +16,14 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def fma(a, b, c):
     """a * b + c with one rounding, always: spelled out, so that two kernels cannot be contracted differently."""
     if _INTERPRETED:
-        # The interpreter's own fma rounds the product.
-        z = (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(a.dtype)
+        # The interpreter's own fma rounds the product: split by Dekker's method, that rounding is added back.
+        SPLIT: tl.constexpr = 134217729.0 if a.dtype == tl.float64 else 4097.0
+        b_product = a * b
+        a_high = a * SPLIT - (a * SPLIT - a)
+        b_high = b * SPLIT - (b * SPLIT - b)
+        a_low, b_low = a - a_high, b - b_high
+        b_lost = ((a_high * b_high - b_product) + a_high * b_low + a_low * b_high) + a_low * b_low
+        z = (b_product + c) + tl.where(tl.abs(b_lost) < float("inf"), b_lost, 0.0)
     else:
         z = tl.fma(a, b, c)
     return z
@@ -38,6 +44,15 @@ def add_compensated(b_sum, b_low, b_more):
     b_back = b_next - b_sum
     b_lost = (b_sum - (b_next - b_back)) + (b_more - b_back)
     return b_next, b_low + tl.where(tl.abs(b_next) < float("inf"), b_lost, 0.0)
+
+
+@triton.jit
+def sum_rows(b_value, b_low):
+    """sum over axis 0 of value + low, as float64 [C]. For float64 in two steps: a shorter chain rounds off less."""
+    if b_value.dtype == tl.float64 and b_value.shape[0] >= 64:
+        b_value = tl.sum(tl.reshape(b_value, (b_value.shape[0] // 16, 16, b_value.shape[1])), axis=1)
+        b_low = tl.sum(tl.reshape(b_low, (b_low.shape[0] // 16, 16, b_low.shape[1])), axis=1)
+    return tl.sum(b_value.to(tl.float64) + b_low.to(tl.float64), axis=0)
 
 
 @triton.jit

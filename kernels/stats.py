@@ -33,11 +33,12 @@ def bn_stats_kernel(
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """partial [programs, 3, C]: count, mean relative to the pivot, M2."""
     ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
-    COMPENSATED: tl.constexpr = p_x.dtype.element_ty == tl.float32
+    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_pivot = load_pivot(p_x, o_channel, m_channel, x_stride[2], ACC)
@@ -47,7 +48,7 @@ def bn_stats_kernel(
     b_m2 = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_total_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_m2_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    for i_tile in range(i_program, tiles, programs):
+    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )

@@ -1,0 +1,133 @@
+"""A stand-in for Triton's driver: kernels are compiled to machine code, launches are recorded, nothing runs.
+
+With it the library's own launchers can be driven at a real network's shapes, on CPU tensors, without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: which kernel, how many programs, and its machine code."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    warps: int
+    shared: int
+    cubin: bytes = field(repr=False)
+
+    @property
+    def programs(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def code(self) -> MachineCode:
+        return read_machine_code(self.cubin)
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ptxas made of a kernel: per-thread registers, bytes spilled, shared memory, and its instructions."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    instructions: Counter = field(repr=False)
+
+    def count(self, prefix: str) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+@functools.lru_cache(maxsize=256)
+def read_machine_code(cubin: bytes) -> MachineCode:
+    """Read registers, spills and instructions off a cubin with the tools that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+        sass = subprocess.run(
+            [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
+        )
+    text = usage.stdout + usage.stderr
+    registers, stack, shared, local = (
+        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")
+    )
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.M)
+    return MachineCode(registers, stack + local, shared, Counter(names))
+
+
+class CompileOnlyDriver:
+    """What `triton.runtime.jit` asks of a driver, for a chip that is not there."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.launches: list[Launch] = []
+        self.utils = SimpleNamespace(
+            # The machine code itself is the handle that comes back with each launch.
+            load_binary=lambda name, cubin, shared, device: (cubin, cubin, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {
+                "multiprocessor_count": MULTIPROCESSORS[architecture],
+                "max_shared_mem": SHARED_MEMORY[architecture],
+            },
+        )
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton caches kernels by device: a number for each chip
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, cubin, *rest):
+            self.launches.append(
+                Launch(metadata.name, (x, y, z), metadata.num_warps, metadata.shared, cubin)
+            )
+
+        return launch
+
+
+@contextmanager
+def compile_only(architecture: int) -> Iterator[list[Launch]]:
+    """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed."""
+    stand_in = _stand_in(architecture)
+    stand_in.launches.clear()
+    before = driver._active
+    driver.set_active(stand_in)
+    try:
+        yield stand_in.launches
+    finally:
+        driver._active = before
+
+
+@functools.lru_cache(maxsize=8)
+def _stand_in(architecture: int) -> CompileOnlyDriver:
+    # One for each chip: a compiled kernel keeps the launcher it was made with.
+    return CompileOnlyDriver(architecture)

@@ -1,0 +1,70 @@
+"""One option, `--backend {aten,triton}`: what the tests run over.
+
+`aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. Each test
+runs under at least one of the two, and `make test` runs both: a test marked `kernels` needs the kernels to run, one
+marked `compiler` needs them not to be interpreted, one marked `once` does not depend on the backend.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", choices=["aten", "triton"], default="aten")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "kernels: runs the Triton kernels (under --backend triton)",
+        "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
+        "once: does not depend on the backend (under --backend aten)",
+    ):
+        config.addinivalue_line("markers", line)
+    if config.getoption("--backend") == "triton":
+        import torch
+
+        # numpy's words for inf - inf and the like, where the interpreter does what a GPU does silently.
+        for text in ("invalid value", "overflow", "divide by zero"):
+            config.addinivalue_line(
+                "filterwarnings", f"ignore:{text} encountered:RuntimeWarning"
+            )
+        if not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unwanted = (
+        {"compiler", "once"} if config.getoption("--backend") == "triton" else {"kernels"}
+    )
+    dropped = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+@pytest.fixture(autouse=True)
+def backend(request: pytest.FixtureRequest):
+    """The backend under test, set for every test and put back after it."""
+    import fusedres
+
+    name = request.config.getoption("--backend")
+    with fusedres.backend(name):
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(backend: str):
+    """Where the kernels run: the GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
