@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FuseConfig
 from .match import Match, find_matches
-from .record import NotTraceable, Path, Reads
+from .record import CONTAINERS, NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
 from .trace import trace
 
@@ -141,5 +141,5 @@ def _containers(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[Reads, 
             tuple(parent.split(".")) if parent else (), (), (), (), tuple(modules[parent]._modules)
         )
         for parent in parents
-        if isinstance(modules[parent], (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        if isinstance(modules[parent], CONTAINERS)
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ PLAIN = (
 # Kept by reference when a module is copied or pickled, so that they can be compared by identity.
 _BY_NAME = (types.FunctionType, types.BuiltinFunctionType, type)
 _ABSENT = object()
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class NotTraceable(Exception):
@@ -52,11 +52,17 @@ class Reads:
 
 
 class Notes:
-    """Which (path, name) were read, in order, while `on`."""
+    """How often each (path, name) was read while `on`, in order, and how often each child was called as a module."""
 
     def __init__(self) -> None:
         self.on = False
-        self.seen: dict[tuple[Path, str], None] = {}
+        self.seen: dict[tuple[Path, str], int] = {}
+        self.calls: dict[Path, int] = {}
+        self.classes: dict[type, type[nn.Module]] = {}
+
+    def count_call(self, path: Path) -> None:
+        """A child was called as a module, for which torch.fx reads its `forward` once."""
+        self.calls[path] = self.calls.get(path, 0) + 1
 
 
 def make_twin(module: nn.Module, original: type[nn.Module], notes: Notes) -> nn.Module:
@@ -72,7 +78,12 @@ def _twin(
     if isinstance(module, torch.jit.ScriptModule):
         # Its attributes live in C++; it is only ever called.
         return module
-    twin: nn.Module = object.__new__(_recording_class(cls))
+    # The owner's class is its own: the tracer gives it another forward.
+    if not path or cls not in notes.classes:
+        notes.classes[cls] = _recording_class(cls)
+    twin: nn.Module = object.__new__(notes.classes[cls])
+    if not path:
+        del notes.classes[cls]
     memo[id(module)] = twin
     state = dict(vars(module))
     for name, value in state.items():
@@ -95,7 +106,7 @@ def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
         if not (name.startswith("__") and name.endswith("__")):
             path, notes = object.__getattribute__(self, "__dict__")[_NOTES]
             if notes.on:
-                notes.seen[path, name] = None
+                notes.seen[path, name] = notes.seen.get((path, name), 0) + 1
         return super(recording, self).__getattribute__(name)
 
     recording: type[nn.Module] = subclass(
@@ -132,21 +143,23 @@ def changed_attribute(before: dict[str, Any], twin: nn.Module) -> str | None:
     return None
 
 
-def collect_reads(twin: nn.Module, seen: Iterable[tuple[Path, str]]) -> tuple[Reads, ...]:
+def collect_reads(twin: nn.Module, notes: Notes) -> tuple[Reads, ...]:
     """The notes as guards, one `Reads` for each module.
 
     Raises:
         NotTraceable: something was read that cannot be looked at again cheaply.
     """
     grouped: dict[Path, tuple[list, list, list]] = {}
-    for path, name in seen:
+    for (path, name), times in notes.seen.items():
+        if name == "forward" and path and times > notes.calls.get(path, 0):
+            raise NotTraceable(_calls_a_method(path, name))
         if name in _INTERNAL:
             continue
         module = twin
         for part in path:
             module = vars(module)["_modules"][part]
         modules, values, own = grouped.setdefault(path, ([], [], []))
-        _sort_read(module, ".".join((*path, name)), name, modules, values, own)
+        _sort_read(module, path, name, modules, values, own)
     return tuple(
         Reads(path, tuple(modules), tuple(values), tuple(own))
         for path, (modules, values, own) in grouped.items()
@@ -154,12 +167,17 @@ def collect_reads(twin: nn.Module, seen: Iterable[tuple[Path, str]]) -> tuple[Re
     )
 
 
-def _sort_read(module, full, name, modules, values, own) -> None:
+def _calls_a_method(path: Path, name: str) -> str:
+    # Its code would be copied into the owner, and stay when the child is replaced.
+    return f"its forward calls self.{'.'.join((*path, name))}, not the child itself"
+
+
+def _sort_read(module, path, name, modules, values, own) -> None:
     state = vars(module)
     if name in ("_parameters", "_buffers"):
         raise NotTraceable("its forward looks through its own parameters or buffers")
     if name in state:
-        _sort_value(full, name, state[name], values)
+        _sort_value(".".join((*path, name)), name, state[name], values)
     elif name in state["_modules"]:
         if state["_modules"][name] is None:
             values.append((name, None))
@@ -172,6 +190,8 @@ def _sort_read(module, full, name, modules, values, own) -> None:
         found = inspect.getattr_static(type(module), name, _ABSENT)
         if isinstance(found, PLAIN):
             values.append((name, found))
+        elif path and found is not _ABSENT and not isinstance(module, CONTAINERS):
+            raise NotTraceable(_calls_a_method(path, name))
         else:
             own.append(name)
 

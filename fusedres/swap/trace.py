@@ -117,7 +117,7 @@ def _trace_mode(
         raise NotTraceable("its forward draws random numbers while it decides what to run")
     if (name := changed_attribute(before, twin)) is not None:
         raise NotTraceable(f"its forward writes to self.{name}, or makes a constant tensor")
-    return graph, collect_reads(twin, notes.seen)
+    return graph, collect_reads(twin, notes)
 
 
 def _generator_states() -> tuple[torch.Tensor, Any]:
@@ -223,6 +223,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         with _Pause(self._notes):
+            self._notes.count_call(tuple(self.path_of_module(m).split(".")))
             return super().call_module(m, forward, args, kwargs)
 
 
