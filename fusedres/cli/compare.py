@@ -48,7 +48,7 @@ def add_to(commands) -> None:
     data.add_argument("--batch", type=_at_least(1), default=32, metavar="N", help="images a step")
     run_as = parser.add_argument_group("how it runs")
     run_as.add_argument(
-        "--steps", type=_at_least(1), default=44, metavar="N", help="steps of training"
+        "--steps", type=_at_least(1), default=32, metavar="N", help="steps of training"
     )
     run_as.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="below float32: autocast"
