@@ -470,3 +470,37 @@ def test_moved_and_cast_after_fusing():
     block = make(tail)
     fused = fused_copy(block).float()
     assert excess(copy.deepcopy(block).float(), fused, images(2, 4, 6, 5).float()) <= ALLOWED
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_jit_script_of_a_parent_that_is_not_fused(plain):
+    parent = nn.Sequential(fused_copy(plain)).eval()
+    scripted = torch.jit.script(parent)
+    assert torch.equal(scripted(X), copy.deepcopy(plain).eval()(X))
+    assert torch.equal(parent(X), scripted(X))
+
+
+def test_a_class_that_cannot_be_derived_from_is_told():
+    class Final(type):
+        def __new__(cls, name, bases, body):
+            if name == "Sealed" and "forward" not in body:
+                raise TypeError("Sealed is final")
+            return super().__new__(cls, name, bases, body)
+
+    sealed = Final("Sealed", (type(make(tail)),), {"forward": tail})()
+    row = fusedres.fuse_(sealed).rows[0]
+    assert (row.status, row.reason) == (
+        "left alone",
+        "a class in it cannot be derived from: Sealed is final",
+    )
+
+
+class Slotted(type(make(tail))):
+    __slots__ = ("extra",)
+
+
+def test_a_module_with_slots_is_left_as_it_is():
+    block = Slotted()
+    report = fusedres.fuse_(block)
+    assert {row.status for row in report.rows} == {"left alone"}
+    assert type(block) is Slotted

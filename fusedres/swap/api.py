@@ -10,7 +10,7 @@ from torch import nn
 from ..dispatch import current_backend
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .install import fused_class, is_covered, original_class, plan_of, set_class, why_plan_is_stale
-from .plan import Decision, Plan, Site, decide, owned_norms
+from .plan import Plan, Site, decide, owned_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
 
 
@@ -152,16 +152,9 @@ def _planned(name: str, module: nn.Module, config: FuseConfig) -> _Owner:
     try:
         cls = fused_class(original, decision.plan)
     except TypeError as error:
-        refused = _refuse(decision, f"its class cannot be derived from: {error}")
-        return _Owner(name, module, original, None, refused)
+        decision = decision.refused(f"its class cannot be derived from: {error}")
+        return _Owner(name, module, original, None, decision.sites)
     return _Owner(name, module, cls, decision.plan, decision.sites)
-
-
-def _refuse(decision: Decision, reason: str) -> tuple[Site, ...]:
-    return tuple(
-        Site(site.norm, site.pattern, site.reason or reason, site.excluded)
-        for site in decision.sites
-    )
 
 
 def _excluded(module: nn.Module) -> tuple[Site, ...]:

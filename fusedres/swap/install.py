@@ -167,7 +167,11 @@ def restore(plan: Plan, function: Any, arguments: tuple) -> nn.Module:
 
 
 def _prepare_scriptable(self):
-    """The unfused double that TorchScript compiles; it shares parameters and buffers with this module."""
+    """The unfused double that TorchScript compiles; it shares parameters and buffers with this module.
+
+    TorchScript's preparation puts what it gets back into the parent. A fused parent is a double itself by then; one
+    that is not fused keeps the doubles, which compute the same: script a deepcopy of it.
+    """
     return unfused_double(self, {})
 
 

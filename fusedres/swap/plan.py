@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -54,6 +54,10 @@ class Decision:
     plan: Plan | None
     sites: tuple[Site, ...]
 
+    def refused(self, reason: str) -> Decision:
+        """Nothing is fused after all, for this reason where there was none."""
+        return Decision(None, tuple(replace(s, reason=s.reason or reason) for s in self.sites))
+
 
 def owned_norms(module: nn.Module) -> tuple[str, ...]:
     """The names of the BatchNorm children of a module, those in a ModuleList or ModuleDict of its own included.
@@ -89,7 +93,7 @@ def decide(module: nn.Module, original: type[nn.Module], config: FuseConfig) -> 
     try:
         source, imports = rewrite(traced.graph, chosen)
     except NotTraceable as error:
-        return Decision(None, tuple(_refused(site, str(error)) for site in sites))
+        return Decision(None, sites).refused(str(error))
     plan = Plan(
         source=source,
         imports=imports,
@@ -121,10 +125,6 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
         if norm not in called:
             sites.append(Site(norm, "BN", "it is not called by its owner's forward"))
     return tuple(sites), chosen
-
-
-def _refused(site: Site, reason: str) -> Site:
-    return Site(site.norm, site.pattern, site.reason or reason, site.excluded)
 
 
 def _paths(nodes) -> tuple[Path, ...]:
