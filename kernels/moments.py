@@ -49,9 +49,9 @@ def add_compensated(b_sum, b_low, b_more):
 @triton.jit
 def sum_rows(b_value, b_low):
     """sum over axis 0 of value + low, as float64 [C]. For float64 in two steps: a shorter chain rounds off less."""
-    if b_value.dtype == tl.float64 and b_value.shape[0] >= 64:
-        b_value = tl.sum(tl.reshape(b_value, (b_value.shape[0] // 16, 16, b_value.shape[1])), axis=1)
-        b_low = tl.sum(tl.reshape(b_low, (b_low.shape[0] // 16, 16, b_low.shape[1])), axis=1)
+    if b_value.dtype == tl.float64 and b_value.shape[0] >= 16:
+        b_value = tl.sum(tl.reshape(b_value, (b_value.shape[0] // 8, 8, b_value.shape[1])), axis=1)
+        b_low = tl.sum(tl.reshape(b_low, (b_low.shape[0] // 8, 8, b_low.shape[1])), axis=1)
     return tl.sum(b_value.to(tl.float64) + b_low.to(tl.float64), axis=0)
 
 
