@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,19 @@ def trainees(change=lambda model: None) -> tuple[Trainee, Trainee]:
 
 def test_no_difference_between_equals():
     assert difference(*trainees()) == Difference(0.0, 0.0, 0.0)
+
+
+def test_accuracy_is_taken_in_eval_mode_and_leaves_no_trace():
+    trainee, _ = trainees()
+    before = {name: buffer.clone() for name, buffer in trainee.running_statistics().items()}
+    data = make_synthetic(4, 8, 3, seed=0)
+    data = replace(data, held_out_images=data.images, held_out_labels=data.labels)
+    with torch.no_grad():
+        right = trainee.model.eval()(data.images).argmax(1) == data.labels
+    trainee.model.train()
+    assert trainee.accuracy(data, batch=3) == right.float().mean().item()
+    assert trainee.model.training
+    assert all(torch.equal(before[name], b) for name, b in trainee.running_statistics().items())
 
 
 def test_a_difference_is_relative_and_of_the_tensor_that_has_most():
