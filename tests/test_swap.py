@@ -67,7 +67,7 @@ def test_resnet18_trains_the_same(resnet18, training):
         ("resnet50", True, 2),
         ("resnet50", False, 1),
         ("wide_resnet50_2", True, 1),
-        ("resnext50_32x4d", True, 1),
+        pytest.param("resnext50_32x4d", True, 1, marks=pytest.mark.slow),
     ],
     ids=["resnet18-train", "resnet50-train", "resnet50-eval", "wide-train", "resnext-train"],
 )
