@@ -27,6 +27,7 @@ from .swap_blocks import (
     images,
     make,
     relu_child,
+    relu_functional,
     run,
     tail,
 )
@@ -470,6 +471,12 @@ def test_moved_and_cast_after_fusing():
     block = make(tail)
     fused = fused_copy(block).float()
     assert excess(copy.deepcopy(block).float(), fused, images(2, 4, 6, 5).float()) <= ALLOWED
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_jit_script_finds_the_names_that_forward_uses():
+    block, x = make(relu_functional), images(2, 4, 5, 5)
+    assert torch.equal(torch.jit.script(fused_copy(block))(x), block(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
