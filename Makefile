@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 OUT := out
+# One thread a process: the tensors are small, and processes that share cores must not wait for each other's threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CODE := fusedres kernels benchmarks tests setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -26,14 +28,14 @@ demo: $(READY)
 test: lint types test-aten test-triton
 
 test-aten: $(READY)
-	$(BIN)/pytest -m 'not slow' --backend aten $(ARGS)
+	$(PYTEST) -m 'not slow' --backend aten $(ARGS)
 
 test-triton: $(READY)
-	$(BIN)/pytest -m 'not slow' --backend triton $(ARGS)
+	$(PYTEST) -m 'not slow' --backend triton $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow --backend aten $(ARGS)
-	$(BIN)/pytest -m slow --backend triton $(ARGS)
+	$(PYTEST) -m slow --backend aten $(ARGS)
+	$(PYTEST) -m slow --backend triton $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)
