@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import batching as batching  # its vmap rules register themselves
 from . import operators
 
 
@@ -54,7 +55,9 @@ class BatchNormAct(torch.autograd.Function):
         input, weight, bias, saved, bits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs), *rest
+            return *_differentiable_backward(
+                ctx, dy, input, weight, bias, saved, bits, needs
+            ), *rest
         # Without an activation dz is dy itself, which no kernel need write again.
         passed_on = needs[1] and ctx.activation is None
         dx, dresidual, dweight, dbias = operators.batch_norm_act_backward(
@@ -78,9 +81,11 @@ def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs):
     The activation's derivative is a constant almost everywhere, so it enters as a mask; BatchNorm's own derivative is
     taken by PyTorch, whose double backward is known to be right.
     """
-    with torch.no_grad():
-        mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
-    dz = dy if mask is None else torch.where(mask, dy, torch.zeros((), dtype=dy.dtype, device=dy.device))
+    dz = dy
+    if ctx.activation is not None:
+        with torch.no_grad():
+            mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
+        dz = torch.where(mask, dy, 0.0)
     # Aliases, so that a weight that was itself computed from the input is not walked through twice.
     x, w, b = (None if t is None else t.view_as(t) for t in (input, weight, bias))
     wide = saved.dtype
@@ -114,7 +119,11 @@ def batch_norm_act(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
-    if not save and not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None:
+    if (
+        not save
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.maybe_current_level() is None
+    ):
         return operators.batch_norm_act(
             input, residual, weight, bias, running_mean, running_var,
             training, float(momentum), eps, activation, False,

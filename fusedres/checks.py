@@ -8,6 +8,7 @@ from torch import Tensor
 from .dispatch import DTYPES
 
 ACTIVATIONS = (None, "relu")
+_VECTORS = ("running_mean", "running_var", "weight", "bias")
 
 
 def _shape(tensor: Tensor) -> str:
@@ -15,7 +16,17 @@ def _shape(tensor: Tensor) -> str:
 
 
 def check_batch_norm_act(
-    name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    name,
+    input,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    residual,
+    activation,
 ) -> None:
     """Refuse what `act(batch_norm(input) + residual)` is not defined for.
 
@@ -40,10 +51,16 @@ def check_batch_norm_act(
             f"{name}: unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}"
         )
     channels = shape[1]
-    _check_vector(name, "running_mean", running_mean, input, channels, dtype, device)
-    _check_vector(name, "running_var", running_var, input, channels, dtype, device)
-    _check_vector(name, "weight", weight, input, channels, dtype, device)
-    _check_vector(name, "bias", bias, input, channels, dtype, device)
+    vectors = (running_mean, running_var, weight, bias)
+    for argument, tensor in zip(_VECTORS, vectors, strict=True):
+        # One test for what is nearly always right: this runs at every call.
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.shape == (channels,)
+            and (tensor.dtype is torch.float32 or tensor.dtype is dtype)
+            and tensor.device == device
+        ):
+            _refuse_vector(name, argument, tensor, input)
     if (running_mean is None) != (running_var is None):
         missing, given = ("running_mean", "running_var")[:: 1 if running_mean is None else -1]
         raise ValueError(
@@ -65,9 +82,8 @@ def check_batch_norm_act(
         _check_values_per_channel(shape)
 
 
-def _check_vector(name, argument, tensor, input, channels, dtype, device) -> None:
-    if tensor is None:
-        return
+def _refuse_vector(name, argument, tensor, input) -> None:
+    channels, dtype, device = input.shape[1], input.dtype, input.device
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name}: {argument} is a {type(tensor).__name__}, expected a torch.Tensor or None"
@@ -81,10 +97,9 @@ def _check_vector(name, argument, tensor, input, channels, dtype, device) -> Non
         raise ValueError(
             f"{name}: {argument} is on {tensor.device}, input is on {device}; move one of them"
         )
-    if tensor.dtype != dtype and tensor.dtype != torch.float32:
-        raise TypeError(
-            f"{name}: {argument} has dtype {tensor.dtype}, expected torch.float32 or the input's {dtype}"
-        )
+    raise TypeError(
+        f"{name}: {argument} has dtype {tensor.dtype}, expected torch.float32 or the input's {dtype}"
+    )
 
 
 def _check_residual(name, residual, input) -> None:

@@ -2,6 +2,7 @@
 
     fusedres::batch_norm_act           input, ... -> output, saved [3, C] = (mean, mean_low, invstd), bits
     fusedres::batch_norm_act_backward  dy, input, saved, bits -> dx, dresidual, dweight, dbias
+    fusedres::gradient_mask            input, saved, bits -> where the gradient passes (for double backward)
 
 An output that was not asked for is an empty tensor, so that the arity is fixed. Which implementation runs is decided
 when the operator runs, by `dispatch.resolve`; both write the same `saved` and `bits`, so a backward may use the other.
@@ -19,19 +20,23 @@ from . import reference
 from .dispatch import resolve
 from .kernels.layout import RowMap, bits_layout, row_map, row_map_of
 
-_LIBRARY = torch.library.Library("fusedres", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("fusedres", "DEF")
+LIBRARY.define(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool training, float momentum, float eps, str? activation, bool save) "
     "-> (Tensor output, Tensor saved, Tensor bits)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
     "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
     "bool need_weight, bool need_bias) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
+LIBRARY.define(
+    "gradient_mask(Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, str activation) -> Tensor"
+)
 batch_norm_act = torch.ops.fusedres.batch_norm_act.default
 batch_norm_act_backward = torch.ops.fusedres.batch_norm_act_backward.default
+gradient_mask = torch.ops.fusedres.gradient_mask.default
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +45,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _partial_dtype(dtype: torch.dtype) -> torch.dtype:
-    # A mean in float32 would round off what decides the last digit of a float32 result; 16-bit results have no such digit.
+    # A float32 mean would round off what decides the last digit of a float32 result; a 16-bit one has no such digit.
     return torch.float64 if dtype.itemsize >= 4 else torch.float32
 
 
@@ -77,13 +82,17 @@ def _kernels() -> SimpleNamespace:
     return _loaded
 
 
+def _rows_of(tensor: Tensor) -> RowMap:
+    """The index map of a dense tensor, which always has one."""
+    rows = row_map_of(tensor)
+    if rows is None:
+        raise RuntimeError(f"no index map for strides {tensor.stride()}; please report it")
+    return rows
+
+
 def _common_rows(output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor, ...]]:
     """The index map that `output` and the others share; what does not fit is copied into the output's layout."""
-    alone = row_map_of(output)
-    if alone is None:
-        raise RuntimeError(
-            f"no index map for a dense tensor of strides {output.stride()}; please report it"
-        )
+    alone = _rows_of(output)
     rows_packed = not bits_layout(alone)[0]
 
     def fits(rows: RowMap | None) -> bool:
@@ -100,7 +109,8 @@ def _common_rows(output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor,
         if not fits(rows):
             others = tuple(torch.empty_like(output, dtype=t.dtype).copy_(t) for t in others)
             rows = row_map_of(output, *others)
-    assert rows is not None
+    if rows is None:
+        raise RuntimeError(f"no common index map for strides {output.stride()}; please report it")
     return rows, others
 
 
@@ -141,9 +151,7 @@ def _batch_norm_act(
         tile = k.tile(rows, size, k.REDUCING, chip)
         partial = input.new_empty((tile.programs, 3, channels), dtype=_partial_dtype(input.dtype))
         k.stats(input, partial, rows, tile, offset)
-        k.finalize(
-            partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps
-        )
+        k.finalize(partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps)
     k.apply(
         input,
         residual,
@@ -253,8 +261,7 @@ def _rows_view(tensor: Tensor, rows: RowMap) -> Tensor:
 
 def _pack(mask: Tensor) -> Tensor:
     """A boolean tensor, dense, into the bytes that `kernels.bits.pack` writes for that layout."""
-    rows = row_map_of(mask)
-    assert rows is not None
+    rows = _rows_of(mask)
     pack_channels, _, stride = bits_layout(rows)
     view = _rows_view(mask, rows).to(torch.uint8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
@@ -269,8 +276,7 @@ def _pack(mask: Tensor) -> Tensor:
 def _unpack(bits: Tensor, like: Tensor) -> Tensor:
     """The inverse of `_pack`: a boolean tensor laid out as `torch.empty_like(like)`."""
     mask = torch.empty_like(like, dtype=torch.bool)
-    rows = row_map_of(mask)
-    assert rows is not None
+    rows = _rows_of(mask)
     pack_channels, _, stride = bits_layout(rows)
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
     if pack_channels:
@@ -286,10 +292,8 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def gradient_mask(input, weight, bias, saved, bits, activation) -> Tensor | None:
-    """Where the activation lets the gradient pass; None where it passes everywhere."""
-    if activation is None:
-        return None
+def _gradient_mask(input, weight, bias, saved, bits, activation) -> Tensor:
+    """Where the activation lets the gradient pass, as a boolean tensor; in plain PyTorch on every backend."""
     if bits.numel():
         return _unpack(bits, input)
     scale = saved[2] if weight is None else saved[2] * weight
@@ -329,10 +333,9 @@ def _batch_norm_act_backward_aten(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
     need_input, need_residual, need_weight, need_bias,
 ):  # fmt: skip
-    mask = gradient_mask(input, weight, bias, saved, bits, activation)
     dz = dy.to(saved.dtype)
-    if mask is not None:
-        dz = torch.where(mask, dz, 0.0)
+    if activation is not None:
+        dz = torch.where(_gradient_mask(input, weight, bias, saved, bits, activation), dz, 0.0)
     dims = [0, *range(2, input.dim())]
     centered = _centered(input, saved)
     dbias, dot = dz.sum(dims), (dz * centered).sum(dims)
@@ -362,11 +365,12 @@ def _batch_norm_act_backward_aten(
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("batch_norm_act", _batch_norm_act, _key)
-    _LIBRARY.impl("batch_norm_act_backward", _batch_norm_act_backward, _key)
+    LIBRARY.impl("batch_norm_act", _batch_norm_act, _key)
+    LIBRARY.impl("batch_norm_act_backward", _batch_norm_act_backward, _key)
+    LIBRARY.impl("gradient_mask", _gradient_mask, _key)
 
 
-@torch.library.register_fake("fusedres::batch_norm_act", lib=_LIBRARY)
+@torch.library.register_fake("fusedres::batch_norm_act", lib=LIBRARY)
 def _(
     input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
 ):  # fmt: skip
@@ -381,7 +385,12 @@ def _(
     return output, saved, input.new_empty((n_bytes,), dtype=torch.uint8)
 
 
-@torch.library.register_fake("fusedres::batch_norm_act_backward", lib=_LIBRARY)
+@torch.library.register_fake("fusedres::gradient_mask", lib=LIBRARY)
+def _(input, weight, bias, saved, bits, activation):
+    return torch.empty_like(input, dtype=torch.bool)
+
+
+@torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
 def _(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
     need_input, need_residual, need_weight, need_bias,

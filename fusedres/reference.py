@@ -1,4 +1,4 @@
-"""The operators as plain PyTorch: the oracle of the tests (in float64), the `aten` backend, the baseline of the benchmarks.
+"""The operators as plain PyTorch: the `aten` backend, and what tests and benchmarks compare with.
 
 Nothing here is fused. Autograd, double backward, forward mode and vmap are PyTorch's own.
 """

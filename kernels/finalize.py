@@ -16,7 +16,7 @@ BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 
 def _options(programs: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(programs))
-    warps = max(4, min(16, block * BLOCK_CHANNELS // 256))  # 8 values a thread
+    warps = max(4, min(16, block * BLOCK_CHANNELS // 128))  # 4 values a thread, where 16 warps do
     return {
         "BLOCK_PARTIALS": block,
         "BLOCK_CHANNELS": BLOCK_CHANNELS,
@@ -71,10 +71,18 @@ def bn_finalize_kernel(
         b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
         b_old = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
         b_new = b_old * (1.0 - b_momentum) + b_exact * b_momentum
-        tl.store(p_running_mean + o_channel, b_new.to(ACC).to(p_running_mean.dtype.element_ty), mask=m_channel)
+        tl.store(
+            p_running_mean + o_channel,
+            b_new.to(ACC).to(p_running_mean.dtype.element_ty),
+            mask=m_channel,
+        )
         b_old = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
         b_new = b_old * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
-        tl.store(p_running_var + o_channel, b_new.to(ACC).to(p_running_var.dtype.element_ty), mask=m_channel)
+        tl.store(
+            p_running_var + o_channel,
+            b_new.to(ACC).to(p_running_var.dtype.element_ty),
+            mask=m_channel,
+        )
 
 
 def launch_bn_finalize(
@@ -130,7 +138,11 @@ def bn_grad_finalize_kernel(
 
     b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     if p_dweight is not None:
-        tl.store(p_dweight + o_channel, (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty), mask=m_channel)
+        tl.store(
+            p_dweight + o_channel,
+            (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty),
+            mask=m_channel,
+        )
     if p_dbias is not None:
         tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
     if p_coefficients is not None:
@@ -150,7 +162,7 @@ def launch_bn_grad_finalize(
     dbias: Tensor | None,
     rows: int,
 ) -> None:
-    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C] of `launch_bn_grad_reduce`."""
+    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C]."""
     programs, _, channels = partial.shape
     bn_grad_finalize_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
         partial,

@@ -31,7 +31,7 @@ def fma(a, b, c):
 
 @triton.jit
 def add_product(b_sum, b_low, a, b):
-    """(sum, low) <- sum + low + a * b, low being all that was rounded away (Ogita, Rump and Oishi 2005, Dot2)."""
+    """(sum, low) <- sum + low + a * b, low being what was rounded away (Ogita, Rump and Oishi 2005)."""
     b_product = a * b
     b_low += tl.where(tl.abs(b_product) < float("inf"), fma(a, b, -b_product), 0.0)
     return add_compensated(b_sum, b_low, b_product)
@@ -39,7 +39,7 @@ def add_product(b_sum, b_low, a, b):
 
 @triton.jit
 def add_compensated(b_sum, b_low, b_more):
-    """(sum, low) <- (sum + more, low + what that rounded away), by Knuth's two-sum; low stays where sum is not finite."""
+    """(sum, low) <- (sum + more, low + what that rounded away), by Knuth's two-sum, while finite."""
     b_next = b_sum + b_more
     b_back = b_next - b_sum
     b_lost = (b_sum - (b_next - b_back)) + (b_more - b_back)
@@ -48,11 +48,14 @@ def add_compensated(b_sum, b_low, b_more):
 
 @triton.jit
 def sum_rows(b_value, b_low):
-    """sum over axis 0 of value + low, as float64 [C]. For float64 in two steps: a shorter chain rounds off less."""
+    """sum over axis 0 of value + low, as float64 [C]. For float64 in steps: a shorter chain rounds off less."""
+    if b_value.dtype == tl.float64 and b_value.shape[0] >= 128:
+        b_value = tl.sum(tl.reshape(b_value, (b_value.shape[0] // 8, 8, b_value.shape[1])), axis=1)
+        b_low = tl.sum(tl.reshape(b_low, (b_low.shape[0] // 8, 8, b_low.shape[1])), axis=1)
     if b_value.dtype == tl.float64 and b_value.shape[0] >= 16:
         b_value = tl.sum(tl.reshape(b_value, (b_value.shape[0] // 8, 8, b_value.shape[1])), axis=1)
         b_low = tl.sum(tl.reshape(b_low, (b_low.shape[0] // 8, 8, b_low.shape[1])), axis=1)
-    return tl.sum(b_value.to(tl.float64) + b_low.to(tl.float64), axis=0)
+    return tl.sum(b_value.to(tl.float64), axis=0) + tl.sum(b_low.to(tl.float64), axis=0)
 
 
 @triton.jit

@@ -45,12 +45,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What ptxas made of a kernel: per-thread registers, bytes spilled, shared memory, and its instructions."""
+    """What ptxas made of a kernel: registers a thread, and its instructions."""
 
     registers: int
-    local_bytes: int
-    shared_bytes: int
     instructions: Counter = field(repr=False)
+
+    @property
+    def spills(self) -> int:
+        """Accesses to local memory around which no subroutine is called (a float64 division calls one)."""
+        local = self.count("LDL") + self.count("STL")
+        return max(0, local - self.count("CALL"))
 
     def count(self, prefix: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
@@ -67,17 +71,20 @@ def read_machine_code(cubin: bytes) -> MachineCode:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+            [_tool("cuobjdump"), "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         sass = subprocess.run(
             [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
         )
     text = usage.stdout + usage.stderr
-    registers, stack, shared, local = (
-        int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "SHARED", "LOCAL")
+    registers = int(re.search(r"REG:(\d+)", text)[1])
+    names = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.M
     )
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.M)
-    return MachineCode(registers, stack + local, shared, Counter(names))
+    return MachineCode(registers, Counter(names))
 
 
 class CompileOnlyDriver:

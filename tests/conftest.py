@@ -28,17 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # numpy's words for inf - inf and the like, where the interpreter does what a GPU does silently.
         for text in ("invalid value", "overflow", "divide by zero"):
-            config.addinivalue_line(
-                "filterwarnings", f"ignore:{text} encountered:RuntimeWarning"
-            )
+            config.addinivalue_line("filterwarnings", f"ignore:{text} encountered:RuntimeWarning")
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = (
-        {"compiler", "once"} if config.getoption("--backend") == "triton" else {"kernels"}
-    )
+    unwanted = {"compiler", "once"} if config.getoption("--backend") == "triton" else {"kernels"}
     dropped = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
     if dropped:
         config.hook.pytest_deselected(items=dropped)

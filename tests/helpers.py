@@ -140,7 +140,9 @@ def run_oracle(case: Case) -> dict[str, np.ndarray]:
 
     def wide(name):
         tensor = case.tensors[name]
-        return None if tensor is None else tensor.detach().cpu().double().numpy().astype(np.longdouble)
+        return (
+            None if tensor is None else tensor.detach().cpu().double().numpy().astype(np.longdouble)
+        )
 
     x, residual, weight, bias, dy = map(wide, ("input", "residual", "weight", "bias", "grad"))
     running_mean, running_var = wide("running_mean"), wide("running_var")
@@ -199,7 +201,9 @@ def _orders(case: Case) -> list[Case]:
     return cases
 
 
-def over_budget(case: Case, actual: dict[str, Tensor] | None = None) -> dict[str, tuple[float, float]]:
+def over_budget(
+    case: Case, actual: dict[str, Tensor] | None = None
+) -> dict[str, tuple[float, float]]:
     """{result: (error, allowed)} of every result whose error is larger than is allowed; empty when all is right."""
     actual = run(case) if actual is None else actual
     oracle = run_oracle(case)

@@ -53,9 +53,7 @@ def test_shapes(shape, layout, dtype, device):
 @pytest.mark.parametrize("other", ["channels_last", "contiguous", "sliced", "transposed"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_residual_and_gradient_in_another_layout(shape, layout, other, device):
-    case = Case(
-        shape=shape, layout=layout, residual_layout=other, grad_layout=other, device=device
-    )
+    case = Case(shape=shape, layout=layout, residual_layout=other, grad_layout=other, device=device)
     assert over_budget(case) == {}
 
 
@@ -148,7 +146,9 @@ def test_empty_batch(training, residual, device):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("parameter_dtype", ["float32", "same"])
 @pytest.mark.parametrize("buffer_dtype", ["float32", "same"])
-def test_parameters_in_float32_or_in_the_dtype_of_the_input(dtype, parameter_dtype, buffer_dtype, device):
+def test_parameters_in_float32_or_in_the_dtype_of_the_input(
+    dtype, parameter_dtype, buffer_dtype, device
+):
     case = Case(dtype=DTYPES[dtype], device=device)
     for name, wanted in (
         ("weight", parameter_dtype), ("bias", parameter_dtype),
@@ -190,7 +190,9 @@ def test_inputs_are_not_written_to(device):
 
 def test_momentum_as_a_tensor(device):
     case = Case(device=device)
-    as_tensor = run(case, lambda *a, **k: batch_norm_act(*a[:6], torch.tensor(0.1, device=device), *a[7:], **k))
+    as_tensor = run(
+        case, lambda *a, **k: batch_norm_act(*a[:6], torch.tensor(0.1, device=device), *a[7:], **k)
+    )
     assert over_budget(case, as_tensor) == {}
 
 
@@ -207,7 +209,9 @@ def test_any_shape_and_strides(data, device):
 
     def strided(name):
         order = data.draw(st.permutations(range(dims)), f"order of {name}")
-        steps = data.draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims), f"steps of {name}")
+        steps = data.draw(
+            st.lists(st.integers(1, 2), min_size=dims, max_size=dims), f"steps of {name}"
+        )
         storage = torch.randn([shape[d] * steps[d] for d in order], device=device)
         view = storage.permute([order.index(d) for d in range(dims)])
         return view[tuple(slice(None, None, step) for step in steps)]

@@ -13,7 +13,7 @@ from ..functional import batch_norm_act
 
 
 def call_batch_norm(
-    norm: nn.Module, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """`activation(norm(input) + residual)` for a real `nn.BatchNorm1d/2d/3d`, fused, without calling the module.
 
@@ -121,8 +121,16 @@ class _BatchNormAct(nn.Module):
 
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _BORROWED = frozenset(
-    (*_STATE, "num_features", "eps", "momentum", "affine", "track_running_stats", "reset_parameters")
-    + ("reset_running_stats",)
+    [
+        *_STATE,
+        "num_features",
+        "eps",
+        "momentum",
+        "affine",
+        "track_running_stats",
+        "reset_parameters",
+        "reset_running_stats",
+    ]
 )
 
 
