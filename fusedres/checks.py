@@ -52,14 +52,16 @@ def check_batch_norm_act(
         )
     channels = shape[1]
     vectors = (running_mean, running_var, weight, bias)
-    for argument, tensor in zip(_VECTORS, vectors, strict=True):
+    for tensor in vectors:
         # One test for what is nearly always right: this runs at every call.
         if tensor is not None and not (
             isinstance(tensor, Tensor)
-            and tensor.shape == (channels,)
+            and tensor.dim() == 1
+            and tensor.numel() == channels
             and (tensor.dtype is torch.float32 or tensor.dtype is dtype)
             and tensor.device == device
         ):
+            argument = next(a for a, t in zip(_VECTORS, vectors, strict=True) if t is tensor)
             _refuse_vector(name, argument, tensor, input)
     if (running_mean is None) != (running_var is None):
         missing, given = ("running_mean", "running_var")[:: 1 if running_mean is None else -1]

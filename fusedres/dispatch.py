@@ -85,11 +85,9 @@ def resolve(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return "aten", obstacle
 
 
-def wants_triton(device_type: str) -> bool:
-    """Whether a tensor of this device goes to the operators; a cheap answer that torch.compile can trace."""
-    if _backend == "triton":
-        return True
-    return _backend == "auto" and (device_type == "cuda" or (_INTERPRET and device_type == "cpu"))
+def wants_triton(on_gpu: bool) -> bool:
+    """Whether a tensor may go to the operators; a cheap answer that torch.compile can trace."""
+    return _backend == "triton" or (_backend == "auto" and (on_gpu or _INTERPRET))
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -65,7 +65,7 @@ def batch_norm_act(
             return _with_tensor_momentum(
                 input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
             )
-    if wants_triton(input.device.type) and _goes_to_kernels(input):
+    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
         from .autograd import batch_norm_act as fused
 
         return fused(

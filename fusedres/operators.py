@@ -174,6 +174,10 @@ def _batch_norm_act(
     return output, saved, bits
 
 
+def _empty_gradient(vector: Tensor | None, needed: bool, like: Tensor) -> Tensor:
+    return torch.empty_like(vector) if needed and vector is not None else like.new_empty(0)
+
+
 def _batch_norm_act_backward(
     dy: Tensor,
     input: Tensor,
@@ -204,8 +208,8 @@ def _batch_norm_act_backward(
     mask = bits if bits.numel() else None
     size = input.element_size()
     dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
-    dweight = torch.empty_like(weight) if need_weight else saved.new_empty(0)
-    dbias = torch.empty_like(bias) if need_bias else saved.new_empty(0)
+    dweight = _empty_gradient(weight, need_weight, saved)
+    dbias = _empty_gradient(bias, need_bias, saved)
     coefficients = None
     if need_weight or need_bias or (training and need_input):
         tile = k.tile(rows, size, k.REDUCING, chip)
@@ -398,6 +402,6 @@ def _(
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),
         torch.empty_like(input, dtype=residual_dtype) if need_residual else input.new_empty(0),
-        torch.empty_like(weight) if need_weight else saved.new_empty(0),
-        torch.empty_like(bias) if need_bias else saved.new_empty(0),
+        _empty_gradient(weight, need_weight, saved),
+        _empty_gradient(bias, need_bias, saved),
     )

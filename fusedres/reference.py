@@ -42,7 +42,8 @@ def batch_norm_act(
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
-    if not _needs_casts(input, running_mean, weight, bias):
+    # To a float32 input everything is float32 already.
+    if input.dtype is torch.float32 or not _needs_casts(input, running_mean, weight, bias):
         cudnn = torch.backends.cudnn.enabled
         return torch.batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn

@@ -21,14 +21,16 @@ def call_batch_norm(
     `num_batches_tracked` counts only calls that succeed. The caller has asked `dispatch.why_not_fused` first.
     """
     norm._check_input_dim(input)
-    running_mean, running_var = norm.running_mean, norm.running_var
+    # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
+    buffers, parameters = norm._buffers, norm._parameters
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     momentum: float | Tensor | None = norm.momentum
     batches = None
     if norm.training:
         use_batch = True
         if not norm.track_running_stats:
             running_mean = running_var = None
-        elif (batches := norm.num_batches_tracked) is not None and momentum is None:
+        elif (batches := buffers["num_batches_tracked"]) is not None and momentum is None:
             momentum = 1.0 / (batches + 1)
     else:
         use_batch = running_mean is None and running_var is None
@@ -36,8 +38,8 @@ def call_batch_norm(
         input,
         running_mean,
         running_var,
-        norm.weight,
-        norm.bias,
+        parameters["weight"],
+        parameters["bias"],
         use_batch,
         0.0 if momentum is None else momentum,
         norm.eps,
@@ -97,9 +99,10 @@ class _BatchNormAct(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
-        if torch.jit.is_tracing() or why_not_fused(self.bn) is not None:
-            return _plain_call(self.bn, input, residual, self.activation)
-        return call_batch_norm(self.bn, input, residual, self.activation)
+        norm = self._modules["bn"]
+        if torch.jit.is_tracing() or why_not_fused(norm) is not None:
+            return _plain_call(norm, input, residual, self.activation)
+        return call_batch_norm(norm, input, residual, self.activation)
 
     def __getattr__(self, name: str) -> Any:
         try:
