@@ -10,6 +10,8 @@ when the operator runs, by `dispatch.resolve`; both write the same `saved` and `
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -368,10 +370,26 @@ def _batch_norm_act_backward_aten(
 # --- registration ------------------------------------------------------------------------------------------------
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("batch_norm_act", _batch_norm_act, _key)
-    LIBRARY.impl("batch_norm_act_backward", _batch_norm_act_backward, _key)
-    LIBRARY.impl("gradient_mask", _gradient_mask, _key)
+def _on_its_device(implementation: Callable) -> Callable:
+    """Triton launches on the current device, which need not be the one that the tensors are on."""
+
+    @functools.wraps(implementation)
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        if first.get_device() == torch.cuda.current_device():
+            return implementation(first, *rest)
+        with torch.cuda.device(first.device):
+            return implementation(first, *rest)
+
+    return guarded
+
+
+for _name, _implementation in (
+    ("batch_norm_act", _batch_norm_act),
+    ("batch_norm_act_backward", _batch_norm_act_backward),
+    ("gradient_mask", _gradient_mask),
+):
+    LIBRARY.impl(_name, _implementation, "CPU")
+    LIBRARY.impl(_name, _on_its_device(_implementation), "CUDA")
 
 
 @torch.library.register_fake("fusedres::batch_norm_act", lib=LIBRARY)

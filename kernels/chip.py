@@ -3,7 +3,6 @@
 So a stand-in set with `triton.runtime.driver.set_active` is believed: it may compile without launching.
 """
 
-import functools
 from dataclasses import dataclass
 
 import triton
@@ -29,6 +28,7 @@ class Chip:
     shared_memory: int
 
 
+OLDEST = 75  # of the architectures that Triton compiles for
 # Few multiprocessors: the interpreter runs programs one after the other, and a handful is enough to merge.
 _INTERPRETER = Chip(architecture=0, multiprocessors=2, shared_memory=1 << 16)
 # For a driver that does not tell: multiprocessors of A100, H100/H200 and B200.
@@ -40,11 +40,17 @@ def current_chip() -> Chip:
     if INTERPRETED:
         return _INTERPRETER
     active = driver.active
-    return _chip_of(active, active.get_current_device())
+    key = id(active), active.get_current_device()
+    if key not in _chips:
+        _chips[key] = active, _chip_of(active, key[1])
+    return _chips[key][1]
 
 
-@functools.lru_cache(maxsize=64)
-def _chip_of(active, device) -> Chip:
+# By identity, since a stand-in need not be hashable; the driver is kept, so that no other gets its identity.
+_chips: dict[tuple[int, int], tuple[object, Chip]] = {}
+
+
+def _chip_of(active, device: int) -> Chip:
     architecture = active.get_current_target().arch
     architecture = architecture if isinstance(architecture, int) else 0
     properties = active.utils.get_device_properties(device)
@@ -68,4 +74,7 @@ def why_not_launchable(device_type: str) -> str | None:
     # Triton's own drivers launch on a device and refuse host pointers; a stand-in takes what it is given.
     if device_type == "cpu" and type(active).__module__.startswith("triton.backends."):
         return "the tensors are on the CPU and Triton's driver launches on a GPU"
+    target = active.get_current_target()
+    if target.backend == "cuda" and target.arch < OLDEST:
+        return f"the GPU is of architecture sm_{target.arch}, Triton needs sm_{OLDEST} or newer"
     return None
