@@ -15,12 +15,12 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-slow lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-slow test-oldest lint format types wheel clean
 
 help:
 	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
 	@echo 'make test    lint, types, and the tests over plain PyTorch and over the Triton kernels'
-	@echo 'also: test-aten test-triton test-slow lint format types wheel clean'
+	@echo 'also: test-aten test-triton test-slow test-oldest lint format types wheel clean'
 
 demo: $(READY)
 	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
@@ -36,6 +36,14 @@ test-triton: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m slow --backend aten $(ARGS)
 	$(PYTEST) -m slow --backend triton $(ARGS)
+
+# The other end of the range in pyproject.toml; numpy is held back for the interpreter of Triton 3.6.
+test-oldest:
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' \
+		'setuptools>=77' '.[demo,models,test]'
+	.venv-oldest/bin/pytest -m 'not slow' --backend aten $(ARGS)
+	.venv-oldest/bin/pytest -m 'not slow' --backend triton $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)
