@@ -28,7 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
         # numpy's words for inf - inf and the like, where the interpreter does what a GPU does silently.
         # Triton 3.6's interpreter reads scalars in a way that numpy has deprecated (and numpy 2.4 refuses).
-        config.addinivalue_line("filterwarnings", "ignore:Conversion of an array:DeprecationWarning")
+        config.addinivalue_line(
+            "filterwarnings", "ignore:Conversion of an array:DeprecationWarning"
+        )
         for text in ("invalid value", "overflow", "divide by zero"):
             config.addinivalue_line("filterwarnings", f"ignore:{text} encountered:RuntimeWarning")
         if not torch.cuda.is_available():
