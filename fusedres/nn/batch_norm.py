@@ -31,24 +31,28 @@ def call_batch_norm(
         if not norm.track_running_stats:
             running_mean = running_var = None
         elif (batches := buffers["num_batches_tracked"]) is not None and momentum is None:
-            momentum = 1.0 / (batches + 1)
+            momentum = 1.0 / (batches + 1)  # this batch included
     else:
         use_batch = running_mean is None and running_var is None
-    output = batch_norm_act(
-        input,
-        running_mean,
-        running_var,
-        parameters["weight"],
-        parameters["bias"],
-        use_batch,
-        0.0 if momentum is None else momentum,
-        norm.eps,
-        residual=residual,
-        activation=activation,
-    )
     if batches is not None:
         batches.add_(1)
-    return output
+    try:
+        return batch_norm_act(
+            input,
+            running_mean,
+            running_var,
+            parameters["weight"],
+            parameters["bias"],
+            use_batch,
+            0.0 if momentum is None else momentum,
+            norm.eps,
+            residual=residual,
+            activation=activation,
+        )
+    except (TypeError, ValueError, RuntimeError):
+        if batches is not None:
+            batches.sub_(1)
+        raise
 
 
 def _plain_call(norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None):
@@ -99,7 +103,7 @@ class _BatchNormAct(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
-        norm = self._modules["bn"]
+        norm: Any = self._modules["bn"]
         if torch.jit.is_tracing() or why_not_fused(norm) is not None:
             return _plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
