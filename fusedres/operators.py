@@ -135,6 +135,9 @@ def _batch_norm_act(
             training, momentum, eps, activation, save,
         )  # fmt: skip
     k = _kernels()
+    weight, bias = _dense(weight), _dense(bias)
+    buffers = running_mean, running_var
+    running_mean, running_var = _dense(running_mean), _dense(running_var)
     output = torch.empty_like(input)
     if residual is None:
         rows, (input,) = _common_rows(output, input)
@@ -154,6 +157,9 @@ def _batch_norm_act(
         partial = input.new_empty((tile.programs, 3, channels), dtype=_partial_dtype(input.dtype))
         k.stats(input, partial, rows, tile, offset)
         k.finalize(partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps)
+        for buffer, updated in zip(buffers, (running_mean, running_var), strict=True):
+            if buffer is not None and updated is not buffer:
+                buffer.copy_(updated)
     k.apply(
         input,
         residual,
@@ -174,6 +180,11 @@ def _batch_norm_act(
         offset,
     )
     return output, saved, bits
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """The kernels walk a per-channel vector without strides."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
 def _empty_gradient(vector: Tensor | None, needed: bool, like: Tensor) -> Tensor:
@@ -202,6 +213,7 @@ def _batch_norm_act_backward(
         )  # fmt: skip
     k = _kernels()
     chip = k.chip()
+    weight, bias = _dense(weight), _dense(bias)
     dx = torch.empty_like(input)
     rows, (input, dy) = _common_rows(dx, input, dy)
     channels, wide = rows.channels, saved.dtype

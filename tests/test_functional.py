@@ -159,6 +159,32 @@ def test_parameters_in_float32_or_in_the_dtype_of_the_input(
     assert over_budget(case) == {}
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_strided_parameters_and_buffers(training, device):
+    """Views into something larger: every second element, and one value for all channels."""
+    case = Case(training=training, device=device)
+    strided = {
+        name: torch.stack([case.tensors[name], torch.full_like(case.tensors[name], 1e3)], 1)[:, 0]
+        for name in ("weight", "running_mean", "running_var")
+    }
+    case = case.with_tensors(**strided, bias=case.tensors["bias"][:1].expand(8))
+
+    def function(input, mean, var, *rest, **options):
+        large = torch.stack([mean, var], 1)
+        y = batch_norm_act(input, large[:, 0], large[:, 1], *rest, **options)
+        mean.copy_(large[:, 0])
+        var.copy_(large[:, 1])
+        return y
+
+    assert over_budget(case, run(case, function)) == {}
+
+
+def test_input_as_its_own_residual(device):
+    case = Case(device=device)
+    x = case.tensors["input"]
+    assert over_budget(case.with_tensors(residual=x)) == {}
+
+
 def test_residual_of_another_dtype_gives_the_dtype_of_the_input(device):
     x = torch.randn(4, 3, 5, 5, device=device, dtype=torch.bfloat16)
     residual = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
