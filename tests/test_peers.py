@@ -1,4 +1,4 @@
-"""The silent faults found in the nearest peer, each as a regression test. (Import without a GPU: tests/test_import.py.)"""
+"""The nearest peer's silent faults, each as a regression test. (Import without a GPU: tests/test_import.py.)"""
 
 from __future__ import annotations
 
