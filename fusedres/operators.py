@@ -158,7 +158,7 @@ def _batch_norm_act(
         k.stats(input, partial, rows, tile, offset)
         k.finalize(partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps)
         for buffer, updated in zip(buffers, (running_mean, running_var), strict=True):
-            if buffer is not None and updated is not buffer:
+            if buffer is not None and updated is not None and updated is not buffer:
                 buffer.copy_(updated)
     k.apply(
         input,
