@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "kernels: runs the Triton kernels (under --backend triton)",
+        "interpreter: reads Triton's interpreter (under --backend triton, where there is no GPU)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
     ):
@@ -38,7 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = {"compiler", "once"} if config.getoption("--backend") == "triton" else {"kernels"}
+    unwanted = {"kernels", "interpreter"}
+    if config.getoption("--backend") == "triton":
+        unwanted = {"compiler", "once"}
+        if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU
+            unwanted.add("interpreter")
     dropped = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
