@@ -1,7 +1,10 @@
-"""Only what pyproject.toml cannot say: kernels/ is installed as fusedres.kernels."""
+"""Only what pyproject.toml cannot say: kernels/ is installed as fusedres.kernels, benchmarks/ as fusedres.benchmarks."""
 
 from setuptools import find_packages, setup
 
 packages = find_packages(include=["fusedres", "fusedres.*"])
-kernels = ["fusedres." + name for name in find_packages(include=["kernels", "kernels.*"])]
-setup(packages=packages + kernels, package_dir={"fusedres.kernels": "kernels"})
+beside = find_packages(include=["kernels", "kernels.*", "benchmarks", "benchmarks.*"])
+setup(
+    packages=packages + ["fusedres." + name for name in beside],
+    package_dir={"fusedres." + name: name for name in ("kernels", "benchmarks")},
+)

@@ -35,7 +35,7 @@ TABLE = {
 )
 def test_passes(row, layout, dtype, shape):
     """Within 3 percent of the table, per-channel vectors and partial sums included."""
-    from .meter import meter
+    from fusedres.benchmarks.meter import meter
 
     (residual, activation, training), forward, backward = TABLE[row]
     dtype = DTYPES[dtype]

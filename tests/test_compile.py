@@ -9,9 +9,13 @@ import pytest
 import torch
 
 import fusedres
+from fusedres.benchmarks.compile_only import (
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    Launch,
+    compile_only,
+)
 from fusedres.functional import batch_norm_act
-
-from .compile_only import MULTIPROCESSORS, SHARED_MEMORY, Launch, compile_only
 
 pytestmark = pytest.mark.compiler
 

@@ -64,7 +64,8 @@ def test_the_wheel_holds_every_tracked_module(wheel):
     expected = {
         name if name.startswith("fusedres/") else f"fusedres/{name}"
         for name in tracked()
-        if name.startswith(("fusedres/", "kernels/")) and name.endswith((".py", ".typed"))
+        if name.startswith(("fusedres/", "kernels/", "benchmarks/"))
+        and name.endswith((".py", ".typed"))
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
