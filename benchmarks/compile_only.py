@@ -20,8 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100/H200, B200
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program
+# Of a multiprocessor (CUDA C programming guide, technical specifications per compute capability).
+SHARED_MEMORY_IN_ALL = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+WARPS, PROGRAMS, REGISTERS = 64, 32, 65536
+TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ class Launch:
     warps: int
     shared: int
     cubin: bytes = field(repr=False)
+    architecture: int = 90
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that registers, shared memory and slots let be resident."""
+        # Registers are handed out to warps in units of 256, each program takes 1 KiB of shared memory for itself.
+        a_warp = -(-self.code.registers * 32 // 256) * 256
+        resident = min(
+            PROGRAMS,
+            WARPS // self.warps,
+            REGISTERS // (a_warp * self.warps),
+            SHARED_MEMORY_IN_ALL[self.architecture] // (self.shared + 1024),
+        )
+        return resident * self.warps / WARPS
 
     @property
     def programs(self) -> int:
@@ -56,8 +74,28 @@ class MachineCode:
         local = self.count("LDL") + self.count("STL")
         return max(0, local - self.count("CALL"))
 
+    @property
+    def tensor_core(self) -> int:
+        """Tensor-core instructions."""
+        return sum(self.count(name) for name in TENSOR_CORE)
+
+    @property
+    def widths(self) -> dict[str, dict[int, int]]:
+        """Global accesses by kind (load, store) and width in bits. Loads into shared memory (cp.async) are loads."""
+        found: dict[str, Counter] = {"load": Counter(), "store": Counter()}
+        for name, n in self.instructions.items():
+            if name.startswith(("LDG", "STG")):
+                found["store" if name.startswith("STG") else "load"][_width(name)] += n
+        return {kind: dict(sorted(counts.items())) for kind, counts in found.items()}
+
     def count(self, prefix: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+
+def _width(instruction: str) -> int:
+    """Bits a thread moves: `LDG.E.128`, `STG.E.U16`; 32 where nothing is said."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction)
+    return int(found[1]) if found else 32
 
 
 def _tool(name: str) -> str:
@@ -115,7 +153,14 @@ class CompileOnlyDriver:
     def launcher_cls(self, source, metadata):
         def launch(x, y, z, stream, cubin, *rest):
             self.launches.append(
-                Launch(metadata.name, (x, y, z), metadata.num_warps, metadata.shared, cubin)
+                Launch(
+                    metadata.name,
+                    (x, y, z),
+                    metadata.num_warps,
+                    metadata.shared,
+                    cubin,
+                    self.architecture,
+                )
             )
 
         return launch

@@ -37,18 +37,18 @@ def add_to(commands) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", choices=SOURCES, default="digits", help="what to train on")
     data.add_argument(
-        "--image-size", type=_at_least(1), default=48, metavar="N", help="pixels a side"
+        "--image-size", type=at_least(1), default=48, metavar="N", help="pixels a side"
     )
     data.add_argument(
-        "--images", type=_at_least(1), default=512, metavar="N", help="how many synthetic images"
+        "--images", type=at_least(1), default=512, metavar="N", help="how many synthetic images"
     )
     data.add_argument(
-        "--classes", type=_at_least(2), default=10, metavar="N", help="how many synthetic classes"
+        "--classes", type=at_least(2), default=10, metavar="N", help="how many synthetic classes"
     )
-    data.add_argument("--batch", type=_at_least(1), default=32, metavar="N", help="images a step")
+    data.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images a step")
     run_as = parser.add_argument_group("how it runs")
     run_as.add_argument(
-        "--steps", type=_at_least(1), default=32, metavar="N", help="steps of training"
+        "--steps", type=at_least(1), default=32, metavar="N", help="steps of training"
     )
     run_as.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="below float32: autocast"
@@ -69,7 +69,9 @@ def add_to(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _at_least(smallest: int):
+def at_least(smallest: int):
+    """An argument's type: a whole number, and not below `smallest`."""
+
     def parse(text: str) -> int:
         try:
             number = int(text)

@@ -1,0 +1,117 @@
+"""What the compiler makes of each kernel: registers, spills, shared memory, occupancy, access widths, tensor cores.
+
+The library's own launchers are driven at a batch-256 ResNet-50's shapes, through a stand-in for Triton's driver; no
+GPU is needed, and nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import fusedres
+from fusedres.functional import batch_norm_act
+
+from .cases import shape_name
+from .compile_only import Launch, compile_only
+from .floors import OPERATORS
+from .record import Row
+
+ARCHITECTURES = (80, 90, 100)
+SHAPES = {"first stage": (256, 256, 56, 56), "last stage": (256, 2048, 7, 7)}
+STEM = {"stem": (256, 64, 112, 112)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One operator, at one shape, for one chip."""
+
+    architecture: int
+    kernel: str
+    where: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.architecture} {self.kernel}, {self.where}, {self.dtype}, {self.layout}"
+
+
+def targets(quick: bool) -> list[Target]:
+    """Every dtype on sm_90; on the others bfloat16, which shares its code paths with float16."""
+    found = []
+    for architecture in (90,) if quick else ARCHITECTURES:
+        dtypes = (
+            ("bfloat16",) if quick or architecture != 90 else ("bfloat16", "float16", "float32")
+        )
+        for dtype in dtypes:
+            for layout in ("channels_last", "contiguous_format"):
+                shapes = [("bn_add_relu", w, s) for w, s in SHAPES.items()]
+                shapes += [("bn_relu", w, s) for w, s in STEM.items()]
+                for kernel, where, shape in shapes[:1] if quick else shapes:
+                    found.append(Target(architecture, kernel, where, shape, dtype, layout))
+    return found
+
+
+def compile_target(target: Target) -> list[Launch]:
+    """The launches of one forward and backward in training mode; the tensors are never touched."""
+    operator = OPERATORS[target.kernel]
+    dtype, layout = getattr(torch, target.dtype), getattr(torch, target.layout)
+    channels = target.shape[1]
+
+    def empty() -> torch.Tensor:
+        return torch.empty(target.shape, dtype=dtype, memory_format=layout).requires_grad_()
+
+    vectors = [torch.empty(channels) for _ in range(4)]
+    leaves = [empty(), *(vector.requires_grad_() for vector in vectors[2:])]
+    if operator.residual:
+        leaves.append(empty())
+    with fusedres.backend("triton"), compile_only(target.architecture) as recorded:
+        output = batch_norm_act(
+            leaves[0], vectors[0], vectors[1], leaves[1], leaves[2], operator.training,
+            residual=leaves[3] if operator.residual else None, activation=operator.activation,
+        )  # fmt: skip
+        torch.autograd.grad(output, leaves, torch.empty_like(output))
+        return list(recorded)
+
+
+def rows_of(target: Target, launches: Sequence[Launch]) -> Iterator[Row]:
+    """A row for each kernel and figure."""
+    for launch in launches:
+        code = launch.code
+        figures = {
+            "registers": code.registers,
+            "spills": code.spills,
+            "shared_bytes": launch.shared,
+            "occupancy_percent": 100 * launch.occupancy,
+            "tensor_core": code.tensor_core,
+        }
+        notes = {}
+        for kind, widths in code.widths.items():
+            figures[f"widest_{kind}_bits"] = max(widths, default=0)
+            notes[f"widest_{kind}_bits"] = ", ".join(f"{n} of {w}" for w, n in widths.items())
+        for metric, value in figures.items():
+            yield Row(
+                level="code",
+                kernel=f"{launch.kernel} in {target.kernel}, {target.where}",
+                provider="fusedres",
+                metric=metric,
+                mode=f"sm_{target.architecture}",
+                shape=shape_name(target.shape),
+                dtype=target.dtype,
+                layout=target.layout.removesuffix("_format"),
+                median=float(value),
+                note=notes.get(metric, ""),
+            )
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """What must not be: a spill to local memory."""
+    return [
+        f"{row.kernel} ({row.mode}, {row.dtype}, {row.layout}) spills: {row.median:.0f} accesses to local memory"
+        for row in rows
+        if row.level == "code" and row.metric == "spills" and row.median
+    ]
