@@ -20,7 +20,8 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 help:
 	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
 	@echo 'make test    lint, types, and the tests over plain PyTorch and over the Triton kernels'
-	@echo 'also: test-aten test-triton test-slow test-oldest bench lint format types wheel clean'
+	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
+	@echo 'also: test-aten test-triton test-slow test-oldest lint format types wheel clean'
 
 demo: $(READY)
 	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
@@ -46,7 +47,8 @@ test-oldest:
 	.venv-oldest/bin/pytest -m 'not slow' --backend triton $(ARGS)
 
 bench: $(READY)
-	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only $(ARGS)
+	$(BIN)/python -m fusedres bench --out $(OUT)/bench $(ARGS)
+	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-columns=median,iqr,rounds
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)

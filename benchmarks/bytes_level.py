@@ -7,7 +7,7 @@ GPU; how fast it moves it, only a GPU can tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ KERNELS = ("bn_relu", "bn_add_relu", "bn", "bn_add")
 SHAPES = ((256, 64, 56, 56), (256, 2048, 7, 7))
 NETWORKS = ("resnet50",)
 BATCH, SIZE = 256, 224
+TOLERANCE = 1.03
 DTYPE, LAYOUT = torch.bfloat16, torch.channels_last
 LABELS = {"dtype": "bfloat16", "layout": "channels_last"}
 
@@ -153,6 +154,16 @@ def _network_schedule(case: Case):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(DTYPE)
     return inductor_schedule(network, [images])
+
+
+def faults(rows: Sequence[Row]) -> list[str]:
+    """Where a fused operator moves more than the table says, by more than 3 percent."""
+    return [
+        f"{row.kernel} ({row.mode}, {row.shape}) moves {row.median / 1e6:.1f} MB, {row.bytes / 1e6:.1f} MB are needed"
+        for row in rows
+        if row.level == "bytes" and row.metric == "bytes" and row.provider == FUSED
+        if row.median is not None and row.bytes is not None and row.median > TOLERANCE * row.bytes
+    ]
 
 
 def _row(

@@ -79,10 +79,10 @@ class _Measurement:
         refused = []
         for provider in self.providers:
             missing = provider.why_not(self.device)
-            if missing is None:
-                note = self._admit(provider, copy.deepcopy(module), parity)
-            else:
-                note = f"missing: {missing}"
+            if missing is not None:
+                refused.append(self._row(provider.name, "", note=f"missing: {missing}"))
+                continue
+            note = self._admit(provider, copy.deepcopy(module), parity)
             if note is not None:
                 refused.append(self._row(provider.name, "", note=note))
         self._clean()

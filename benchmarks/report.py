@@ -93,7 +93,7 @@ def _bytes(rows: Sequence[Row]) -> Iterator[str]:
                 NAMES.get(kernel, kernel),
                 shape,
                 *(shown(cell.get((kernel, shape, p))) for p in providers),
-            ]  # fmt: skip
+            ]
             for kernel, shape in places
         ],
     )

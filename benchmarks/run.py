@@ -31,16 +31,16 @@ NHWC, NCHW = torch.channels_last, torch.contiguous_format
 
 @dataclass(frozen=True)
 class Wish:
-    """What was asked for. `batch`, `dtypes`, `layouts`, `models`: None stands for what suits the device."""
+    """What was asked for. `batch` None, `dtypes`, `layouts`, `models` empty: what suits the device."""
 
     device: torch.device
     levels: Sequence[str] = LEVELS
     quick: bool = False
     budget: float | None = None
     batch: int | None = None
-    dtypes: Sequence[torch.dtype] | None = None
-    layouts: Sequence[torch.memory_format] | None = None
-    models: Sequence[str] | None = None
+    dtypes: Sequence[torch.dtype] = ()
+    layouts: Sequence[torch.memory_format] = ()
+    models: Sequence[str] = ()
     providers: Sequence[Provider] = PROVIDERS
     graphs: bool = True
 
@@ -183,8 +183,8 @@ def cases_for(level: str, wish: Wish) -> list[Case]:
 
 
 def faults(rows: Sequence[Row]) -> list[str]:
-    """What the machine code and the host cost must not be."""
-    return [*code.faults(rows), *host.faults(rows)]
+    """What bytes, machine code and host cost must not be."""
+    return [*bytes_level.faults(rows), *code.faults(rows), *host.faults(rows)]
 
 
 __all__ = ["LEVELS", "Wish", "cases_for", "faults", "plan", "run", "stamp"]

@@ -1,4 +1,4 @@
-"""One option, `--backend {aten,triton}`: what the tests run over.
+"""Options of the tests. `--backend {aten,triton}` is what they run over, `--share K/N` runs the K-th of N shares.
 
 `aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. Each test
 runs under at least one of the two, and `make test` runs both: a test marked `kernels` needs the kernels to run, one
@@ -14,6 +14,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=["aten", "triton"], default="aten")
+    parser.addoption("--share", default="1/1", help="run the K-th of N shares of the tests: K/N")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,10 +45,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unwanted = {"compiler", "once"}
         if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU
             unwanted.add("interpreter")
-    dropped = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in set(dropped)]
+    share, shares = map(int, config.getoption("--share").split("/"))
+    wanted = [i for i in items if not unwanted & {mark.name for mark in i.iter_markers()}]
+    wanted = wanted[share - 1 :: shares]
+    if len(wanted) < len(items):
+        kept = set(wanted)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = wanted
 
 
 @pytest.fixture(autouse=True)

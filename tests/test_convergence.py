@@ -11,7 +11,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import nn
 from torchvision.models.resnet import BasicBlock, resnet18
 
@@ -40,7 +39,8 @@ class Small(nn.Module):
 
 def digits(size: int, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """32 batches of handwritten digits, [batch, 3, size, size] in [0, 1]."""
-    data = load_digits()
+    # On a GPU that is only lent for the kernels' sake, scikit-learn may be missing.
+    data = pytest.importorskip("sklearn.datasets").load_digits()
     images = torch.tensor(data.images[: STEPS * batch] / 16.0)[:, None]
     images = F.interpolate(images, size=(size, size), mode="nearest").expand(-1, 3, -1, -1)
     labels = torch.tensor(data.target[: STEPS * batch])

@@ -17,14 +17,18 @@ def add_to(commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="the benchmark suite",
-        description="Measure fusedres beside PyTorch eager, torch.compile and other peers: operators, blocks and "
-        "models (time), and what needs no GPU: bytes, machine code, host cost. Every result is checked before it is timed. "
-        "Rows are appended to results.json and results.csv; plots and a page are made from them.",
+        description="Measure fusedres beside PyTorch eager, torch.compile and other peers: the time of operators, "
+        "blocks and models, and what needs no GPU: bytes, machine code, host cost. Every result is checked before it "
+        "is timed. Rows are appended to results.json and results.csv; plots and a page are made from them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--level", action="append", choices=LEVELS, metavar="LEVEL", help=f"one of {', '.join(LEVELS)}; may be given more than once; all of them without it"
-    )  # fmt: skip
+        "--level",
+        action="append",
+        choices=LEVELS,
+        metavar="LEVEL",
+        help=f"{', '.join(LEVELS)}; may be given more than once; without it, all of them",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases, shorter rounds")
     parser.add_argument(
         "--out",
@@ -105,12 +109,12 @@ def run(options: argparse.Namespace) -> None:
             quick=options.quick,
             budget=options.budget,
             batch=options.batch,
-            dtypes=[DTYPES[name] for name in dict.fromkeys(options.dtype)] if options.dtype else None,
-            layouts=[LAYOUTS[name == "channels_last"] for name in dict.fromkeys(options.layout)] if options.layout else None,
-            models=tuple(options.model) if options.model else None,
+            dtypes=[DTYPES[name] for name in options.dtype or ()],
+            layouts=[LAYOUTS[name == "channels_last"] for name in options.layout or ()],
+            models=options.model or (),
             providers=_providers(options.provider),
             graphs=not options.no_graphs,
-        )  # fmt: skip
+        )
         before = len(book.rows)
         suite.run(wish, book, print, Progress)
         print(f"{len(book.rows) - before} rows")
