@@ -95,7 +95,12 @@ def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> None:
                 book.add(rows)
                 if end is not None and time.monotonic() > end:
                     book.add(
-                        [_skipped(name, f"cut short: the budget of {wish.budget:.0f} s was over")]
+                        [
+                            _skipped(
+                                name,
+                                f"the budget of {wish.budget:.0f} s was over: what would follow is left out",
+                            )
+                        ]
                     )
                     break
         except CommandError as error:

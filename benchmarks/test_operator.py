@@ -12,9 +12,7 @@ from fusedres.benchmarks.workload import Setting, Workload
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-CASES = [
-    case for case in operators((256,) if ON_GPU else (2,), grid=False) if case.kernel != "bn"
-]
+CASES = [case for case in operators((256,) if ON_GPU else (2,), grid=False) if case.kernel != "bn"]
 TIMED = [provider for provider in PROVIDERS if provider.name in ("eager, in place", "fusedres")]
 
 

@@ -86,7 +86,9 @@ def test_the_network_sum_of_resnet50():
     eager = network.count_step(case.build, [case.shape])
 
     def floor(site: traffic.Site) -> traffic.Traffic:
-        forward, backward = (OPERATORS[site.kernel].bytes(m, site.shape, 2) for m in ("forward", "backward"))
+        forward, backward = (
+            OPERATORS[site.kernel].bytes(m, site.shape, 2) for m in ("forward", "backward")
+        )
         return traffic.Traffic(forward, backward, 3, 3)  # fmt: skip
 
     fused = network.count_step(case.build, [case.shape], measured=floor)
@@ -120,9 +122,7 @@ def test_a_spill_is_seen_in_the_machine_code(size, spills):
     """32768 values in one warp are 1024 registers a thread; there are 255."""
     x = torch.empty(size)
     with compile_only(90) as launches:
-        spilling_kernel[(1,)](
-            x, torch.empty_like(x), SIZE=size, num_warps=1, enable_fp_fusion=True
-        )
+        spilling_kernel[(1,)](x, torch.empty_like(x), SIZE=size, num_warps=1, enable_fp_fusion=True)
         (launch,) = launches
     target = code.Target(90, "planted", "here", (size,) * 4, "float32", "contiguous_format")
     assert bool(code.faults(list(code.rows_of(target, [launch])))) == spills

@@ -12,6 +12,7 @@ from .helpers import DTYPES, lay_out
 
 pytestmark = pytest.mark.interpreter
 
+
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("row", OPERATORS)
 @pytest.mark.parametrize(
@@ -35,7 +36,14 @@ def test_passes(row, layout, dtype, shape):
     leaves = [t for t in (x, r, weight, bias) if t is not None]
     with meter() as measured:
         y = batch_norm_act(
-            x, mean, var, weight, bias, operator.training, residual=r, activation=operator.activation
+            x,
+            mean,
+            var,
+            weight,
+            bias,
+            operator.training,
+            residual=r,
+            activation=operator.activation,
         )
     with meter() as measured_backward:
         torch.autograd.grad(y, leaves, lay_out(torch.randn(shape).to(dtype), layout))
