@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ NETWORKS = ("resnet50",)
 BATCH, SIZE = 256, 224
 TOLERANCE = 1.03
 DTYPE, LAYOUT = torch.bfloat16, torch.channels_last
-LABELS = {"dtype": "bfloat16", "layout": "channels_last"}
+LABELS: dict[str, Any] = {"dtype": "bfloat16", "layout": "channels_last"}
 
 
 def measure(quick: bool) -> Iterator[list[Row]]:
@@ -59,25 +60,15 @@ def _operator(site: Site, measured: MeasuredOnce, obstacle: str | None) -> Itera
     operator = OPERATORS[site.kernel]
     size = math.prod(site.shape) * DTYPE.itemsize
 
-    def rows(
-        provider: str, forward: int, backward: int, forward_kernels=None, backward_kernels=None
-    ):
+    def rows(provider: str, forward: int, backward: int, *kernels: int) -> list[Row]:
         found = []
-        for mode, moved, kernels in (
-            ("forward", forward, forward_kernels),
-            ("backward", backward, backward_kernels),
-        ):
+        for i, (mode, moved) in enumerate((("forward", forward), ("backward", backward))):
+            figures: dict[str, float] = {"passes": moved / size, "bytes": moved}
+            if kernels:
+                figures["kernels"] = kernels[i]
             floor = operator.bytes(mode, site.shape, DTYPE.itemsize)
-            found += [
-                _row(
-                    "bytes", site.kernel, provider, "passes", mode, site.shape, moved / size, floor
-                ),
-                _row("bytes", site.kernel, provider, "bytes", mode, site.shape, moved, floor),
-            ]
-            if kernels is not None:
-                found.append(
-                    _row("bytes", site.kernel, provider, "kernels", mode, site.shape, kernels)
-                )
+            for metric, value in figures.items():
+                found.append(_row(site, provider, metric, mode, value, floor))
         return found
 
     def tail() -> Tail:
@@ -176,6 +167,6 @@ def _missing(of: Site | Case, provider: str, why: str) -> Row:
     return _blank(of, provider, "bytes", note=why)
 
 
-def _blank(of: Site | Case, provider: str, metric: str, **more) -> Row:
+def _blank(of: Site | Case, provider: str, metric: str, **more: Any) -> Row:
     level = "network" if isinstance(of, Case) else "bytes"
     return Row(level, of.kernel, provider, metric, shape=shape_name(of.shape), **LABELS, **more)

@@ -118,11 +118,13 @@ def read_machine_code(cubin: bytes) -> MachineCode:
             [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
         )
     text = usage.stdout + usage.stderr
-    registers = int(re.search(r"REG:(\d+)", text)[1])
+    found = re.search(r"REG:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump does not tell the registers: {text.strip()[:200]!r}")
     names = re.findall(
         r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass.stdout, re.M
     )
-    return MachineCode(registers, Counter(names))
+    return MachineCode(int(found[1]), Counter(names))
 
 
 class CompileOnlyDriver:

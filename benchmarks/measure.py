@@ -121,16 +121,17 @@ class _Measurement:
         rows = []
         sets = 1 if self.case.level == "model" else min(self.workload.rotation, 4)
         for name, module in self.modules.items():
-            try:
-                step = captured(self.workload.step(module, mode), sets)
-                timing = time_steps({name: step}, self.device, self.plan.effort)[name]
-            except Exception as error:
-                timing = error
-                torch.cuda.synchronize()
-            rows.append(self._timed(name, mode, timing, "cold", graph=True))
-            step = None
+            rows.append(self._time_graph(name, module, mode, sets))
             self._clean()
         return rows
+
+    def _time_graph(self, name: str, module: nn.Module, mode: str, sets: int) -> Row:
+        try:
+            step = captured(self.workload.step(module, mode), sets)
+            timing = time_steps({name: step}, self.device, self.plan.effort)[name]
+        except Exception as error:
+            timing = error
+        return self._timed(name, mode, timing, "cold", graph=True)
 
     def drop(self) -> None:
         self.modules.clear()

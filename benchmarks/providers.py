@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,10 @@ def _in_place(module: nn.Module) -> nn.Module:
 
 def _compiled(mode: str) -> Callable[[nn.Module], nn.Module]:
     # CUDA graphs are captured around the step, for every provider in the same way.
-    return lambda module: torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
+    def wrap(module: nn.Module) -> Any:
+        return torch.compile(module, mode=mode, fullgraph=True, dynamic=False)
+
+    return wrap
 
 
 def _fused(module: nn.Module) -> nn.Module:
@@ -82,7 +86,7 @@ class _Peer(nn.Module):
         super().__init__()
         if not isinstance(tail, Tail):
             raise Unfit("it has no form of this block")
-        self.bn = self.make(tail).to(tail.bn.weight.device)
+        self.bn: Any = self.make(tail).to(tail.bn.weight.device)
         self.bn.weight, self.bn.bias = tail.bn.weight, tail.bn.bias
         self.bn.running_mean, self.bn.running_var = tail.bn.running_mean, tail.bn.running_var
 

@@ -104,22 +104,21 @@ def _network(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield (
         "What BatchNorm, ReLU and the residual add move in one training step, the adds of gradients at the forks "
-        "included; convolutions, pooling and the classifier left out. In GB."
+        "included; convolutions, pooling and the classifier left out. For torch.compile all kernels that inductor itself "
+        "writes, in which the pooling cannot be told apart. In GB."
     )
     yield ""
     found = {
-        (row.kernel, row.shape, row.dtype, row.provider, row.mode): row
+        (row.kernel, row.shape, row.dtype, row.provider, row.mode): row.median
         for row in rows
-        if row.metric == "bytes"
+        if row.metric == "bytes" and row.median is not None
     }
     lines = []
     for kernel, shape, dtype, provider in _distinct(key[:4] for key in found if key[4] == "step"):
-        cells = [
+        figures = [
             found[kernel, shape, dtype, provider, mode] for mode in ("forward", "backward", "step")
         ]
-        lines.append(
-            [kernel, shape, dtype, provider, *(f"{row.median / 1e9:.1f}" for row in cells)]
-        )  # type: ignore[operator]
+        lines.append([kernel, shape, dtype, provider, *(f"{x / 1e9:.1f}" for x in figures)])
     yield from _table(["network", "input", "dtype", "", "forward", "backward", "step"], lines)
 
 

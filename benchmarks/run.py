@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,23 +122,23 @@ def plan(wish: Wish) -> Iterator[Unit]:
         if level in TIMED:
             yield from _timed_units(level, wish)
         elif level == "bytes":
-            yield "bytes: operators and networks", lambda: bytes_level.measure(wish.quick)
+            yield "bytes: operators and networks", partial(bytes_level.measure, wish.quick)
         elif level == "code":
             for target in code.targets(wish.quick):
-                yield f"code: {target.name}", lambda target=target: iter([_code_rows(target)])
+                yield f"code: {target.name}", partial(_code_rows, target)
         elif level == "host":
-            yield "host: calls and steps", lambda: host.measure(wish.device, wish.quick)
+            yield "host: calls and steps", partial(host.measure, wish.device, wish.quick)
 
 
-def _code_rows(target: code.Target) -> list[Row]:
-    return list(code.rows_of(target, code.compile_target(target)))
+def _code_rows(target: code.Target) -> Iterator[list[Row]]:
+    yield list(code.rows_of(target, code.compile_target(target)))
 
 
 def _timed_units(level: str, wish: Wish) -> Iterator[Unit]:
     for setting in _settings(level, wish):
         for case in cases_for(level, wish):
             name = f"{level}: {case.name} {setting.dtype_name} {setting.layout_name}"
-            yield name, lambda case=case, setting=setting: _measured(case, setting, wish)
+            yield name, partial(_measured, case, setting, wish)
 
 
 def _measured(case: Case, setting: Setting, wish: Wish) -> Iterator[list[Row]]:
