@@ -87,8 +87,8 @@ class _Peer(nn.Module):
         if not isinstance(tail, Tail):
             raise Unfit("it has no form of this block")
         self.bn: Any = self.make(tail).to(tail.bn.weight.device)
-        self.bn.weight, self.bn.bias = tail.bn.weight, tail.bn.bias
-        self.bn.running_mean, self.bn.running_var = tail.bn.running_mean, tail.bn.running_var
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            setattr(self.bn, name, getattr(tail.bn, name))
 
     def make(self, tail: Tail) -> nn.Module:
         raise NotImplementedError
