@@ -104,8 +104,7 @@ def _network(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield (
         "What BatchNorm, ReLU and the residual add move in one training step, the adds of gradients at the forks "
-        "included; convolutions, pooling and the classifier left out. For torch.compile all kernels that inductor "
-        "itself writes, in which the pooling cannot be told apart. In GB."
+        "included; convolutions, pooling and the classifier left out. In GB."
     )
     yield ""
     found = {

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
             graphs=not options.no_graphs,
         )
         before = len(book.rows)
-        suite.run(wish, book, print, Progress)
+        suite.run(wish, book, print, lambda units: Progress(units, lines=max(units, 1)))
         print(f"{len(book.rows) - before} rows")
     for path in report.write_page(book):
         print(f"wrote {path}")

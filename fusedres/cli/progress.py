@@ -9,10 +9,11 @@ LINES = 6
 
 
 class Progress:
-    """Iterate over `range(steps)`; `tell` says what the last step was like."""
+    """Iterate over `range(steps)`; `tell` says what the step is like. `lines`: how many are printed off a terminal."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, lines: int = LINES) -> None:
         self._steps = steps
+        self._every = max(1, steps // lines)
         self._said = ""
         self._bar = None
         if sys.stderr.isatty():
@@ -23,16 +24,16 @@ class Progress:
             self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
 
     def __iter__(self) -> Iterator[int]:
-        every = max(1, self._steps // LINES)
         for index in range(self._steps):
             yield index
             if self._bar is not None:
-                self._bar.set_postfix_str(self._said, refresh=False)
                 self._bar.update()
-            elif (index + 1) % every == 0 or index + 1 == self._steps:
+            elif (index + 1) % self._every == 0 or index + 1 == self._steps:
                 print(f"  step {index + 1:>{len(str(self._steps))}}/{self._steps}  {self._said}")
         if self._bar is not None:
             self._bar.close()
 
     def tell(self, words: str) -> None:
         self._said = words
+        if self._bar is not None:
+            self._bar.set_postfix_str(words)
