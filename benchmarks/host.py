@@ -7,7 +7,6 @@ kernels are launched is timed apart, with a stand-in for Triton's driver that la
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from .cases import Tail, model
 from .compile_only import compile_only
 from .providers import FusedTail
 from .record import Row
-from .timing import Effort, Step, time_steps, verdict
+from .timing import Effort, Step, one_thread, time_steps, verdict
 from .workload import Setting, Workload
 
 SHAPE = (2, 8, 4, 4)
@@ -52,7 +51,7 @@ def _tail() -> Tail:
 
 def measure(device: torch.device, quick: bool = False) -> Iterator[list[Row]]:
     """Rows of calls, then of the Triton backend's own cost, then of the step of a ResNet-18."""
-    with _one_thread():
+    with one_thread():
         for mode in ("forward", "eval", "step"):
             yield compare(tails(), mode, device)
         for mode in ("forward", "eval", "step"):
@@ -123,14 +122,3 @@ def faults(rows: Sequence[Row]) -> list[str]:
                 f"{row.kernel}, {row.mode}: {row.median:.1f} us fused, {eager.median:.1f} us eager"
             )
     return found
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are not worth another thread; whether one is woken would be noise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

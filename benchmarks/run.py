@@ -57,7 +57,9 @@ def stamp(device: torch.device) -> dict[str, str]:
     """Device, versions and date, as every row carries them."""
     name = device_name(device)
     if device.type == "cpu":
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        name = (
+            f"{_processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+        )
     told = versions()
     now = datetime.datetime.now(datetime.timezone.utc)
     return {

@@ -6,15 +6,12 @@ import pytest
 import torch
 
 from fusedres.benchmarks.host import call_of, tails
+from fusedres.benchmarks.timing import one_thread
 
 
 @pytest.mark.parametrize("provider", tails())
 @pytest.mark.parametrize("mode", ["forward", "eval", "step"])
 def test_call(benchmark, mode, provider):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         step = call_of(tails()[provider], mode, torch.device("cpu"))
         benchmark(step.run, None)
-    finally:
-        torch.set_num_threads(before)

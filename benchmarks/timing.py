@@ -7,11 +7,12 @@ take turns: what drifts (clocks, temperature, neighbours) drifts for all of them
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,17 @@ class Eviction:
         self._buffer.fill_(1)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU times are taken with one thread: on a shared machine, threads that wait for each other time the neighbours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def threads() -> int:
-    """CPU threads that a timing may use."""
+    """CPU threads that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

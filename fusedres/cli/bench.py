@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from .compare import DTYPES, LAYOUTS, at_least
 from .device import choose_device
 from .errors import CommandError
@@ -88,10 +90,16 @@ def add_to(commands) -> None:
 def run(options: argparse.Namespace) -> None:
     """Everything that can be wrong is looked at before the first measurement."""
     # The suite loads Triton, torch.compile and what it compares with; `env` and `explain` do without.
+    from ..benchmarks.timing import one_thread
+
+    with one_thread():
+        _run(options, choose_device(options.device))
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> None:
     from ..benchmarks import changes, record, report
     from ..benchmarks import run as suite
 
-    device = choose_device(options.device)
     try:
         old = record.read(options.compare) if options.compare else None
         book = record.Book.open(options.out, suite.stamp(device))
@@ -140,8 +148,6 @@ def _providers(names):
 
 def _check_model(name: str) -> None:
     """A name that cannot be built is an error now, not a row an hour later."""
-    import torch
-
     from ..benchmarks.cases import model
 
     with torch.device("meta"):
