@@ -205,7 +205,7 @@ class Eviction:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """CPU times are taken with one thread: on a shared machine, threads that wait for each other time the neighbours."""
+    """For CPU times: on a shared machine, threads that wait for each other time the neighbours."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

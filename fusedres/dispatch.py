@@ -96,7 +96,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels do not take {dtype}"
     if _backend == "auto" and not (device.type == "cuda" or (_INTERPRET and device.type == "cpu")):
         return f"tensors on {device.type!r} go to plain PyTorch (the kernels run on GPUs)"
-    if importlib.util.find_spec("triton") is None:
+    # Asked at each call: a module that is loaded need not be searched for.
+    if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     from .kernels.chip import why_not_launchable
 

@@ -15,6 +15,7 @@ from .bits import byte_tile, pack
 from .launch import Tile
 from .layout import RowMap, Strides
 from .moments import center, inverse_std, normalize
+from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
 
@@ -111,30 +112,28 @@ def launch_bn_apply(
     offset: tl.dtype,
 ) -> None:
     """y (and bits) <- x; rows.strides are those of y, x and, where there is one, the residual."""
-    bn_apply_kernel[tile.grid](
-        x,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        saved,
-        y,
-        bits,
-        rows.strides[1],
-        rows.strides[2] if residual is not None else None,
-        rows.strides[0],
-        bits_stride,
-        rows.outer,
-        rows.inner,
-        rows.channels,
-        tile.tiles_inner,
-        tile.tiles,
-        tile.programs,
-        eps,
-        ACTIVATION=activation,
-        PACK_CHANNELS=pack_channels,
-        ACC=accumulate,
-        OFFSET=offset,
-        **tile.options,
+    start(
+        bn_apply_kernel,
+        tile.grid,
+        (x, residual, weight, bias, running_mean, running_var, saved, y, bits),
+        (
+            rows.strides[1],
+            rows.strides[2] if residual is not None else None,
+            rows.strides[0],
+            bits_stride,
+            rows.outer,
+            rows.inner,
+            rows.channels,
+            tile.tiles_inner,
+            tile.tiles,
+            tile.programs,
+        ),
+        (eps,),
+        {
+            "ACTIVATION": activation,
+            "PACK_CHANNELS": pack_channels,
+            "ACC": accumulate,
+            "OFFSET": offset,
+        },
+        tile.options,
     )

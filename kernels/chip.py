@@ -21,16 +21,18 @@ INTERPRETED = isinstance(_probe, InterpretedFunction)
 
 @dataclass(frozen=True)
 class Chip:
-    """architecture: 90 for sm_90. multiprocessors: how many. shared_memory: bytes a program may use."""
+    """architecture: 90 for sm_90. multiprocessors: how many. shared_memory: bytes a program may use. backend: Triton's
+    name for it."""
 
     architecture: int
     multiprocessors: int
     shared_memory: int
+    backend: str = "cuda"
 
 
 OLDEST = 75  # of the architectures that Triton compiles for
 # Few multiprocessors: the interpreter runs programs one after the other, and a handful is enough to merge.
-_INTERPRETER = Chip(architecture=0, multiprocessors=2, shared_memory=1 << 16)
+_INTERPRETER = Chip(architecture=0, multiprocessors=2, shared_memory=1 << 16, backend="interpreter")
 # For a driver that does not tell: multiprocessors of A100, H100/H200 and B200.
 _MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 
@@ -51,7 +53,8 @@ _chips: dict[tuple[int, int], tuple[object, Chip]] = {}
 
 
 def _chip_of(active, device: int) -> Chip:
-    architecture = active.get_current_target().arch
+    target = active.get_current_target()
+    architecture = target.arch
     architecture = architecture if isinstance(architecture, int) else 0
     properties = active.utils.get_device_properties(device)
     return Chip(
@@ -60,6 +63,7 @@ def _chip_of(active, device: int) -> Chip:
             "multiprocessor_count", _MULTIPROCESSORS.get(architecture, 132)
         ),
         shared_memory=properties.get("max_shared_mem", 48 << 10),
+        backend=target.backend,
     )
 
 

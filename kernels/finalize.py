@@ -4,16 +4,20 @@ Reads the partials once ([P, k, C], a few hundred KiB at most), writes per-chann
 eight channels; all partials of a block are merged at once, in a fixed tree.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .moments import inverse_std, load_pivot, merge
+from .start import start
 from .tile import load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 
 
+@functools.lru_cache(maxsize=1024)
 def _options(programs: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(programs))
     warps = max(4, min(16, block * BLOCK_CHANNELS // 128))  # 4 values a thread, where 16 warps do
@@ -97,18 +101,14 @@ def launch_bn_finalize(
 ) -> None:
     """saved [3, C] <- partial [P, 3, C]; running_mean and running_var [C] are updated in place where given."""
     programs, _, channels = partial.shape
-    bn_finalize_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
-        partial,
-        x,
-        saved,
-        running_mean,
-        running_var,
-        x_stride,
-        channels,
-        programs,
-        momentum,
-        eps,
-        **_options(programs),
+    start(
+        bn_finalize_kernel,
+        (-(-channels // BLOCK_CHANNELS),),
+        (partial, x, saved, running_mean, running_var),
+        (x_stride, channels, programs),
+        (momentum, eps),
+        {},
+        _options(programs),
     )
 
 
@@ -164,15 +164,12 @@ def launch_bn_grad_finalize(
 ) -> None:
     """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C]."""
     programs, _, channels = partial.shape
-    bn_grad_finalize_kernel[(triton.cdiv(channels, BLOCK_CHANNELS),)](
-        partial,
-        saved,
-        weight,
-        coefficients,
-        dweight,
-        dbias,
-        channels,
-        programs,
-        1.0 / rows,
-        **_options(programs),
+    start(
+        bn_grad_finalize_kernel,
+        (-(-channels // BLOCK_CHANNELS),),
+        (partial, saved, weight, coefficients, dweight, dbias),
+        (channels, programs),
+        (1.0 / rows,),
+        {},
+        _options(programs),
     )

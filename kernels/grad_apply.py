@@ -15,6 +15,7 @@ from .grad import masked_gradient
 from .launch import Tile
 from .layout import RowMap, Strides
 from .moments import center
+from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
 
@@ -105,29 +106,28 @@ def launch_bn_grad_apply(
     offset: tl.dtype,
 ) -> None:
     """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy."""
-    bn_grad_apply_kernel[tile.grid](
-        dy,
-        x,
-        bits,
-        weight,
-        bias,
-        saved,
-        coefficients,
-        dx,
-        dresidual,
-        rows.strides[2],
-        rows.strides[1],
-        bits_stride,
-        rows.strides[0],
-        rows.outer,
-        rows.inner,
-        rows.channels,
-        tile.tiles_inner,
-        tile.tiles,
-        tile.programs,
-        ACTIVATION=activation,
-        PACK_CHANNELS=pack_channels,
-        ACC=accumulate,
-        OFFSET=offset,
-        **tile.options,
+    start(
+        bn_grad_apply_kernel,
+        tile.grid,
+        (dy, x, bits, weight, bias, saved, coefficients, dx, dresidual),
+        (
+            rows.strides[2],
+            rows.strides[1],
+            bits_stride,
+            rows.strides[0],
+            rows.outer,
+            rows.inner,
+            rows.channels,
+            tile.tiles_inner,
+            tile.tiles,
+            tile.programs,
+        ),
+        (),
+        {
+            "ACTIVATION": activation,
+            "PACK_CHANNELS": pack_channels,
+            "ACC": accumulate,
+            "OFFSET": offset,
+        },
+        tile.options,
     )

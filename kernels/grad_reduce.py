@@ -15,6 +15,7 @@ from .grad import masked_gradient
 from .launch import Tile
 from .layout import RowMap, Strides
 from .moments import add_compensated, add_product, center, center_remainder, sum_rows
+from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
 
@@ -106,25 +107,22 @@ def launch_bn_grad_reduce(
     offset: tl.dtype,
 ) -> None:
     """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy."""
-    bn_grad_reduce_kernel[tile.grid](
-        dy,
-        x,
-        bits,
-        weight,
-        bias,
-        saved,
-        partial,
-        rows.strides[2],
-        rows.strides[1],
-        bits_stride,
-        rows.outer,
-        rows.inner,
-        rows.channels,
-        tile.tiles_inner,
-        tile.tiles,
-        tile.programs,
-        ACTIVATION=activation,
-        PACK_CHANNELS=pack_channels,
-        OFFSET=offset,
-        **tile.options,
+    start(
+        bn_grad_reduce_kernel,
+        tile.grid,
+        (dy, x, bits, weight, bias, saved, partial),
+        (
+            rows.strides[2],
+            rows.strides[1],
+            bits_stride,
+            rows.outer,
+            rows.inner,
+            rows.channels,
+            tile.tiles_inner,
+            tile.tiles,
+            tile.programs,
+        ),
+        (),
+        {"ACTIVATION": activation, "PACK_CHANNELS": pack_channels, "OFFSET": offset},
+        tile.options,
     )

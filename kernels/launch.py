@@ -36,7 +36,7 @@ class Tile:
     programs: int
     channel_blocks: int
 
-    @property
+    @functools.cached_property
     def options(self) -> dict[str, int]:
         """The tile as keyword arguments of a launch. Contraction into fused multiply-adds is asked for by name, since
         Triton's default for it changes from 3.9 to 3.10."""
@@ -49,7 +49,7 @@ class Tile:
             "enable_fp_fusion": True,
         }
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int]:
         return self.programs, self.channel_blocks
 

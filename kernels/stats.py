@@ -15,6 +15,7 @@ from torch import Tensor
 from .launch import Tile
 from .layout import RowMap
 from .moments import add_compensated, load_pivot, merge
+from .start import start
 from .tile import tile_channels, tile_offsets, tile_rows
 
 
@@ -85,16 +86,20 @@ def bn_stats_kernel(
 
 def launch_bn_stats(x: Tensor, partial: Tensor, rows: RowMap, tile: Tile, offset: tl.dtype) -> None:
     """partial [tile.programs, 3, C] <- moments of x; rows.strides[1] is x."""
-    bn_stats_kernel[tile.grid](
-        x,
-        partial,
-        rows.strides[1],
-        rows.outer,
-        rows.inner,
-        rows.channels,
-        tile.tiles_inner,
-        tile.tiles,
-        tile.programs,
-        OFFSET=offset,
-        **tile.options,
+    start(
+        bn_stats_kernel,
+        tile.grid,
+        (x, partial),
+        (
+            rows.strides[1],
+            rows.outer,
+            rows.inner,
+            rows.channels,
+            tile.tiles_inner,
+            tile.tiles,
+            tile.programs,
+        ),
+        (),
+        {"OFFSET": offset},
+        tile.options,
     )
