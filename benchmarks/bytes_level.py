@@ -131,6 +131,7 @@ def _tail_schedule(tail: Callable[[], Tail], shapes: list[tuple[int, ...]]):
     ]
     with torch.device("meta"):
         module = tail()
+    module.bn.num_batches_tracked = None  # a kernel of its own, for everyone
     return inductor_schedule(module, inputs)
 
 

@@ -1,7 +1,7 @@
 """Host cost: what Python and PyTorch spend on a call, on tensors so small that nothing else counts.
 
 `fusedres` against the eager composition: one call forward, forward and backward, and the training step of a ResNet-18
-on 32x32 images. On a machine without a GPU `fusedres` is the aten backend; what the Triton backend spends before its
+on 16x16 images. On a machine without a GPU `fusedres` is the aten backend; what the Triton backend spends before its
 kernels are launched is timed apart, with a stand-in for Triton's driver that launches nothing.
 """
 
@@ -84,13 +84,13 @@ def _up_to_the_launch(mode: str) -> list[Row]:
 
 def _step_of_resnet18(device: torch.device) -> list[Row]:
     workload = Workload(
-        model("cifar_resnet18", 2, 32), Setting(device, torch.float32, torch.contiguous_format)
+        model("resnet18", 2, 16), Setting(device, torch.float32, torch.contiguous_format)
     )
     fused = workload.build()
     fusedres.fuse_(fused)
     modules = {COMPOSITION: workload.build(), FUSED: fused}
     steps = {name: workload.step(module, "step") for name, module in modules.items()}
-    return _rows("resnet18, 32x32", "step", steps, device, STEP_EFFORT, "N2-C3-H32-W32")
+    return _rows("resnet18, 16x16", "step", steps, device, STEP_EFFORT, "N2-C3-H16-W16")
 
 
 def _rows(

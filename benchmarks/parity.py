@@ -2,8 +2,13 @@
 
 The oracle is the same module in plain PyTorch, one precision wider (float64 for operators and for float32, else
 float32 without tf32). A result is right when its relative error, in the 2-norm, is at most twice that of PyTorch eager
-plus one unit in the last place of its dtype: sums in another order differ by less, mistakes by more. The tests of the
-library are stricter.
+plus one unit in the last place of its dtype (of a gradient: of the activations' dtype) and sixteen of float32, in which
+everyone adds: sums in another order differ by less, mistakes by more. torch.compile 2.15 was seen to need it on a CPU:
+a running mean five units of float32 off, and in bfloat16 a float32 gradient of the weight a third of a bfloat16 unit.
+
+A value near zero before a ReLU changes gradients in steps, here for one provider and there for another: an operator
+gets no gradient there, and a network a budget of four times eager's largest error over all tensors of a kind. The
+library's own tests are stricter.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cases import Tail
 from .workload import Workload
 
 FACTOR, NETWORK_FACTOR = 2.0, 4.0
+MARGIN = 1e-3
 SUMS = 16 * torch.finfo(torch.float32).eps
 
 
@@ -31,6 +38,8 @@ class Parity:
 
     def __init__(self, workload: Workload, module: nn.Module) -> None:
         self._workload = workload
+        if isinstance(module, Tail) and module.relu is not None:
+            workload.mute(_near_the_kink(workload, module))
         self._eager = workload.results(copy.deepcopy(module))
         with _exact_float32():
             self._oracle = workload.results(copy.deepcopy(module), _wider(workload))
@@ -49,10 +58,11 @@ class Parity:
         self.hold(self._workload.results(module))
 
     def _allowed(self, name: str, actual: Tensor) -> float:
-        rounding = torch.finfo(actual.dtype).eps + SUMS
+        kind = name.split()[0]
+        dtypes = [actual.dtype] + [self._workload.setting.dtype] * (kind == "gradient")
+        rounding = max(torch.finfo(dtype).eps for dtype in dtypes) + SUMS
         if self._workload.case.level == "operator":
             return FACTOR * self._eager_errors[name] + rounding
-        kind = name.split()[0]
         errors = [e for other, e in self._eager_errors.items() if other.split()[0] == kind]
         return NETWORK_FACTOR * max(errors) + rounding
 
@@ -73,6 +83,14 @@ class Parity:
             allowed, error = self._allowed(name, actual), _error(actual, exact)
             if not error <= allowed:
                 raise Wrong(f"{name}: relative error {error:.1e}, at most {allowed:.1e} is allowed")
+
+
+def _near_the_kink(workload: Workload, module: Tail) -> Tensor:
+    """Where the ReLU's input is so small that rounding decides whether the gradient passes."""
+    wide = copy.deepcopy(module).double()
+    wide.relu = None
+    with torch.no_grad():
+        return wide(*(t.detach().double() for t in workload.inputs())).abs() < MARGIN
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:

@@ -48,6 +48,8 @@ class Workload:
         # Autocast takes float32 and casts what is to be cast.
         self._dtype = torch.float32 if self.autocast else setting.dtype
         self._sets: list[list[Tensor]] = []
+        self._grads: dict[tuple, Tensor] = {}
+        self._muted: Tensor | None = None
 
     def context(self) -> contextlib.AbstractContextManager:
         """Autocast where the case runs under it; its cache of cast weights would outlive a captured graph."""
@@ -147,13 +149,19 @@ class Workload:
     def _grad_for(self, output: Tensor) -> Tensor:
         """The gradient that comes in: the same values for every provider, in the output's dtype and memory format."""
         key = (tuple(output.shape), output.dtype, output.stride())
-        grads = self.__dict__.setdefault("_grads", {})
-        if key not in grads:
+        if key not in self._grads:
             generator = torch.Generator(output.device).manual_seed(1)
             values = torch.randn(output.shape, generator=generator, device=output.device)
+            if self._muted is not None:
+                values.masked_fill_(self._muted, 0.0)
             narrow = values.to(self.setting.dtype)
-            grads[key] = torch.empty_like(output.detach()).copy_(narrow)
-        return grads[key]
+            self._grads[key] = torch.empty_like(output.detach()).copy_(narrow)
+        return self._grads[key]
+
+    def mute(self, where: Tensor) -> None:
+        """Let no gradient come in at these places of the output."""
+        self._muted = where
+        self._grads.clear()
 
 
 def captured(step: Step, sets: int) -> Step:

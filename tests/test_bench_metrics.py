@@ -12,12 +12,14 @@ from torch import nn
 
 from fusedres import operators
 from fusedres.benchmarks import bytes_level, cases, code, host, measure, network, traffic
+from fusedres.benchmarks import parity as parity_module
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.floors import OPERATORS
+from fusedres.benchmarks.parity import Parity, Wrong
 from fusedres.benchmarks.providers import Provider, Unfit
 from fusedres.benchmarks.record import Row
 from fusedres.benchmarks.timing import Effort
-from fusedres.benchmarks.workload import Setting
+from fusedres.benchmarks.workload import Setting, Workload
 
 CPU = torch.device("cpu")
 SITE = traffic.Site("bn_add_relu", (8, 16, 32, 32))
@@ -243,3 +245,27 @@ def test_fused_blocks_and_models_pass_parity_under_autocast(level):
     plan = measure.Plan(setting, effort, ("step",), [p for p in PROVIDERS if not p.compiles])
     rows = [row for rows in measure.measure(case, plan) for row in rows]
     assert {row.provider for row in rows if row.median} == {"eager", "eager, in place", "fusedres"}
+
+
+@pytest.mark.once
+def test_no_gradient_comes_in_where_rounding_decides_on_the_relu():
+    """A mask that differs only there is not a mistake; one that differs elsewhere is."""
+    case = cases.operator("bn_add_relu", (4, 8, 9, 9))
+    workload = Workload(case, Setting(CPU, torch.float32, torch.channels_last))
+    module = workload.build()
+    parity = Parity(workload, module)
+
+    def results(margin: float):
+        class Shifted(cases.Tail):
+            def forward(self, x, residual=None):
+                z = self.bn(x) + residual
+                return z * (z.detach() > margin)
+
+        shifted = Shifted(8, True, "relu")
+        shifted.load_state_dict(workload.build().state_dict())
+        found = workload.results(shifted)
+        return {name: value for name, value in found.items() if name.startswith("gradient")}
+
+    parity.hold(results(parity_module.MARGIN / 2))
+    with pytest.raises(Wrong):
+        parity.hold(results(0.1))
