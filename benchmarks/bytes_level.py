@@ -146,7 +146,7 @@ def _network_schedule(case: Case):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(DTYPE)
     # Inductor fuses max-pooling with what stands before it; a convolution of the same shape is left to the library.
-    pool = network.maxpool
+    pool: Any = network.maxpool
     with torch.device("meta"):
         network.maxpool = torch.nn.Conv2d(
             64, 64, pool.kernel_size, pool.stride, pool.padding, groups=64, bias=False, dtype=DTYPE

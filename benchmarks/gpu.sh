@@ -66,6 +66,8 @@ part() {
 # The tests in as many processes as there are cores: nearly all of their time is compiling kernels.
 tests() {
     local shares=$1 limit=$2 share status=0 pids=()
+    # The kernels that the sanitizer will watch, compiled beforehand: it makes everything slow.
+    timeout "$limit" "$python" -m fusedres.benchmarks.small_calls &
     for share in $(seq "$shares"); do
         # The project's own ini file asks for plugins that need not be here; its markers come from conftest.py.
         # Interrupted, pytest still tells what has failed so far.
@@ -101,13 +103,13 @@ command -v nvidia-smi >/dev/null && nvidia-smi 2>&1 | tee -a "$log"
 
 # The most telling first; what a limit cuts off has its earlier rows on disk.
 part "model: ResNet-50 step, batch 256" 165 "${bench[@]}" --quick --level model --model resnet50 --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 140
-part "operators, batch 256, without torch.compile" 60 "${bench[@]}" --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 50 \
+part "operators, batch 256, without torch.compile" 65 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 55 \
     --provider "eager, in place" --provider fusedres --provider attorch --provider "apex groupbn" --provider inplace_abn
 part "tests" 160 bash -c "tests $shares 148"
 part "operators, batch 256, beside torch.compile" 65 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 50
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        part "compute-sanitizer $tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        part "compute-sanitizer $tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m fusedres.benchmarks.small_calls
     done
 else

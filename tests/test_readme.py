@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fusedres.benchmarks import record
 from fusedres.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,5 +36,25 @@ def test_the_commands_are_ones_that_there_are(capsys):
 def test_the_make_targets_are_ones_that_there_are():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^    make (\S+)", README, re.MULTILINE)
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "bench"]
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+@pytest.mark.once
+def test_the_newest_results_are_the_ones_that_are_shown():
+    newest = max(path.name for path in (ROOT / "benchmarks" / "results").iterdir())
+    assert f"(benchmarks/results/{newest}/README.md)" in README
+    rows = record.latest(record.read(ROOT / "benchmarks" / "results" / newest / "results.json"))
+    shown = re.findall(
+        r"^\| (eager|compile|fusedres) \| (.*?) \| (.*?) \| \*?\*?(.*?) GB", README, re.MULTILINE
+    )
+    measured = {
+        (row.provider, row.mode): f"{row.median / 1e9:.1f}"
+        for row in rows
+        if row.level == "network" and row.metric == "bytes"
+    }
+    modes = ("forward", "backward", "step")
+    assert [(name, *figures) for name, *figures in shown] == [
+        (name, *(measured[name, mode] for mode in modes))
+        for name in ("eager", "compile", "fusedres")
+    ]
