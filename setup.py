@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: kernels/ is installed as fusedres.kernels, benchmarks/ as fusedres.benchmarks."""
+"""Only what pyproject.toml cannot say: kernels/ is installed as fusedres.kernels, benchmarks/ likewise."""
 
 from setuptools import find_packages, setup
 
