@@ -70,9 +70,8 @@ tests() {
     timeout "$limit" "$python" -m fusedres.benchmarks.small_calls &
     for share in $(seq "$shares"); do
         # The project's own ini file asks for plugins that need not be here; its markers come from conftest.py.
-        # Interrupted, pytest still tells what has failed so far.
-        timeout --signal=INT --kill-after=10 "$limit" "$python" -m pytest "$repository/tests" --rootdir="$repository" -c "$work/pytest.ini" \
-            --import-mode=importlib -p no:cacheprovider -q -ra --tb=short -m 'not slow' --backend triton --share "$share/$shares" \
+        timeout --kill-after=5 "$((limit + 25))" "$python" -m pytest "$repository/tests" --rootdir="$repository" -c "$work/pytest.ini" \
+            --import-mode=importlib -p no:cacheprovider -q -ra --tb=short -m 'not slow' --backend triton --share "$share/$shares" --seconds "$limit" \
             >"$work/tests.$share" 2>&1 &
         pids+=($!)
     done
@@ -105,7 +104,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi 2>&1 | tee -a "$log"
 part "model: ResNet-50 step, batch 256" 165 "${bench[@]}" --quick --level model --model resnet50 --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 140
 part "operators, batch 256, without torch.compile" 65 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 55 \
     --provider "eager, in place" --provider fusedres --provider attorch --provider "apex groupbn" --provider inplace_abn
-part "tests" 160 bash -c "tests $shares 148"
+part "tests" 160 bash -c "tests $shares 130"
 part "operators, batch 256, beside torch.compile" 65 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 50
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -1,4 +1,5 @@
-"""Options of the tests. `--backend {aten,triton}` is what they run over, `--share K/N` runs the K-th of N shares.
+"""Options of the tests. `--backend {aten,triton}` is what they run over, `--share K/N` runs the K-th of N shares,
+`--seconds S` stops after so long.
 
 `aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. Each test
 runs under at least one of the two, and `make test` runs both: a test marked `kernels` needs the kernels to run, one
@@ -8,13 +9,17 @@ marked `compiler` needs them not to be interpreted, one marked `once` does not d
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
+
+_START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=["aten", "triton"], default="aten")
     parser.addoption("--share", default="1/1", help="run the K-th of N shares of the tests: K/N")
+    parser.addoption("--seconds", type=float, help="start no test after so long, and report")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"ignore:{text} encountered:RuntimeWarning")
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - _START > limit:
+        item.session.shouldstop = f"its {limit:.0f} s were over"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
