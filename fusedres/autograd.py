@@ -99,26 +99,40 @@ def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs):
         with torch.no_grad():
             mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
         dz = torch.where(mask, dy, 0.0)
+    wanted = [needs[0], needs[2], needs[3]]
+    dx, dweight, dbias = differentiable_gradients(
+        dz, input, weight, bias, saved, ctx.training, ctx.eps, wanted
+    )
+    return [dx, dz.to(ctx.residual_dtype) if needs[1] else None, dweight, dbias]
+
+
+def differentiable_gradients(
+    dz: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    training: bool,
+    eps: float,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """dx, dweight, dbias of a BatchNorm (None where not needed) as a graph, given the gradient of its output."""
     # Aliases, so that a weight that was itself computed from the input is not walked through twice.
-    x, w, b = (None if t is None else t.view_as(t) for t in (input, weight, bias))
+    aliases = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
     wide = saved.dtype
-    x_wide, w_wide, b_wide = (None if t is None else t.to(wide) for t in (x, w, b))
-    if ctx.training:
-        y = F.batch_norm(x_wide, None, None, w_wide, b_wide, True, 0.0, ctx.eps)
+    x, w, b = (None if t is None else t.to(wide) for t in aliases)
+    if training:
+        y = F.batch_norm(x, None, None, w, b, True, 0.0, eps)
     else:
-        y = F.batch_norm(
-            x_wide, saved[0], saved[2].pow(-2) - ctx.eps, w_wide, b_wide, False, 0.0, ctx.eps
-        )
-    wanted = [(k, t) for k, t in ((0, x), (2, w), (3, b)) if needs[k]]
-    gradients: list[Tensor | None] = [None, None, None, None]
+        y = F.batch_norm(x, saved[0], saved[2].pow(-2) - eps, w, b, False, 0.0, eps)
+    wanted = [k for k in range(3) if needs[k]]
+    gradients: list[Tensor | None] = [None, None, None]
     if wanted:
         found = torch.autograd.grad(
-            y, [t for _, t in wanted], dz.to(wide), create_graph=True, allow_unused=True
+            y, [aliases[k] for k in wanted], dz.to(wide), create_graph=True, allow_unused=True
         )
-        for (k, _), gradient in zip(wanted, found, strict=True):
+        for k, gradient in zip(wanted, found, strict=True):
             gradients[k] = gradient
-    if needs[1]:
-        gradients[1] = dz.to(ctx.residual_dtype)
     return gradients
 
 

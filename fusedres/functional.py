@@ -9,7 +9,7 @@ from . import reference
 from .checks import check_batch_norm_act
 from .dispatch import resolve, wants_triton
 
-__all__ = ["batch_norm_act"]
+__all__ = ["batch_norm_act", "dual_batch_norm_act"]
 
 
 def batch_norm_act(
@@ -75,6 +75,73 @@ def batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps,
         residual=residual, activation=activation,
     )  # fmt: skip
+
+
+def dual_batch_norm_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float = 0.1,
+    residual_eps: float = 1e-5,
+    *,
+    activation: str | None = "relu",
+) -> Tensor:
+    """`activation(batch_norm(input) + batch_norm(residual))`: the tail of a block whose shortcut is projected.
+
+    Each of the two is normalised as `batch_norm_act` normalises its input, with statistics, weight and bias of its own.
+
+    Args:
+        input, residual: [N, C, ...] of one shape, at least 2-D, any strides; float32, bfloat16, float16 or float64.
+        running_mean, running_var, residual_running_mean, residual_running_var: [C] or None; float32 or the dtype of
+            what they belong to. With `training` they are updated in place.
+        weight, bias, residual_weight, residual_bias: [C] or None (ones and zeros).
+        training: normalise both with the statistics of the batch.
+        momentum, eps, residual_momentum, residual_eps: numbers, as for `batch_norm_act`.
+        activation: "relu" or None.
+
+    Returns:
+        A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `batch_norm_act` does; for the residual the message says so.
+
+    After an error the running statistics are what they were.
+    """
+    name = "dual_batch_norm_act"
+    check_batch_norm_act(
+        name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    )  # fmt: skip
+    if residual is None:
+        raise TypeError(
+            f"{name}: residual is None, expected a torch.Tensor; without one use batch_norm_act"
+        )
+    check_batch_norm_act(
+        f"{name}, of the residual", residual, residual_running_mean, residual_running_var, residual_weight,
+        residual_bias, training, residual_momentum, residual_eps, None, activation,
+    )  # fmt: skip
+    for argument, value in (("momentum", momentum), ("residual_momentum", residual_momentum)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} is a Tensor, expected a number")
+    arguments = (
+        input, residual, weight, bias, residual_weight, residual_bias,
+        running_mean, running_var, residual_running_mean, residual_running_var,
+        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
+    )  # fmt: skip
+    from . import dual
+
+    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
+        return dual.dual_batch_norm_act(*arguments)
+    return dual.compose(*arguments)
 
 
 def _goes_to_kernels(input: Tensor) -> bool:

@@ -56,6 +56,7 @@ def _needs_bits(residual: object, activation: str | None, save: bool) -> bool:
     return save and residual is not None and activation is not None
 
 
+Buffers = tuple[Tensor | None, Tensor | None]
 _loaded: SimpleNamespace | None = None
 
 
@@ -71,11 +72,13 @@ def _kernels() -> SimpleNamespace:
             stats=stats.launch_bn_stats,
             finalize=finalize.launch_bn_finalize,
             apply=apply.launch_bn_apply,
+            residual_norm=apply.ResidualNorm,
             grad_reduce=grad_reduce.launch_bn_grad_reduce,
             grad_finalize=finalize.launch_bn_grad_finalize,
             grad_apply=grad_apply.launch_bn_grad_apply,
             chip=chip.current_chip,
             tile=launch.choose_tile,
+            DUAL_SHARE=launch.DUAL_SHARE,
             REDUCING=launch.REDUCING,
             APPLYING=launch.APPLYING,
             dtype={torch.float32: tl.float32, torch.float64: tl.float64},
@@ -137,7 +140,6 @@ def _batch_norm_act(
     k = _kernels()
     weight, bias = _dense(weight), _dense(bias)
     buffers = running_mean, running_var
-    running_mean, running_var = _dense(running_mean), _dense(running_var)
     output = torch.empty_like(input)
     if residual is None:
         rows, (input,) = _common_rows(output, input)
@@ -153,21 +155,16 @@ def _batch_norm_act(
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
     size = input.element_size()
     if training:
-        tile = k.tile(rows, size, k.REDUCING, chip)
-        partial = input.new_empty((tile.programs, 3, channels), dtype=_partial_dtype(input.dtype))
-        k.stats(input, partial, rows, tile, offset)
-        k.finalize(partial, input, saved, running_mean, running_var, rows.strides[1], momentum, eps)
-        for buffer, updated in zip(buffers, (running_mean, running_var), strict=True):
-            if buffer is not None and updated is not None and updated is not buffer:
-                buffer.copy_(updated)
+        _statistics(k, input, rows, saved, buffers, momentum, eps)
     k.apply(
         input,
         residual,
         weight,
         bias,
-        None if training else running_mean,
-        None if training else running_var,
+        None if training else _dense(running_mean),
+        None if training else _dense(running_var),
         saved if training or save else None,
+        None,
         output,
         bits if has_bits else None,
         rows,
@@ -180,6 +177,20 @@ def _batch_norm_act(
         offset,
     )
     return output, saved, bits
+
+
+def _statistics(
+    k: SimpleNamespace, x: Tensor, rows: RowMap, saved: Tensor, buffers: Buffers, momentum: float, eps: float
+) -> None:  # fmt: skip
+    """saved [3, C] <- the moments of x, which is rows.strides[1]; the running statistics move on."""
+    mean, var = _dense(buffers[0]), _dense(buffers[1])
+    tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
+    partial = x.new_empty((tile.programs, 3, rows.channels), dtype=_partial_dtype(x.dtype))
+    k.stats(x, partial, rows, tile, k.offset[rows.needs_int64])
+    k.finalize(partial, x, saved, mean, var, rows.strides[1], momentum, eps)
+    for buffer, updated in zip(buffers, (mean, var), strict=True):
+        if buffer is not None and updated is not None and updated is not buffer:
+            buffer.copy_(updated)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -229,7 +240,7 @@ def _batch_norm_act_backward(
         tile = k.tile(rows, size, k.REDUCING, chip)
         partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
         k.grad_reduce(
-            dy, input, mask, weight, bias, saved, partial,
+            dy, input, mask, weight, bias, saved, partial, None, None, None,
             rows, bits_stride, pack_channels, tile, activation, offset,
         )  # fmt: skip
         if training and need_input:
@@ -254,6 +265,10 @@ def _batch_norm_act_backward(
             coefficients,
             dx if need_input else None,
             dresidual if need_residual else None,
+            None,
+            None,
+            None,
+            None,
             rows,
             bits_stride,
             pack_channels,

@@ -1,10 +1,12 @@
 """Second pass of the forward: y = act((x - mean) * invstd * weight + bias + residual).
 
-x, residual, y [rows, C]; mean, invstd, weight, bias [C]. Reads x (and the residual) once, writes y and, for a tail that
-will be differentiated, one bit an element. Parallel over row programs and channel blocks; no reduction. Arithmetic in
-float32 (float64 for float64), rounded once. Tiles run in the reverse order of the statistics pass: what that pass read
-last is what the cache still holds.
+x, residual, y [rows, C]; mean, invstd, weight, bias [C]. A residual that has a BatchNorm of its own is normalised as x
+is. Reads x (and the residual) once, writes y and, for a tail that will be differentiated, one bit an element. Parallel
+over row programs and channel blocks; no reduction. Arithmetic in float32 (float64 for float64), rounded once. Tiles run
+in the reverse order of the statistics pass: what that pass read last is what the cache still holds.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,9 +16,10 @@ from .activation import activate, passes
 from .bits import byte_tile, pack
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import center, inverse_std, normalize
+from .moments import center, normalize
+from .norm import load_norm
 from .start import start
-from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+from .tile import tile_channels, tile_offsets, tile_rows
 
 
 @triton.jit
@@ -28,6 +31,11 @@ def bn_apply_kernel(
     p_running_mean,
     p_running_var,
     p_saved,
+    p_residual_weight,
+    p_residual_bias,
+    p_residual_running_mean,
+    p_residual_running_var,
+    p_residual_saved,
     p_y,
     p_bits,
     x_stride,
@@ -41,6 +49,8 @@ def bn_apply_kernel(
     tiles,
     programs,
     eps: "fp64",
+    residual_eps: "fp64",
+    NORMALIZE_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
@@ -50,24 +60,17 @@ def bn_apply_kernel(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """With running statistics: normalise with those, and leave them in saved [3, C] (where given); else read saved."""
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    if p_running_mean is not None:
-        b_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, ACC)
-        b_low = tl.zeros_like(b_mean)
-        b_var = load_vector(p_running_var, o_channel, m_channel, 1.0, ACC)
-        b_invstd = inverse_std(b_var, eps, ACC)
-        if p_saved is not None and i_program == 0:
-            tl.store(p_saved + o_channel, b_mean, mask=m_channel)
-            tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
-            tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
-    else:
-        b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
-        b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
-        b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-    b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    b_mean, b_low, b_scale, b_bias = load_norm(
+        p_running_mean, p_running_var, p_saved, p_weight, p_bias,
+        o_channel, m_channel, channels, i_program, eps, ACC,
+    )  # fmt: skip
+    if NORMALIZE_RESIDUAL:
+        b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+            p_residual_running_mean, p_residual_running_var, p_residual_saved, p_residual_weight, p_residual_bias,
+            o_channel, m_channel, channels, i_program, residual_eps, ACC,
+        )  # fmt: skip
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
@@ -80,7 +83,10 @@ def bn_apply_kernel(
         b_z = normalize(center(b_x, b_mean, b_low), b_scale, b_bias)
         if p_residual is not None:
             o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
-            b_z += tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+            if NORMALIZE_RESIDUAL:
+                b_residual = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
+            b_z += b_residual
         o_y = tile_offsets(o_outer, o_inner, o_channel, y_stride)
         tl.store(p_y + o_y, activate(b_z, ACTIVATION).to(p_y.dtype.element_ty), mask=m)
         if p_bits is not None:
@@ -92,6 +98,20 @@ def bn_apply_kernel(
             tl.store(p_bits + o_byte, b_byte, mask=m_byte)
 
 
+class ResidualNorm(NamedTuple):
+    """The residual's own BatchNorm, as the launcher takes the input's; each [C] (saved [3, C]) or None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    saved: Tensor | None
+    eps: float
+
+
+_NO_NORM = ResidualNorm(None, None, None, None, None, 0.0)
+
+
 def launch_bn_apply(
     x: Tensor,
     residual: Tensor | None,
@@ -100,6 +120,7 @@ def launch_bn_apply(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     saved: Tensor | None,
+    residual_norm: ResidualNorm | None,
     y: Tensor,
     bits: Tensor | None,
     rows: RowMap,
@@ -112,10 +133,26 @@ def launch_bn_apply(
     offset: tl.dtype,
 ) -> None:
     """y (and bits) <- x; rows.strides are those of y, x and, where there is one, the residual."""
+    norm = residual_norm or _NO_NORM
     start(
         bn_apply_kernel,
         tile.grid,
-        (x, residual, weight, bias, running_mean, running_var, saved, y, bits),
+        (
+            x,
+            residual,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            saved,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.saved,
+            y,
+            bits,
+        ),
         (
             rows.strides[1],
             rows.strides[2] if residual is not None else None,
@@ -128,8 +165,9 @@ def launch_bn_apply(
             tile.tiles,
             tile.programs,
         ),
-        (eps,),
+        (eps, norm.eps),
         {
+            "NORMALIZE_RESIDUAL": residual_norm is not None,
             "ACTIVATION": activation,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,

@@ -2,7 +2,8 @@
 
     dx = scale * dz + slope * (x - mean) + level,  dresidual = dz          scale = invstd * weight
 
-slope and level [C] come from `bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent
+A residual that has a BatchNorm of its own gets its gradient as x does. slope and level [C] come from
+`bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent
 and dx = scale * dz. Reads dy, x (and a tail's mask), writes dx and dresidual, each at most once. Parallel over row
 programs and channel blocks; no reduction. Tiles run in the reverse order of the reducing pass.
 """
@@ -30,8 +31,13 @@ def bn_grad_apply_kernel(
     p_coefficients,
     p_dx,
     p_dresidual,
+    p_residual,
+    p_residual_weight,
+    p_residual_saved,
+    p_residual_coefficients,
     dy_stride,
     x_stride,
+    residual_stride,
     bits_stride,
     out_stride,
     outer,
@@ -60,6 +66,14 @@ def bn_grad_apply_kernel(
     if p_coefficients is not None:
         b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
         b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+    if p_residual_saved is not None:
+        b_rscale = load_vector(p_residual_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+        b_rscale = b_rscale * load_vector(p_residual_weight, o_channel, m_channel, 1.0, ACC)
+    if p_residual_coefficients is not None:
+        b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
+        b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_rslope = load_vector(p_residual_coefficients, o_channel, m_channel, 0.0, ACC)
+        b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_channel, 0.0, ACC)
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
@@ -84,6 +98,13 @@ def bn_grad_apply_kernel(
                 b_dx += b_slope[None, :] * b_centered + b_level[None, :]
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
+            if p_residual_saved is not None:
+                b_dz = b_rscale[None, :] * b_dz
+            if p_residual_coefficients is not None:
+                o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+                b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+                b_centered = center(b_residual, b_rmean, b_rlow)
+                b_dz += b_rslope[None, :] * b_centered + b_rlevel[None, :]
             tl.store(p_dresidual + o_out, b_dz.to(p_dresidual.dtype.element_ty), mask=m)
 
 
@@ -97,6 +118,10 @@ def launch_bn_grad_apply(
     coefficients: Tensor | None,
     dx: Tensor | None,
     dresidual: Tensor | None,
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_saved: Tensor | None,
+    residual_coefficients: Tensor | None,
     rows: RowMap,
     bits_stride: Strides | None,
     pack_channels: bool,
@@ -105,14 +130,29 @@ def launch_bn_grad_apply(
     accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
-    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy."""
+    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy, and the residual where given."""
     start(
         bn_grad_apply_kernel,
         tile.grid,
-        (dy, x, bits, weight, bias, saved, coefficients, dx, dresidual),
+        (
+            dy,
+            x,
+            bits,
+            weight,
+            bias,
+            saved,
+            coefficients,
+            dx,
+            dresidual,
+            residual,
+            residual_weight,
+            residual_saved,
+            residual_coefficients,
+        ),
         (
             rows.strides[2],
             rows.strides[1],
+            rows.strides[3] if residual is not None else None,
             bits_stride,
             rows.strides[0],
             rows.outer,

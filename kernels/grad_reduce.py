@@ -2,9 +2,10 @@
 
     dbias = sum(dz),  sum(dz * (x - mean)) = dweight / invstd          dz = dy * act'(z)
 
-Reads dy and x once (and a tail's mask, one bit an element), writes 2 values a channel and program. Parallel and
-deterministic as the statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are
-double on a CPU); 16-bit tensors have fewer digits to lose and less time a byte. The last sum is in float64.
+Reads dy and x once (and a tail's mask, one bit an element), writes 2 values a channel and program. A residual that has
+a BatchNorm of its own is read once too, for its own sums. Parallel and deterministic as the statistics pass is. Sums
+over the tiles of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits
+to lose and less time a byte. The last sum is in float64.
 """
 
 import triton
@@ -20,6 +21,18 @@ from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
 
 @triton.jit
+def add_dot(b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSATED: tl.constexpr):
+    """dot + dz * (x - mean), and what was rounded off it."""
+    if COMPENSATED:
+        b_rest = center_remainder(b_x, b_mean, b_low, b_centered)
+        b_dot_low += tl.where(m, b_dz * b_rest, 0.0)
+        b_dot, b_dot_low = add_product(b_dot, b_dot_low, b_dz, b_centered)
+    else:
+        b_dot += b_dz * b_centered
+    return b_dot, b_dot_low
+
+
+@triton.jit
 def bn_grad_reduce_kernel(
     p_dy,
     p_x,
@@ -28,8 +41,12 @@ def bn_grad_reduce_kernel(
     p_bias,
     p_saved,
     p_partial,
+    p_residual,
+    p_residual_saved,
+    p_residual_partial,
     dy_stride,
     x_stride,
+    residual_stride,
     bits_stride,
     outer,
     inner,
@@ -45,7 +62,7 @@ def bn_grad_reduce_kernel(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean))."""
+    """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a BatchNorm."""
     ACC: tl.constexpr = p_saved.dtype.element_ty
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
@@ -61,6 +78,11 @@ def bn_grad_reduce_kernel(
     b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_sum_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_dot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    if p_residual is not None:
+        b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
+        b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_rdot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+        b_rdot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
@@ -76,19 +98,28 @@ def bn_grad_reduce_kernel(
         )  # fmt: skip
         if COMPENSATED:
             b_sum, b_sum_low = add_compensated(b_sum, b_sum_low, b_dz)
-            b_rest = center_remainder(b_x, b_mean, b_low, b_centered)
-            b_dot_low += tl.where(m, b_dz * b_rest, 0.0)
-            b_dot, b_dot_low = add_product(b_dot, b_dot_low, b_dz, b_centered)
         else:
             b_sum += b_dz
-            b_dot += b_dz * b_centered
+        b_dot, b_dot_low = add_dot(
+            b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSATED
+        )
+        if p_residual is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+            b_centered = tl.where(m, center(b_residual, b_rmean, b_rlow), 0.0)
+            b_rdot, b_rdot_low = add_dot(
+                b_rdot, b_rdot_low, b_dz, b_residual, b_centered, b_rmean, b_rlow, m, COMPENSATED
+            )
 
-    p_row = p_partial + i_program * 2 * channels + o_channel
     PARTIAL: tl.constexpr = p_partial.dtype.element_ty
     b_sum = sum_rows(b_sum, b_sum_low).to(PARTIAL)
-    b_dot = sum_rows(b_dot, b_dot_low).to(PARTIAL)
+    p_row = p_partial + i_program * 2 * channels + o_channel
     tl.store(p_row, b_sum, mask=m_channel)
-    tl.store(p_row + channels, b_dot, mask=m_channel)
+    tl.store(p_row + channels, sum_rows(b_dot, b_dot_low).to(PARTIAL), mask=m_channel)
+    if p_residual is not None:
+        p_row = p_residual_partial + i_program * 2 * channels + o_channel
+        tl.store(p_row, b_sum, mask=m_channel)
+        tl.store(p_row + channels, sum_rows(b_rdot, b_rdot_low).to(PARTIAL), mask=m_channel)
 
 
 def launch_bn_grad_reduce(
@@ -99,6 +130,9 @@ def launch_bn_grad_reduce(
     bias: Tensor | None,
     saved: Tensor,
     partial: Tensor,
+    residual: Tensor | None,
+    residual_saved: Tensor | None,
+    residual_partial: Tensor | None,
     rows: RowMap,
     bits_stride: Strides | None,
     pack_channels: bool,
@@ -106,14 +140,15 @@ def launch_bn_grad_reduce(
     activation: str | None,
     offset: tl.dtype,
 ) -> None:
-    """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy."""
+    """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
     start(
         bn_grad_reduce_kernel,
         tile.grid,
-        (dy, x, bits, weight, bias, saved, partial),
+        (dy, x, bits, weight, bias, saved, partial, residual, residual_saved, residual_partial),
         (
             rows.strides[2],
             rows.strides[1],
+            rows.strides[3] if residual is not None else None,
             bits_stride,
             rows.outer,
             rows.inner,

@@ -15,6 +15,8 @@ TILE_BYTES = 8192  # of a tensor: two 16-byte accesses a thread with 8 warps
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
+# The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90.
+DUAL_SHARE = 2
 # Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
 REDUCING, APPLYING = 4, 16
 # Tiles in flight: the accumulators leave a reducing pass two programs at a time (97 registers), so its loop has the
@@ -73,9 +75,11 @@ def _block_inner(inner: int, outer: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(rows: RowMap, element_size: int, per_multiprocessor: int, chip: Chip) -> Tile:
-    """The tile of a pass over `rows`; `per_multiprocessor` is REDUCING or APPLYING."""
-    elements = TILE_BYTES // element_size
+def choose_tile(
+    rows: RowMap, element_size: int, per_multiprocessor: int, chip: Chip, share: int = 1
+) -> Tile:
+    """The tile of a pass over `rows`; `per_multiprocessor` is REDUCING or APPLYING, `share` 2 for half a tile."""
+    elements = TILE_BYTES // share // element_size
     channels = _power_of_two(rows.channels)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines

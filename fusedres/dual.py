@@ -1,0 +1,353 @@
+"""The tail of a block whose shortcut is projected, `act(bn(input) + bn'(residual))`: operators and autograd.
+
+    fusedres::dual_batch_norm_act           input, residual, ... -> output, saved, residual_saved [3, C], bits
+    fusedres::dual_batch_norm_act_backward  dy, input, residual, ... -> a gradient for each of the six that have one
+
+The kernels are those of `batch_norm_act`, told that the residual has a BatchNorm of its own. With dz = dy * act'(z),
+each of the two gets the derivative that `autograd` states, from the same dz.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import operators, reference
+from .batching import fold, fold_buffers, unfold, write_back
+from .dispatch import resolve
+from .kernels.layout import bits_layout, row_map, row_map_of
+from .operators import LIBRARY, accumulate_dtype
+
+LIBRARY.define(
+    "dual_batch_norm_act(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? residual_weight, "
+    "Tensor? residual_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? residual_running_mean, "
+    "Tensor(d!)? residual_running_var, bool training, float momentum, float eps, float residual_momentum, "
+    "float residual_eps, str? activation, bool save) "
+    "-> (Tensor output, Tensor saved, Tensor residual_saved, Tensor bits)"
+)
+LIBRARY.define(
+    "dual_batch_norm_act_backward(Tensor dy, Tensor input, Tensor residual, Tensor? weight, Tensor? bias, "
+    "Tensor? residual_weight, Tensor? residual_bias, Tensor saved, Tensor residual_saved, Tensor bits, bool training, "
+    "str? activation, bool[] needs) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dresidual_weight, Tensor dresidual_bias)"
+)
+forward_operator = torch.ops.fusedres.dual_batch_norm_act.default
+backward_operator = torch.ops.fusedres.dual_batch_norm_act_backward.default
+
+
+def _forward(
+    input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+    training, momentum, eps, residual_momentum, residual_eps, activation, save,
+):  # fmt: skip
+    if resolve(input.device, input.dtype)[0] != "triton":
+        return _forward_aten(
+            input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+            training, momentum, eps, residual_momentum, residual_eps, activation, save,
+        )  # fmt: skip
+    k = operators._kernels()
+    dense = operators._dense
+    output = torch.empty_like(input)
+    rows, (input, residual) = operators._common_rows(output, input, residual)
+    wide = accumulate_dtype(input.dtype)
+    keeps = training or save
+    saved, residual_saved = (
+        input.new_empty((3, rows.channels) if keeps else (0,), dtype=wide) for _ in range(2)
+    )
+    pack_channels, n_bytes, bits_stride = bits_layout(rows)
+    has_bits = save and activation is not None
+    bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
+    if training:
+        operators._statistics(k, input, rows, saved, (mean, var), momentum, eps)
+        alone = row_map_of(output, residual) or rows
+        operators._statistics(
+            k, residual, alone, residual_saved, (residual_mean, residual_var), residual_momentum, residual_eps
+        )  # fmt: skip
+    norm = k.residual_norm(
+        dense(residual_weight), dense(residual_bias),
+        None if training else dense(residual_mean), None if training else dense(residual_var),
+        residual_saved if keeps else None, residual_eps,
+    )  # fmt: skip
+    k.apply(
+        input, residual, dense(weight), dense(bias),
+        None if training else dense(mean), None if training else dense(var),
+        saved if keeps else None, norm, output, bits if has_bits else None,
+        rows, bits_stride, pack_channels, k.tile(rows, input.element_size(), k.APPLYING, k.chip(), k.DUAL_SHARE),
+        eps, activation, k.dtype[wide], k.offset[rows.needs_int64],
+    )  # fmt: skip
+    return output, saved, residual_saved, bits
+
+
+def _backward(
+    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
+    training, activation, needs,
+):  # fmt: skip
+    if resolve(input.device, input.dtype)[0] != "triton":
+        return _backward_aten(
+            dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
+            training, activation, needs,
+        )  # fmt: skip
+    k = operators._kernels()
+    chip, size = k.chip(), input.element_size()
+    dx = torch.empty_like(input)
+    dresidual = torch.empty_like(dx, dtype=residual.dtype)
+    rows, (input, dy, residual) = operators._common_rows(dx, input, dy, residual)
+    channels, offset = rows.channels, k.offset[rows.needs_int64]
+    pack_channels, _, bits_stride = bits_layout(rows)
+    mask = bits if bits.numel() else None
+    vectors = _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs)
+    weight, residual_weight = operators._dense(weight), operators._dense(residual_weight)
+    both: list[Tensor | None] = [None, None]
+    if any(needs[2:]) or (training and any(needs[:2])):
+        tile = k.tile(rows, size, k.REDUCING, chip, k.DUAL_SHARE)
+        shape = (tile.programs, 2, channels)
+        partials = [
+            saved.new_empty(shape, dtype=operators._partial_dtype(input.dtype)) for _ in range(2)
+        ]
+        k.grad_reduce(
+            dy, input, mask, weight, None, saved, partials[0], residual, residual_saved, partials[1],
+            rows, bits_stride, pack_channels, tile, activation, offset,
+        )  # fmt: skip
+        if training:
+            both = [saved.new_empty((2, channels)) if need else None for need in needs[:2]]
+        for i, (moments, gamma) in enumerate(((saved, weight), (residual_saved, residual_weight))):
+            k.grad_finalize(
+                partials[i], moments, gamma, both[i],
+                vectors[2 * i] if needs[2 + 2 * i] else None,
+                vectors[2 * i + 1] if needs[3 + 2 * i] else None, rows.rows,
+            )  # fmt: skip
+    if any(needs[:2]):
+        k.grad_apply(
+            dy, input, mask, weight, None, saved, both[0],
+            dx if needs[0] else None, dresidual if needs[1] else None,
+            residual, residual_weight, residual_saved, both[1],
+            rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, k.DUAL_SHARE),
+            activation, k.dtype[saved.dtype], offset,
+        )  # fmt: skip
+    none = dx.new_empty(0)
+    return (dx if needs[0] else none, dresidual if needs[1] else none, *vectors)
+
+
+def _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs) -> list[Tensor]:
+    vectors = (weight, bias, residual_weight, residual_bias)
+    return [
+        operators._empty_gradient(v, need, saved)
+        for v, need in zip(vectors, needs[2:], strict=True)
+    ]
+
+
+# --- the same in plain PyTorch -----------------------------------------------------------------------------------
+
+
+def compose(
+    input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+    training, momentum, eps, residual_momentum, residual_eps, activation,
+) -> Tensor:  # fmt: skip
+    """The composition, with the add and the activation in place on the first BatchNorm's output."""
+    other = reference.batch_norm_act(
+        residual, residual_mean, residual_var, residual_weight, residual_bias,
+        training, residual_momentum, residual_eps, activation=None,
+    )  # fmt: skip
+    return reference.batch_norm_act(
+        input, mean, var, weight, bias, training, momentum, eps, residual=other, activation=activation
+    )  # fmt: skip
+
+
+def _forward_aten(
+    input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+    training, momentum, eps, residual_momentum, residual_eps, activation, save,
+):  # fmt: skip
+    other, residual_saved, _ = operators._batch_norm_act_aten(
+        residual, None, residual_weight, residual_bias, residual_mean, residual_var,
+        training, residual_momentum, residual_eps, None, save,
+    )  # fmt: skip
+    output, saved, bits = operators._batch_norm_act_aten(
+        input, other, weight, bias, mean, var, training, momentum, eps, activation, save
+    )  # fmt: skip
+    wide = accumulate_dtype(input.dtype)
+    return output, saved, residual_saved.to(wide), bits
+
+
+def _backward_aten(
+    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
+    training, activation, needs,
+):  # fmt: skip
+    dz = dy.to(saved.dtype)
+    if activation is not None:
+        dz = torch.where(operators._unpack(bits, input), dz, 0.0)
+    none = bits.new_empty(0)
+    found = []
+    for k, (x, w, b, moments) in enumerate(
+        ((input, weight, bias, saved), (residual, residual_weight, residual_bias, residual_saved))
+    ):
+        dx, _, dweight, dbias = operators._batch_norm_act_backward_aten(
+            dz, x, w, b, moments, none, training, None, None,
+            needs[k], False, needs[2 + 2 * k], needs[3 + 2 * k],
+        )  # fmt: skip
+        if needs[k]:  # in the layout of the input, as the kernels write it
+            dx = torch.empty_like(input, dtype=x.dtype).copy_(dx)
+        found.append((dx, dweight, dbias))
+    (dx, dweight, dbias), (dresidual, dresidual_weight, dresidual_bias) = found
+    return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias
+
+
+# --- registration ------------------------------------------------------------------------------------------------
+
+for _name, _implementation in (
+    ("dual_batch_norm_act", _forward),
+    ("dual_batch_norm_act_backward", _backward),
+):
+    LIBRARY.impl(_name, _implementation, "CPU")
+    LIBRARY.impl(_name, operators._on_its_device(_implementation), "CUDA")
+
+
+@torch.library.register_fake("fusedres::dual_batch_norm_act", lib=LIBRARY)
+def _(
+    input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+    training, momentum, eps, residual_momentum, residual_eps, activation, save,
+):  # fmt: skip
+    output = torch.empty_like(input)
+    n_bytes: Any = 0
+    if save and activation is not None:
+        # Past the cache: while shapes are symbols they cannot be hashed.
+        n_bytes = bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
+    shape = (3, input.shape[1]) if training or save else (0,)
+    saved, residual_saved = (
+        input.new_empty(shape, dtype=accumulate_dtype(input.dtype)) for _ in range(2)
+    )
+    return output, saved, residual_saved, input.new_empty((n_bytes,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("fusedres::dual_batch_norm_act_backward", lib=LIBRARY)
+def _(
+    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
+    training, activation, needs,
+):  # fmt: skip
+    none = input.new_empty(0)
+    return (
+        torch.empty_like(input) if needs[0] else none,
+        torch.empty_like(input, dtype=residual.dtype) if needs[1] else input.new_empty(0),
+        *_empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs),
+    )
+
+
+# --- vmap: the mapped dimension joins the channels ----------------------------------------------------------------
+
+
+def _vmap_forward(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    size = info.batch_size
+    positions = (1, 1, 0, 0, 0, 0)
+    tensors = [
+        fold(t, d, size, p) for t, d, p in zip(args[:6], in_dims[:6], positions, strict=True)
+    ]
+    buffers = fold_buffers("dual_batch_norm_act", args[6:10], in_dims[6:10], size, args[10])
+    output, saved, residual_saved, bits = forward_operator(*tensors, *buffers, *args[10:])
+    if args[10]:
+        write_back(args[6:10], in_dims[6:10], buffers, size)
+    found = [unfold(t, size, 1) for t in (output, saved, residual_saved)]
+    return (*(t for t, _ in found), bits), (*(d for _, d in found), None)
+
+
+def _vmap_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
+    size = info.batch_size
+    if in_dims[7] is None:
+        # The forward was not mapped (only gradients are, as in a Jacobian), so the bits are not of a folded tensor.
+        calls = [
+            backward_operator(
+                *(t if d is None else t.select(d, k) for t, d in zip(args[:10], in_dims[:10], strict=True)), *args[10:]
+            )
+            for k in range(size)
+        ]  # fmt: skip
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * 6
+    positions = (1, 1, 1, 0, 0, 0, 0, 1, 1)
+    tensors = [fold(t, d, size, p) for t, d, p in zip(args[:9], in_dims[:9], positions, strict=True)]  # fmt: skip
+    outputs = backward_operator(*tensors, *args[9:])
+    found = [unfold(t, size, p) for t, p in zip(outputs, (1, 1, 0, 0, 0, 0), strict=True)]
+    return tuple(t for t, _ in found), tuple(d for _, d in found)
+
+
+torch.library.register_vmap("fusedres::dual_batch_norm_act", _vmap_forward, lib=LIBRARY)
+torch.library.register_vmap("fusedres::dual_batch_norm_act_backward", _vmap_backward, lib=LIBRARY)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+class DualBatchNormAct(torch.autograd.Function):
+    """Saved for backward: both inputs, their weights and biases, three values a channel each, one bit an element."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+        training, momentum, eps, residual_momentum, residual_eps, activation, save,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return forward_operator(
+            input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
+            training, momentum, eps, residual_momentum, residual_eps, activation, save,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, saved, residual_saved, bits = output
+        ctx.mark_non_differentiable(saved, residual_saved, bits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:6], saved, residual_saved, bits)
+        ctx.training, ctx.activation = inputs[10], inputs[15]
+        ctx.eps = inputs[12], inputs[14]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 11
+        if dy is None:
+            return (*[None] * 6, *rest)
+        needs = list(ctx.needs_input_grad[:6])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_differentiable_backward(ctx, dy, needs), *rest)
+        gradients = backward_operator(dy, *ctx.saved_tensors, ctx.training, ctx.activation, needs)
+        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without `setup_context`, which costs an `inspect.signature` at each call."""
+
+    backward = DualBatchNormAct.backward
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = DualBatchNormAct.forward(*inputs)
+        DualBatchNormAct.setup_context(ctx, inputs, output)
+        return output
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """For `create_graph=True`: the mask as a constant, and PyTorch's own derivative of both BatchNorms."""
+    from .autograd import differentiable_gradients
+
+    *tensors, saved, residual_saved, bits = ctx.saved_tensors
+    input, residual, weight, bias, residual_weight, residual_bias = tensors
+    dz = dy
+    if ctx.activation is not None:
+        with torch.no_grad():
+            mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
+        dz = torch.where(mask, dy, 0.0)
+    a, c = (
+        differentiable_gradients(dz, x, w, b, moments, ctx.training, eps, [needs[k], *needs[2 + 2 * k : 4 + 2 * k]])
+        for k, (x, w, b, moments, eps) in enumerate((
+            (input, weight, bias, saved, ctx.eps[0]),
+            (residual, residual_weight, residual_bias, residual_saved, ctx.eps[1]),
+        ))
+    )  # fmt: skip
+    return [a[0], c[0], a[1], a[2], c[1], c[2]]
+
+
+def dual_batch_norm_act(*arguments: Any) -> Tensor:
+    """`fusedres.functional.dual_batch_norm_act` on checked arguments, in the operator's order without `save`."""
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
+    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return DualBatchNormAct.apply(*arguments, True)[0]
+    if not save:
+        return forward_operator(*arguments, False)[0]
+    return _Eager.apply(*arguments, True)[0]

@@ -1,0 +1,42 @@
+"""What a pass needs of a BatchNorm: mean, scale and bias of a block of channels."""
+
+import triton
+import triton.language as tl
+
+from .moments import inverse_std
+from .tile import load_vector
+
+
+@triton.jit
+def load_norm(
+    p_running_mean,
+    p_running_var,
+    p_saved,
+    p_weight,
+    p_bias,
+    o_channel,
+    m_channel,
+    channels,
+    i_program,
+    eps,
+    ACC: tl.constexpr,
+):
+    """(mean, mean_low, scale, bias), each [BLOCK_CHANNELS]; scale = invstd * weight.
+
+    With running statistics: from those, and they are left in saved [3, C] (where given); else saved is read.
+    """
+    if p_running_mean is not None:
+        b_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, ACC)
+        b_low = tl.zeros_like(b_mean)
+        b_var = load_vector(p_running_var, o_channel, m_channel, 1.0, ACC)
+        b_invstd = inverse_std(b_var, eps, ACC)
+        if p_saved is not None and i_program == 0:
+            tl.store(p_saved + o_channel, b_mean, mask=m_channel)
+            tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
+            tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+    else:
+        b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
+        b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+    return b_mean, b_low, b_scale, load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
