@@ -21,7 +21,7 @@ from .timing import threads
 from .traffic import Site, TrafficError, measure_traffic
 
 EAGER, COMPILE, FUSED = "eager", "compile", "fusedres"
-KERNELS = ("bn_relu", "bn_add_relu", "bn", "bn_add")
+KERNELS = ("bn_relu", "bn_add_relu", "bn_bn_add_relu", "bn", "bn_add")
 SHAPES = ((256, 64, 56, 56), (256, 2048, 7, 7))
 NETWORKS = ("resnet50",)
 BATCH, SIZE = 256, 224
@@ -72,7 +72,7 @@ def _operator(site: Site, measured: MeasuredOnce, obstacle: str | None) -> Itera
         return found
 
     def tail() -> Tail:
-        return Tail(site.shape[1], operator.residual, operator.activation)
+        return cases.tail(site.kernel, site.shape[1])
 
     inputs = [site.shape] * (2 if operator.residual else 1)
     eager = count_step(tail, inputs, DTYPE, LAYOUT, differentiable=True)
@@ -131,7 +131,9 @@ def _tail_schedule(tail: Callable[[], Tail], shapes: list[tuple[int, ...]]):
     ]
     with torch.device("meta"):
         module = tail()
-    module.bn.num_batches_tracked = None  # a kernel of its own, for everyone
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.num_batches_tracked = None  # a kernel of its own, for everyone
     return inductor_schedule(module, inputs)
 
 

@@ -83,14 +83,30 @@ class Tail(nn.Module):
         return out if self.relu is None else self.relu(out)
 
 
+class DualTail(Tail):
+    """The end of a block whose shortcut has a BatchNorm: the residual is normalised too."""
+
+    def __init__(self, channels: int, activation: str | None) -> None:
+        super().__init__(channels, True, activation)
+        self.shortcut = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(x, self.shortcut(residual))
+
+
+def tail(kernel: str, channels: int) -> Tail:
+    """An operator of `floors.OPERATORS` in plain PyTorch."""
+    wanted = OPERATORS[kernel]
+    if wanted.residual_norm:
+        return DualTail(channels, wanted.activation)
+    return Tail(channels, wanted.residual, wanted.activation)
+
+
 def operator(kernel: str, shape: tuple[int, ...]) -> Case:
     """A fused operator of `floors.OPERATORS` at one shape."""
-    wanted = OPERATORS[kernel]
-
-    def build() -> nn.Module:
-        return Tail(shape[1], wanted.residual, wanted.activation)
-
-    return Case("operator", kernel, shape, build, wanted.residual)
+    return Case(
+        "operator", kernel, shape, lambda: tail(kernel, shape[1]), OPERATORS[kernel].residual
+    )
 
 
 def operators(batches: tuple[int, ...], grid: bool) -> list[Case]:
@@ -101,6 +117,9 @@ def operators(batches: tuple[int, ...], grid: bool) -> list[Case]:
             for kernel, places in network.items():
                 for c, h in places:
                     found[kernel, batch, c, h] = operator(kernel, (batch, c, h, h))
+                    if kernel == "bn":  # a projected shortcut's, which the block's tail adds
+                        tail_of = "bn_bn_add_relu"
+                        found[tail_of, batch, c, h] = operator(tail_of, (batch, c, h, h))
     cases = sorted(found.values(), key=lambda case: -math.prod(case.shape))
     if grid:
         more = (operator("bn_add_relu", (GRID_BATCH, c, h, h)) for c, h in GRID)

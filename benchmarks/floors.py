@@ -22,6 +22,7 @@ class Operator:
     forward_bits: int = 0
     backward_bits: int = 0
     training: bool = True
+    residual_norm: bool = False  # the residual has a BatchNorm of its own
 
     def passes(self, mode: str, element_size: int = 2) -> float:
         """Passes of `forward`, `backward` or `step` (both); a bit is a sixteenth of a pass of two-byte elements."""
@@ -41,6 +42,7 @@ OPERATORS = {
     "bn": Operator(False, None, 3, 5),
     # The residual's gradient is the output's: nothing to write.
     "bn_add": Operator(True, None, 4, 5),
+    "bn_bn_add_relu": Operator(True, "relu", 5, 8, 1, 2, residual_norm=True),
     "bn_relu_eval": Operator(False, "relu", 2, 5, training=False),
     "bn_add_relu_eval": Operator(True, "relu", 3, 5, 1, 2, training=False),
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fusedres
 
-from .cases import Tail
+from .cases import DualTail, Tail
 
 OURS = ("fusedres", "fusedres + compile")
 BASELINE = "eager"
@@ -58,6 +58,8 @@ def _compiled(mode: str) -> Callable[[nn.Module], nn.Module]:
 
 
 def _fused(module: nn.Module) -> nn.Module:
+    if isinstance(module, DualTail):
+        return FusedDualTail(module)
     if isinstance(module, Tail):
         return FusedTail(module)
     report = fusedres.fuse_(module)
@@ -79,12 +81,31 @@ class FusedTail(nn.Module):
         return self.bn(x, residual)
 
 
+class FusedDualTail(nn.Module):
+    """A DualTail on `fusedres.functional.dual_batch_norm_act`, with the same parameters."""
+
+    def __init__(self, tail: DualTail) -> None:
+        super().__init__()
+        self.bn, self.shortcut = tail.bn, tail.shortcut
+        self.activation = None if tail.relu is None else "relu"
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        for norm in (self.bn, self.shortcut):
+            norm.num_batches_tracked.add_(1)
+        return fusedres.functional.dual_batch_norm_act(
+            x, residual, self.bn.running_mean, self.bn.running_var,
+            self.shortcut.running_mean, self.shortcut.running_var,
+            self.bn.weight, self.bn.bias, self.shortcut.weight, self.shortcut.bias,
+            self.training, activation=self.activation,
+        )  # fmt: skip
+
+
 class _Peer(nn.Module):
     """A Tail on another library's module, which is given the Tail's parameters and buffers."""
 
     def __init__(self, tail: nn.Module) -> None:
         super().__init__()
-        if not isinstance(tail, Tail):
+        if type(tail) is not Tail:
             raise Unfit("it has no form of this block")
         self.bn: Any = self.make(tail).to(tail.bn.weight.device)
         for name in ("weight", "bias", "running_mean", "running_var"):

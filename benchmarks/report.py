@@ -16,6 +16,7 @@ PAGE = "README.md"
 NAMES = {
     "bn_relu": "BN + ReLU",
     "bn_add_relu": "BN + add + ReLU",
+    "bn_bn_add_relu": "BN + BN + add + ReLU",
     "bn": "BN",
     "bn_add": "BN + add",
 }

@@ -87,7 +87,7 @@ def _interpret(sites: Sequence[Site], timeout: float = 600.0) -> list[Traffic]:
 
 def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     """(output, leaves) of one call at a site, on the CPU; the caller differentiates."""
-    from fusedres.functional import batch_norm_act
+    from fusedres.functional import batch_norm_act, dual_batch_norm_act
 
     operator = OPERATORS[site.kernel]
     dtype, layout = getattr(torch, site.dtype), getattr(torch, site.layout)
@@ -100,6 +100,15 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     leaves = [draw(), *(torch.rand(channels).requires_grad_() for _ in range(2))]
     if operator.residual:
         leaves.append(draw())
+    if operator.residual_norm:
+        leaves += [torch.rand(channels).requires_grad_() for _ in range(2)]
+        buffers = [torch.zeros(channels), torch.ones(channels)] * 2
+        x, weight, bias, residual, *vectors = leaves
+        output = dual_batch_norm_act(
+            x, residual, *(b.clone() for b in buffers), weight, bias, *vectors, operator.training,
+            activation=operator.activation,
+        )  # fmt: skip
+        return output, leaves
     output = batch_norm_act(
         leaves[0], torch.zeros(channels), torch.ones(channels), leaves[1], leaves[2], operator.training,
         residual=leaves[3] if operator.residual else None, activation=operator.activation,

@@ -207,23 +207,6 @@ def test_it_compiles_without_a_break(device):
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.interpreter
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
-def test_passes(layout):
-    """5 1/16 forward, 8 2/16 backward; in eval two less forward, and as many back as long as a weight trains."""
-    from fusedres.benchmarks.meter import meter
-
-    t = draw((8, 32, 32, 32), torch.bfloat16, layout)
-    size = t["input"].numel() * 2
-    inputs = [t[name].requires_grad_() for name in NAMES]
-    with meter() as forward:
-        output = dual_batch_norm_act(*inputs[:2], *(t[n] for n in BUFFERS), *inputs[2:], True)
-    with meter() as backward:
-        torch.autograd.grad(output, inputs, t["grad"])
-    assert forward.bytes / size == pytest.approx(5 + 1 / 16, rel=0.03)
-    assert backward.bytes / size == pytest.approx(8 + 2 / 16, rel=0.03)
-
-
 @pytest.mark.compiler
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
