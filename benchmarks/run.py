@@ -106,6 +106,10 @@ def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> None:
                         ]
                     )
                     break
+        except KeyboardInterrupt:
+            book.add([_skipped(name, "stopped from outside; what would follow is left out")])
+            say(f"  stopped at {name}; what was measured is kept")
+            return
         except CommandError as error:
             book.add([_skipped(name, f"not run: {error}")])
         except Exception as error:

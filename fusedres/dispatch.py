@@ -20,7 +20,7 @@ BACKENDS = ("auto", "triton", "aten", "off")
 FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _checked(name: str, where: str) -> str:
@@ -87,14 +87,14 @@ def resolve(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
 
 def wants_triton(on_gpu: bool) -> bool:
     """Whether a tensor may go to the operators; a cheap answer that torch.compile can trace."""
-    return _backend == "triton" or (_backend == "auto" and (on_gpu or _INTERPRET))
+    return _backend == "triton" or (_backend == "auto" and (on_gpu or INTERPRET))
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on tensors of this device and dtype; None when they can."""
     if dtype not in DTYPES:
         return f"the kernels do not take {dtype}"
-    if _backend == "auto" and not (device.type == "cuda" or (_INTERPRET and device.type == "cpu")):
+    if _backend == "auto" and not (device.type == "cuda" or (INTERPRET and device.type == "cpu")):
         return f"tensors on {device.type!r} go to plain PyTorch (the kernels run on GPUs)"
     # Asked at each call: a module that is loaded need not be searched for.
     if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:

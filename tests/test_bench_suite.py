@@ -241,3 +241,24 @@ def test_the_gpu_script_says_how_it_is_used_and_what_is_missing(tmp_path):
     none = subprocess.run([bash, GPU_SCRIPT, tmp_path], capture_output=True, text=True, env=environment)  # fmt: skip
     assert none.returncode == 1
     assert "cannot import torch and fusedres, or torch sees no GPU" in none.stderr
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    def interrupt_the_second(target):
+        compiled.append(target)
+        if len(compiled) == 2:
+            raise KeyboardInterrupt
+        return []
+
+    monkeypatch.setattr(code, "compile_target", interrupt_the_second)
+    assert bench("--level", "code", "--quick", "--out", str(tmp_path)) == 0
+    assert "stopped at code: sm_90" in capsys.readouterr().out
+    assert "stopped from outside" in (tmp_path / "README.md").read_text()
+
+
+def test_an_interpreter_that_was_left_on_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fusedres.dispatch, "INTERPRET", True)
+    assert bench("--out", str(tmp_path)) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .. import dispatch
 from .compare import DTYPES, LAYOUTS, at_least
 from .device import choose_device
 from .errors import CommandError
@@ -100,6 +101,11 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
     from ..benchmarks import changes, record, report
     from ..benchmarks import run as suite
 
+    if dispatch.INTERPRET and not options.report:
+        raise CommandError(
+            "TRITON_INTERPRET is set: the kernels would be interpreted, and their times mean nothing; unset it "
+            "(the byte level interprets them by itself)"
+        )
     try:
         old = record.read(options.compare) if options.compare else None
         book = record.Book.open(options.out, suite.stamp(device))
