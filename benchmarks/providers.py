@@ -86,7 +86,8 @@ class FusedDualTail(nn.Module):
 
     def __init__(self, tail: DualTail) -> None:
         super().__init__()
-        self.bn, self.shortcut = tail.bn, tail.shortcut
+        self.bn: Any = tail.bn
+        self.shortcut: Any = tail.shortcut
         self.activation = None if tail.relu is None else "relu"
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:

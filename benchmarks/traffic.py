@@ -102,11 +102,10 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
         leaves.append(draw())
     if operator.residual_norm:
         leaves += [torch.rand(channels).requires_grad_() for _ in range(2)]
-        buffers = [torch.zeros(channels), torch.ones(channels)] * 2
-        x, weight, bias, residual, *vectors = leaves
+        x, weight, bias, residual, residual_weight, residual_bias = leaves
         output = dual_batch_norm_act(
-            x, residual, *(b.clone() for b in buffers), weight, bias, *vectors, operator.training,
-            activation=operator.activation,
+            x, residual, torch.zeros(channels), torch.ones(channels), torch.zeros(channels), torch.ones(channels),
+            weight, bias, residual_weight, residual_bias, operator.training, activation=operator.activation,
         )  # fmt: skip
         return output, leaves
     output = batch_norm_act(

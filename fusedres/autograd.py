@@ -118,7 +118,7 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """dx, dweight, dbias of a BatchNorm (None where not needed) as a graph, given the gradient of its output."""
     # Aliases, so that a weight that was itself computed from the input is not walked through twice.
-    aliases = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
     wide = saved.dtype
     x, w, b = (None if t is None else t.to(wide) for t in aliases)
     if training:
