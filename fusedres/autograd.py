@@ -120,7 +120,8 @@ def differentiable_gradients(
     # Aliases, so that a weight that was itself computed from the input is not walked through twice.
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
     wide = saved.dtype
-    x, w, b = (None if t is None else t.to(wide) for t in aliases)
+    w, b = (None if t is None else t.to(wide) for t in aliases[1:])
+    x = aliases[0].to(wide)
     if training:
         y = F.batch_norm(x, None, None, w, b, True, 0.0, eps)
     else:
