@@ -133,3 +133,113 @@ def _check_values_per_channel(shape) -> None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
+
+
+def check_projection(
+    name, input, weight, bias, stride, padding, dilation, groups, argument="input"
+):
+    """Refuse what is no 1x1 convolution; the stride as a tuple, one step for each spatial dimension.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: {argument} is a {type(input).__name__}, expected a torch.Tensor")
+    if input.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: {argument} has dtype {input.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
+            f"convert it first, for example with {argument}.float()"
+        )
+    dimensions = input.dim() - 2
+    if not 1 <= dimensions <= 3:
+        raise ValueError(
+            f"{name}: {argument} has shape {_shape(input)}, expected [N, Cin, ...] with 1 to 3 spatial dimensions"
+        )
+    steps = _per_dimension(name, "stride", stride, dimensions)
+    if min(steps) < 1:
+        raise ValueError(f"{name}: stride is {stride!r}, expected 1 or more")
+    for option, value, only in (("padding", padding, 0), ("dilation", dilation, 1)):
+        if set(_per_dimension(name, option, value, dimensions)) != {only}:
+            raise ValueError(
+                f"{name}: {option} is {value!r}, a projection has {option} {only}; use torch.nn.functional.conv2d "
+                "for it, and dual_batch_norm_act for what follows"
+            )
+    if groups != 1:
+        raise ValueError(
+            f"{name}: groups is {groups!r}, a projection has 1; use torch.nn.functional.conv2d for it, "
+            "and dual_batch_norm_act for what follows"
+        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"{name}: weight of the projection is a {type(weight).__name__}, expected a torch.Tensor"
+        )
+    if weight.dim() != input.dim() or set(weight.shape[2:]) != {1}:
+        expected = ["Cout", "Cin", *["1"] * dimensions]
+        raise ValueError(
+            f"{name}: the projection's weight has shape {_shape(weight)}, expected [{', '.join(expected)}]; "
+            "a kernel larger than 1x1 is no projection: use torch.nn.functional.conv2d"
+        )
+    if weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"{name}: the projection's weight has shape {_shape(weight)}, and {argument} {_shape(input)} has "
+            f"{input.shape[1]} channels; expected them to agree (groups are not supported)"
+        )
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: {what} of the projection is a {type(tensor).__name__}, expected a torch.Tensor"
+            )
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: {what} of the projection is on {tensor.device}, {argument} is on {input.device}; move one"
+            )
+        if tensor.dtype not in (torch.float32, input.dtype):
+            raise TypeError(
+                f"{name}: {what} of the projection has dtype {tensor.dtype}, expected torch.float32 or "
+                f"the dtype of {argument}, {input.dtype}"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name}: bias of the projection has shape {_shape(bias)}, expected [{weight.shape[0]}]"
+        )
+    return steps
+
+
+def _per_dimension(name, option, value, dimensions):
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * dimensions
+    if len(values) == 1:
+        values *= dimensions
+    if len(values) != dimensions or not all(type(v) is int for v in values):
+        raise ValueError(
+            f"{name}: {option} is {value!r}, expected a whole number or {dimensions} of them"
+        )
+    return values
+
+
+def check_projected_shape(name, input, shortcut, weight, stride) -> None:
+    """Refuse a projection whose output does not have the main path's shape.
+
+    Raises:
+        ValueError: it has another; the message names the stride that would fit, where one does.
+    """
+    spatial = [
+        (size - 1) // step + 1 for size, step in zip(shortcut.shape[2:], stride, strict=True)
+    ]
+    projected = [shortcut.shape[0], weight.shape[0], *spatial]
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input is a {type(input).__name__}, expected a torch.Tensor")
+    if list(input.shape) == projected:
+        return
+    fitting = [
+        s
+        for s in range(1, 9)
+        if [(n - 1) // s + 1 for n in shortcut.shape[2:]] == list(input.shape[2:])
+    ]
+    hint = f"; stride={fitting[0]} fits" if fitting and fitting[0] not in stride else ""
+    raise ValueError(
+        f"{name}: the shortcut {_shape(shortcut)} is projected to {projected} with stride {stride}, "
+        f"and input is {_shape(input)}; expected them to agree{hint}"
+    )

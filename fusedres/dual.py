@@ -1,6 +1,7 @@
 """The tail of a block whose shortcut is projected, `act(bn(input) + bn'(residual))`: operators and autograd.
 
     fusedres::dual_batch_norm_act           input, residual, ... -> output, saved, residual_saved [3, C], bits
+                                            (residual_moments: those of the residual, where its producer left them)
     fusedres::dual_batch_norm_act_backward  dy, input, residual, ... -> a gradient for each of the six that have one
 
 The kernels are those of `batch_norm_act`, told that the residual has a BatchNorm of its own. With dz = dy * act'(z),
@@ -24,7 +25,7 @@ LIBRARY.define(
     "dual_batch_norm_act(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? residual_weight, "
     "Tensor? residual_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? residual_running_mean, "
     "Tensor(d!)? residual_running_var, bool training, float momentum, float eps, float residual_momentum, "
-    "float residual_eps, str? activation, bool save) "
+    "float residual_eps, str? activation, bool save, Tensor? residual_moments=None) "
     "-> (Tensor output, Tensor saved, Tensor residual_saved, Tensor bits)"
 )
 LIBRARY.define(
@@ -40,6 +41,7 @@ backward_operator = torch.ops.fusedres.dual_batch_norm_act_backward.default
 def _forward(
     input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
     training, momentum, eps, residual_momentum, residual_eps, activation, save,
+    residual_moments=None,
 ):  # fmt: skip
     if resolve(input.device, input.dtype)[0] != "triton":
         return _forward_aten(
@@ -62,7 +64,8 @@ def _forward(
         operators._statistics(k, input, rows, saved, (mean, var), momentum, eps)
         alone = row_map_of(output, residual) or rows
         operators._statistics(
-            k, residual, alone, residual_saved, (residual_mean, residual_var), residual_momentum, residual_eps
+            k, residual, alone, residual_saved, (residual_mean, residual_var), residual_momentum, residual_eps,
+            residual_moments,
         )  # fmt: skip
     norm = k.residual_norm(
         dense(residual_weight), dense(residual_bias),
@@ -206,6 +209,7 @@ for _name, _implementation in (
 def _(
     input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
     training, momentum, eps, residual_momentum, residual_eps, activation, save,
+    residual_moments=None,
 ):  # fmt: skip
     output = torch.empty_like(input)
     n_bytes: Any = 0
@@ -283,10 +287,11 @@ class DualBatchNormAct(torch.autograd.Function):
     def forward(
         input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
         training, momentum, eps, residual_momentum, residual_eps, activation, save,
+        residual_moments=None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return forward_operator(
             input, residual, weight, bias, residual_weight, residual_bias, mean, var, residual_mean, residual_var,
-            training, momentum, eps, residual_momentum, residual_eps, activation, save,
+            training, momentum, eps, residual_momentum, residual_eps, activation, save, residual_moments,
         )  # fmt: skip
 
     @staticmethod
@@ -300,7 +305,7 @@ class DualBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 11
+        rest = (None,) * 12
         if dy is None:
             return (*[None] * 6, *rest)
         needs = list(ctx.needs_input_grad[:6])
@@ -343,11 +348,14 @@ def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Te
     return [a[0], c[0], a[1], a[2], c[1], c[2]]
 
 
-def dual_batch_norm_act(*arguments: Any) -> Tensor:
-    """`fusedres.functional.dual_batch_norm_act` on checked arguments, in the operator's order without `save`."""
+def dual_batch_norm_act(*arguments: Any, moments: Tensor | None = None) -> Tensor:
+    """`fusedres.functional.dual_batch_norm_act` on checked arguments, in the operator's order without `save`.
+
+    moments: the partial moments of the residual, from whatever wrote it; its own pass over it is saved then.
+    """
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        return DualBatchNormAct.apply(*arguments, True)[0]
+        return DualBatchNormAct.apply(*arguments, True, moments)[0]
     if not save:
-        return forward_operator(*arguments, False)[0]
-    return _Eager.apply(*arguments, True)[0]
+        return forward_operator(*arguments, False, moments)[0]
+    return _Eager.apply(*arguments, True, moments)[0]

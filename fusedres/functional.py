@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_batch_norm_act
+from .checks import check_batch_norm_act, check_projected_shape, check_projection
 from .dispatch import resolve, wants_triton
 
-__all__ = ["batch_norm_act", "dual_batch_norm_act"]
+__all__ = ["batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"]
 
 
 def batch_norm_act(
@@ -117,7 +117,40 @@ def dual_batch_norm_act(
 
     After an error the running statistics are what they were.
     """
-    name = "dual_batch_norm_act"
+    return _dual(
+        "dual_batch_norm_act", input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+        activation,
+    )  # fmt: skip
+
+
+def _dual(
+    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+    activation, moments=None,
+) -> Tensor:  # fmt: skip
+    _check_dual(
+        name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+        activation,
+    )  # fmt: skip
+    arguments = (
+        input, residual, weight, bias, residual_weight, residual_bias,
+        running_mean, running_var, residual_running_mean, residual_running_var,
+        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
+    )  # fmt: skip
+    from . import dual
+
+    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
+        return dual.dual_batch_norm_act(*arguments, moments=moments)
+    return dual.compose(*arguments)
+
+
+def _check_dual(
+    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+    activation,
+) -> None:  # fmt: skip
     check_batch_norm_act(
         name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
     )  # fmt: skip
@@ -132,16 +165,105 @@ def dual_batch_norm_act(
     for argument, value in (("momentum", momentum), ("residual_momentum", residual_momentum)):
         if isinstance(value, Tensor):
             raise TypeError(f"{name}: {argument} is a Tensor, expected a number")
-    arguments = (
-        input, residual, weight, bias, residual_weight, residual_bias,
-        running_mean, running_var, residual_running_mean, residual_running_var,
-        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
-    )  # fmt: skip
-    from . import dual
 
-    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
-        return dual.dual_batch_norm_act(*arguments)
-    return dual.compose(*arguments)
+
+def projection(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A 1x1 convolution of any stride: what a shortcut does where a block changes shape. Arguments of `F.conv2d`.
+
+        output[n, o, h, w] = sum over i of input[n, i, h * stride, w * stride] * weight[o, i] (+ bias[o])
+
+    Channels-last inputs of few channels go to a Triton product that reads only the rows which the stride visits, and
+    whose input gradient touches no others; where arithmetic is what takes the time, and on the aten backend, it is
+    PyTorch's own convolution. float32 is tf32 only where `torch.backends.cudnn` allows it for convolutions.
+
+    Args:
+        input: [N, Cin, ...] with 1 to 3 spatial dimensions; float32, bfloat16, float16 or float64.
+        weight: [Cout, Cin, 1, ...]; float32 or the input's dtype.
+        bias: [Cout] or None.
+        stride: one step, or one for each spatial dimension.
+        padding, dilation, groups: 0, 1 and 1; anything else is refused.
+
+    Returns:
+        [N, Cout, ...] in the input's dtype. First and second derivatives are supported.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a weight that is not 1x1, or shapes, devices or values that do not fit.
+    """
+    steps = check_projection("projection", input, weight, bias, stride, padding, dilation, groups)
+    from .projection import project
+
+    return project(input, weight, bias, steps, False)[0]
+
+
+def projection_batch_norm_act(
+    input: Tensor,
+    shortcut: Tensor,
+    projection_weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float = 0.1,
+    residual_eps: float = 1e-5,
+    *,
+    projection_bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    activation: str | None = "relu",
+) -> Tensor:
+    """`activation(batch_norm(input) + batch_norm(projection(shortcut)))`: a projected shortcut and its block's tail.
+
+    `dual_batch_norm_act` of the input and of `projection(shortcut, projection_weight, projection_bias, stride)`; where
+    the Triton product runs, the statistics of what it writes leave it together with the values.
+
+    Args:
+        input: [N, C, ...], the main path.
+        shortcut: [N, Cin, ...], the block's input.
+        projection_weight: [C, Cin, 1, ...].
+        running_mean to residual_eps: as for `dual_batch_norm_act`; the residual is the projected shortcut.
+        projection_bias, stride, padding, dilation, groups: as for `projection`.
+        activation: "relu" or None.
+
+    Returns:
+        A tensor with the input's shape, dtype and memory format.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `projection` and `dual_batch_norm_act` do; ValueError too when the
+            projected shortcut has not the input's shape.
+
+    After an error the running statistics are what they were.
+    """
+    name = "projection_batch_norm_act"
+    steps = check_projection(
+        name, shortcut, projection_weight, projection_bias, stride, padding, dilation, groups, "shortcut"
+    )  # fmt: skip
+    check_projected_shape(name, input, shortcut, projection_weight, steps)
+    from .projection import project
+
+    residual, moments = project(shortcut, projection_weight, projection_bias, steps, training)
+    return _dual(
+        name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+        activation, moments,
+    )  # fmt: skip
 
 
 def _goes_to_kernels(input: Tensor) -> bool:

@@ -66,7 +66,17 @@ def _kernels() -> SimpleNamespace:
     if _loaded is None:
         import triton.language as tl
 
-        from .kernels import apply, chip, finalize, grad_apply, grad_reduce, launch, stats
+        from .kernels import (
+            apply,
+            chip,
+            finalize,
+            grad_apply,
+            grad_reduce,
+            launch,
+            projection,
+            projection_grad_weight,
+            stats,
+        )
 
         _loaded = SimpleNamespace(
             stats=stats.launch_bn_stats,
@@ -76,6 +86,10 @@ def _kernels() -> SimpleNamespace:
             grad_reduce=grad_reduce.launch_bn_grad_reduce,
             grad_finalize=finalize.launch_bn_grad_finalize,
             grad_apply=grad_apply.launch_bn_grad_apply,
+            projection=projection.launch_projection,
+            projection_grad_weight=projection_grad_weight.launch_projection_grad_weight,
+            product_tile=launch.choose_product,
+            grad_weight_tile=launch.choose_grad_weight,
             chip=chip.current_chip,
             tile=launch.choose_tile,
             DUAL_SHARE=launch.DUAL_SHARE,
@@ -180,14 +194,19 @@ def _batch_norm_act(
 
 
 def _statistics(
-    k: SimpleNamespace, x: Tensor, rows: RowMap, saved: Tensor, buffers: Buffers, momentum: float, eps: float
+    k: SimpleNamespace, x: Tensor, rows: RowMap, saved: Tensor, buffers: Buffers, momentum: float, eps: float,
+    known: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """saved [3, C] <- the moments of x, which is rows.strides[1]; the running statistics move on."""
+    """saved [3, C] <- the moments of x, which is rows.strides[1]; the running statistics move on. `known`: the partial
+    moments that whatever wrote x has left."""
     mean, var = _dense(buffers[0]), _dense(buffers[1])
-    tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
-    partial = x.new_empty((tile.programs, 3, rows.channels), dtype=_partial_dtype(x.dtype))
-    k.stats(x, partial, rows, tile, k.offset[rows.needs_int64])
-    k.finalize(partial, x, saved, mean, var, rows.strides[1], momentum, eps)
+    if known is None:
+        tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
+        partial = x.new_empty((tile.programs, 3, rows.channels), dtype=_partial_dtype(x.dtype))
+        k.stats(x, partial, rows, tile, k.offset[rows.needs_int64])
+        k.finalize(partial, x, saved, mean, var, rows.strides[1], momentum, eps)
+    else:
+        k.finalize(known, None, saved, mean, var, None, momentum, eps)
     for buffer, updated in zip(buffers, (mean, var), strict=True):
         if buffer is not None and updated is not None and updated is not buffer:
             buffer.copy_(updated)

@@ -44,7 +44,10 @@ def bn_finalize_kernel(
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """saved [3, C] <- mean, mean_low, invstd; the running statistics move towards the batch's (variance unbiased)."""
+    """saved [3, C] <- mean, mean_low, invstd; the running statistics move towards the batch's (variance unbiased).
+
+    The means in partial are relative to the first values of x; without x they are the means themselves.
+    """
     ACC: tl.constexpr = p_saved.dtype.element_ty
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
@@ -57,8 +60,11 @@ def bn_finalize_kernel(
     b_total = b_count.to(tl.float64) * b_mean.to(tl.float64)
     b_n, b_offset, b_m2 = merge(b_count.to(tl.float64), b_total, b_m2.to(tl.float64))
 
-    b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
-    b_first = b_pivot.to(tl.float64)
+    if p_x is not None:
+        b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
+        b_first = b_pivot.to(tl.float64)
+    else:
+        b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
     b_exact = b_first + b_offset
     b_mean = b_exact.to(ACC)
     # What the two roundings took off (Knuth's two-sum, then the cast); nothing where the mean is not finite.
@@ -91,11 +97,11 @@ def bn_finalize_kernel(
 
 def launch_bn_finalize(
     partial: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     saved: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    x_stride: tuple[int, int, int],
+    x_stride: tuple[int, int, int] | None,
     momentum: float,
     eps: float,
 ) -> None:

@@ -104,3 +104,74 @@ def choose_tile(
         block_outer, block_inner, block_channels, warps, STAGES[per_multiprocessor],
         tiles_inner, tiles, programs, channel_blocks,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """BLOCK_ROWS rows by BLOCK_OUT output and BLOCK_IN input channels; `programs` share the `tiles` of rows."""
+
+    block_rows: int
+    block_out: int
+    block_in: int
+    warps: int
+    stages: int
+    tiles: int
+    programs: int
+    blocks_out: int
+
+    @functools.cached_property
+    def options(self) -> dict[str, int]:
+        """As `Tile.options`."""
+        return {
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_OUT": self.block_out,
+            "BLOCK_IN": self.block_in,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+            "enable_fp_fusion": True,
+        }
+
+
+# (rows, output channels, input channels, warps, stages) of the products, by element size. Twice as many accumulators
+# spill on sm_100 once the moments are taken, and leave room for one program a multiprocessor on sm_90.
+GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 3), 8: (32, 16, 16, 4, 1)}
+# The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
+# fewest that sm_90's wide instruction takes.
+GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}
+GEMM_SMALLEST = 16  # of a tensor core's operands
+
+
+def _fit(block: int, size: int) -> int:
+    return max(GEMM_SMALLEST, min(block, _power_of_two(size)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_product(
+    rows: int, channels_in: int, channels_out: int, element_size: int, chip: Chip
+) -> GemmTile:
+    """The tile of y [rows, Cout] = x [rows, Cin] @ weight; a program keeps its output channels and walks the rows."""
+    block_rows, block_out, block_in, warps, stages = GEMM[element_size]
+    block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
+    block_rows = _fit(block_rows, rows)
+    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_grad_weight(
+    rows: int, channels_in: int, channels_out: int, element_size: int, chip: Chip
+) -> GemmTile:
+    """The tile of dweight [Cout, Cin] = dy^T @ x; the rows are split until every multiprocessor has a program."""
+    block_rows, block_out, block_in, warps, stages = GRAD_WEIGHT[element_size]
+    block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
+    block_rows = _fit(block_rows, rows)
+    blocks_in = _ceil(channels_in, block_in)
+    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, blocks_in)  # fmt: skip
+
+
+def _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, columns):
+    tiles, blocks_out = _ceil(rows, block_rows), _ceil(channels_out, block_out)
+    if block_rows * block_out < 128 * 64 and warps == 8:
+        warps = 4
+    wanted = min(_ceil(2 * chip.multiprocessors, blocks_out * columns), MAX_PARTIALS, tiles)
+    programs = _ceil(tiles, _ceil(tiles, max(1, wanted)))
+    return GemmTile(block_rows, block_out, block_in, warps, stages, tiles, programs, blocks_out)

@@ -6,6 +6,7 @@ dimensions can be merged in each of them.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -93,3 +94,42 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
 def packs_channels(rows: RowMap) -> bool:
     """Where eight divides the channels (or nearly) no bit is wasted; otherwise the rows are packed."""
     return rows.channels_fastest and (rows.channels % 8 == 0 or rows.channels >= 64)
+
+
+@dataclass(frozen=True)
+class GatherMap:
+    """Rows that two tensors are walked by, with strides of their own: four dimensions, the outermost first."""
+
+    sizes: tuple[int, int, int, int]
+    strides: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+    needs_int64: bool
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def gather_map(
+    sizes: tuple[int, ...],
+    first: tuple[int, ...],
+    second: tuple[int, ...],
+    channels: tuple[int, int],
+    channel_strides: tuple[int, int],
+) -> GatherMap:
+    """The map of rows [N, ...] of `sizes`, whose neighbours stand `first` and `second` apart in the two tensors."""
+    merged: list[list[int]] = []
+    for size, a, b in zip(sizes, first, second, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == a * size and merged[-1][2] == b * size:
+            merged[-1] = [merged[-1][0] * size, a, b]
+        else:
+            merged.append([size, a, b])
+    merged = [[1, 0, 0]] * (4 - len(merged)) + merged
+    four = [tuple(column) for column in zip(*merged, strict=True)]
+    last = [
+        sum((size - 1) * step for size, step in zip(four[0], steps, strict=True)) + (c - 1) * stride
+        for steps, c, stride in zip(four[1:], channels, channel_strides, strict=True)
+    ]
+    return GatherMap(four[0], (four[1], four[2]), max(*last, math.prod(sizes)) >= 2**31 - 2**20)

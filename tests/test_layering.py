@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up. A name stands for a file or a folder of fusedres/; kernels/ is `kernels`.
 FLOORS = (
     ("kernels",),
-    ("reference", "dispatch", "checks", "operators", "batching", "autograd", "dual", "functional"),
+    (
+        "reference",
+        "dispatch",
+        "checks",
+        "operators",
+        "batching",
+        "autograd",
+        "dual",
+        "projection",
+        "functional",
+    ),
     ("nn",),
     ("swap", "cli", "benchmarks", "__main__", "__init__"),
 )

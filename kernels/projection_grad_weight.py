@@ -1,0 +1,97 @@
+"""Gradient of the weight of a 1x1 convolution of any stride.
+
+    dweight[o, i] = sum over rows r of dy[r, o] * x[row(r), i]
+
+The rows are split between programs, each of which writes a sum of its own (no atomics); the sums are added by the
+caller in their order. Reads dy once a block of input channels and the visited rows of x once a block of output
+channels, from the cache where neighbouring programs share them; writes `splits` matrices in float32. Parallel over
+blocks of input channels (grid axis 0), of output channels (axis 1) and splits (axis 2).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import GemmTile
+from .layout import GatherMap
+from .projection import dot, gather_rows
+from .start import start
+
+
+@triton.jit
+def projection_grad_weight_kernel(
+    p_dy,
+    p_x,
+    p_partial,
+    sizes,
+    dy_stride,
+    x_stride,
+    rows,
+    channels_in,
+    channels_out,
+    tiles,
+    programs,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """partial [programs, Cout, Cin] <- the sums over each program's rows."""
+    o_in = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    o_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i_program = tl.program_id(2)
+    m_in, m_out = o_in < channels_in, o_out < channels_out
+    b_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], ACC)
+    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
+        o_row = i_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        m_row = o_row < rows
+        o_dy = (
+            gather_rows(o_row, sizes, dy_stride, OFFSET)[:, None] + (o_out * dy_stride[4])[None, :]
+        )
+        o_x = gather_rows(o_row, sizes, x_stride, OFFSET)[:, None] + (o_in * x_stride[4])[None, :]
+        b_dy = tl.load(p_dy + o_dy, mask=m_row[:, None] & m_out[None, :], other=0.0)
+        b_x = tl.load(p_x + o_x, mask=m_row[:, None] & m_in[None, :], other=0.0)
+        b_acc = dot(tl.trans(b_dy), b_x, b_acc, PRECISION, ACC)
+    o_partial = i_program.to(tl.int64) * channels_out * channels_in
+    o_weight = o_out[:, None] * channels_in + o_in[None, :]
+    tl.store(p_partial + o_partial + o_weight, b_acc, mask=m_out[:, None] & m_in[None, :])
+
+
+def launch_projection_grad_weight(
+    dy: Tensor,
+    x: Tensor,
+    partial: Tensor,
+    gather: GatherMap,
+    channel_strides: tuple[int, int],
+    tile: GemmTile,
+    precision: str,
+    accumulate: tl.dtype,
+    offset: tl.dtype,
+) -> None:
+    """partial [tile.programs, Cout, Cin] <- dy, x; gather.strides and channel_strides: dy, then x."""
+    _, channels_out, channels_in = partial.shape
+    dy_stride, x_stride = (
+        (*strides, channel)
+        for strides, channel in zip(gather.strides, channel_strides, strict=True)
+    )
+    start(
+        projection_grad_weight_kernel,
+        (-(-channels_in // tile.block_in), tile.blocks_out, tile.programs),
+        (dy, x, partial),
+        (
+            gather.sizes[1:],
+            dy_stride,
+            x_stride,
+            gather.rows,
+            channels_in,
+            channels_out,
+            tile.tiles,
+            tile.programs,
+        ),
+        (),
+        {"PRECISION": precision, "ACC": accumulate, "OFFSET": offset},
+        tile.options,
+    )

@@ -1,0 +1,215 @@
+"""The 1x1 convolution of a shortcut, alone and before the dual tail; and what the compiler makes of its products.
+
+A result may err as much as PyTorch's convolution in the same dtype does, times 1.1, plus one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedres
+from fusedres.benchmarks.compile_only import compile_only
+from fusedres.functional import projection, projection_batch_norm_act
+from fusedres.projection import add_input_gradient, describe_choice, project
+
+from .helpers import DTYPES, lay_out
+
+
+def draw(shape, channels_out, dtype=torch.float32, layout="channels_last", device="cpu", mean=0.0):
+    """Input, weight and bias."""
+    generator = torch.Generator().manual_seed(1)
+    ones = [1] * (len(shape) - 2)
+    sizes = (shape, (channels_out, shape[1], *ones), (channels_out,))
+    input, weight, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
+    tensors = (lay_out((input + mean).to(dtype), layout), weight.to(dtype), bias.to(dtype))
+    return [t.to(device).requires_grad_() for t in tensors]
+
+
+def gradient(output):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+
+
+def run(function, leaves, dtype, stride):
+    """Output, and gradients of input, weight and bias."""
+    output = function(*leaves, stride)
+    dy = gradient(output).to(dtype).to(output.dtype)
+    names = ("output", "grad_input", "grad_weight", "grad_bias")
+    return dict(
+        zip(names, (output.detach(), *torch.autograd.grad(output, leaves, dy)), strict=True)
+    )
+
+
+def off(leaves, stride):
+    """What errs by more than PyTorch's convolution does."""
+    dtype = leaves[0].dtype
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[leaves[0].dim()]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = run(convolution, wide, dtype, stride)
+    found = {}
+    actual, eager = run(projection, leaves, dtype, stride), run(convolution, leaves, dtype, stride)
+    for name, result in actual.items():
+        assert result.dtype == eager[name].dtype
+        error, allowed = (
+            float((t.double() - exact[name]).abs().max()) for t in (result, eager[name])
+        )
+        # Eager's error on one draw is chance: n products lose some sqrt(n) units of the accumulator.
+        terms = (
+            leaves[0].shape[1]
+            if name in ("output", "grad_input")
+            else actual["output"][:, 0].numel()
+        )
+        unit = torch.finfo(result.dtype).eps * float(exact[name].abs().max())
+        wide_unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        allowed = 1.1 * allowed + unit + wide_unit * terms**0.5 * float(exact[name].abs().max())
+        if not error <= allowed:
+            found[name] = (error, allowed)
+    return found
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (8, 7), (7, 9)], ids=str)
+@pytest.mark.parametrize("channels", [(3, 16), (16, 3), (24, 100), (64, 24)], ids=str)
+def test_strides_and_sizes(stride, size, channels, device):
+    assert off(draw((2, channels[0], *size), channels[1], device=device), stride) == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "sliced", "transposed"])
+def test_dtypes_and_layouts(dtype, layout, device):
+    assert off(draw((3, 24, 7, 8), 40, DTYPES[dtype], layout, device), 2) == {}
+
+
+@pytest.mark.parametrize("channels", [(100, 256), (256, 2048)], ids=str)
+def test_many_channels(channels, device):
+    assert off(draw((1, channels[0], 3, 5), channels[1], device=device), 2) == {}
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 9), (2, 8, 4, 5, 6)], ids=["1d", "3d"])
+def test_one_and_three_dimensions(shape, device):
+    assert off(draw(shape, 16, device=device), 2) == {}
+
+
+def test_a_stride_for_each_dimension(device):
+    assert off(draw((2, 8, 7, 9), 16, device=device), (2, 3)) == {}
+
+
+def test_two_runs_give_the_same_bits(device):
+    leaves = draw((4, 24, 9, 9), 40, device=device)
+    first, second = (run(projection, leaves, torch.float32, 2) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_second_derivatives(device):
+    leaves = draw((2, 3, 5, 4), 4, torch.float64, device=device)
+    assert torch.autograd.gradcheck(lambda *t: projection(*t, 2), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: projection(*t, 2), leaves)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_moments_are_those_of_what_was_written(dtype, mean, device):
+    input, weight, _ = draw((8, 16, 17, 8), 24, DTYPES[dtype], device=device, mean=mean)
+    with torch.no_grad():
+        output, moments = project(input, weight, None, (2, 2), True)
+    assert moments is not None
+    count, mean, m2 = moments.double().unbind(1)
+    total = count.sum(0)
+    merged = (count * mean).sum(0) / total
+    variance = (m2 + count * (mean - merged).square()).sum(0) / total
+    exact_var, exact_mean = torch.var_mean(output.double(), (0, 2, 3), correction=0)
+    assert float(((merged - exact_mean) / exact_var.sqrt()).abs().max()) < 1e-4
+    assert float((variance / exact_var - 1).abs().max()) < 1e-5
+
+
+@pytest.mark.kernels
+def test_adding_touches_only_visited_rows(device):
+    _, weight, _ = draw((2, 8, 7, 7), 16, device=device)
+    dx = lay_out(torch.full((2, 8, 7, 7), float("nan")), "channels_last").to(device)
+    dx[:, :, ::2, ::2] = 1.0
+    dy = gradient(torch.empty(2, 16, 4, 4)).float().to(device)
+    add_input_gradient(dx, dy, weight.detach(), (2, 2))
+    expected = 1 + F.conv_transpose2d(dy, weight.detach())
+    torch.testing.assert_close(dx[:, :, ::2, ::2], expected)
+    assert bool(dx.isnan().sum() == 2 * 8 * (49 - 16))
+
+
+VECTORS = ("running_mean", "running_var", "residual_running_mean", "residual_running_var")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_tail_is_the_composition(training, device):
+    shortcut, weight, bias = draw((4, 8, 7, 9), 16, device=device)
+    input = draw((4, 16, 4, 5), 1, device=device)[0]
+    leaves = [input, shortcut, weight, bias]
+
+    def tail():
+        buffers = [torch.full((16,), 0.5, device=device) for _ in VECTORS]
+        output = projection_batch_norm_act(
+            input, shortcut, weight, *buffers, training=training, stride=2, projection_bias=bias
+        )
+        return [output, *torch.autograd.grad(output, leaves, gradient(output).float()), *buffers]
+
+    actual = tail()
+    with fusedres.backend("aten"):
+        expected = tail()
+    # The bias' gradient is a sum that is zero but for rounding when the statistics are the batch's.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+WRONG = {
+    "3x3": ({"projection_weight": torch.ones(16, 8, 3, 3)}, "no projection"),
+    "groups by shape": ({"projection_weight": torch.ones(16, 4, 1, 1)}, "8 channels"),
+    "groups": ({"groups": 2}, "groups is 2"),
+    "dilation": ({"dilation": 2}, "dilation is 2"),
+    "padding": ({"padding": 1}, "padding is 1"),
+    "stride": ({"stride": 1}, "stride=2 fits"),
+    "stride 0": ({"stride": 0}, "expected 1 or more"),
+    "bias": ({"projection_bias": torch.ones(3)}, r"expected \[16\]"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_wrong_arguments_are_named(change):
+    options, message = WRONG[change]
+    buffers = [torch.ones(16) for _ in VECTORS]
+    arguments = {
+        "projection_weight": torch.ones(16, 8, 1, 1),
+        "stride": 2,
+        "training": True,
+    } | options
+    with pytest.raises(ValueError, match=message):
+        projection_batch_norm_act(
+            torch.randn(2, 16, 4, 4),
+            torch.randn(2, 8, 7, 7),
+            arguments.pop("projection_weight"),
+            *buffers,
+            **arguments,
+        )
+    assert all(bool((buffer == 1).all()) for buffer in buffers)
+
+
+@pytest.mark.parametrize(("channels", "where"), [((64, 256), "Triton"), ((1024, 2048), "library")])
+def test_the_choice_follows_arithmetic_intensity(channels, where):
+    assert where in describe_choice(*channels)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+def test_machine_code(dtype, architecture):
+    """Forward with moments, and both gradients, of the first projection of a ResNet-50 at batch 256."""
+    shape = (256, 64, 56, 56)
+    input = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+    weight = torch.empty(256, 64, 1, 1, dtype=dtype).requires_grad_()
+    with fusedres.backend("triton"), compile_only(architecture) as recorded:
+        output, _ = project(input, weight, None, (1, 1), True)
+        torch.autograd.grad(output, (input, weight), torch.empty_like(output))
+        found = list(recorded)
+    assert len(found) == 3
+    assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
+    kind = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[architecture]
+    assert all(launch.code.count(kind) for launch in found)
