@@ -64,11 +64,13 @@ def why_library(input: Tensor, weight: Tensor) -> str | None:
     """Why this projection is left to the library's convolution; None where the Triton product runs."""
     if not wants_triton(input.is_cuda) or input.numel() == 0:
         return "the backend is plain PyTorch"
+    if torch.compiler.is_compiling():
+        return "torch.compile schedules PyTorch's own convolution"
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms PyTorch's own convolution"
-    if input.stride(1) != 1 or not input.is_floating_point():
+    if input.stride(1) != 1:
         return "the input is not channels_last"
-    if not torch.compiler.is_compiling() and why_not_triton(input.device, input.dtype) is not None:
+    if why_not_triton(input.device, input.dtype) is not None:
         return "Triton cannot run there"
     if INTERPRET:
         return None
@@ -77,25 +79,23 @@ def why_library(input: Tensor, weight: Tensor) -> str | None:
     if input.dtype == torch.float32 and not _allows_tf32():
         return "float32 products without tf32 are the library's"
     channels_out, channels_in = weight.shape[:2]
-    ridge = RIDGE.get(_architecture(input), OTHER_RIDGE)
-    if input.dtype == torch.float32:
-        ridge = ridge * TF32_SHARE
+    ridge = RIDGE.get(_architecture(), OTHER_RIDGE) * (
+        TF32_SHARE if input.dtype == torch.float32 else 1
+    )
     if intensity(channels_in, channels_out, input.element_size()) >= ridge:
         return "it is compute-bound"
     return None
 
 
-def _architecture(input: Tensor) -> int:
+def _architecture() -> int:
     from .kernels.chip import current_chip
 
-    if torch.compiler.is_compiling():
-        major, _ = torch.cuda.get_device_capability(input.device)
-        return 10 * major
     return current_chip().architecture // 10 * 10
 
 
 def _allows_tf32() -> bool:
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    convolutions: Any = torch.backends.cudnn
+    return bool(convolutions.conv.fp32_precision == "tf32")
 
 
 def _precision(tensor: Tensor) -> str:

@@ -108,6 +108,27 @@ def test_second_derivatives(device):
     assert torch.autograd.gradgradcheck(lambda *t: projection(*t, 2), leaves)
 
 
+def test_compiled_in_one_graph(device):
+    leaves = draw((2, 8, 7, 9), 16, device=device)
+    compiled = torch.compile(lambda *t: projection(*t, 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), projection(*leaves, 2))
+
+
+def test_under_vmap(device):
+    input, weight, bias = (t.detach() for t in draw((6, 8, 7, 9), 16, device=device))
+    mapped = torch.vmap(lambda x: projection(x, weight, bias, 2))(input.unflatten(0, (3, 2)))
+    torch.testing.assert_close(mapped.flatten(0, 1), projection(input, weight, bias, 2))
+
+
+@pytest.mark.kernels
+def test_opcheck(device):
+    input, weight, bias = draw((2, 8, 7, 9), 16, device=device)
+    torch.library.opcheck(
+        torch.ops.fusedres.projection.default,
+        (input.detach(), weight.detach(), bias.detach(), [2, 2], False),
+    )
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("mean", [0.0, 300.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
