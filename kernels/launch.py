@@ -134,7 +134,7 @@ class GemmTile:
 
 # (rows, output channels, input channels, warps, stages) of the products, by element size. Twice as many accumulators
 # spill on sm_100 once the moments are taken, and leave room for one program a multiprocessor on sm_90.
-GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 3), 8: (32, 16, 16, 4, 1)}
+GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 2), 8: (32, 16, 16, 4, 1)}
 # The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
 # fewest that sm_90's wide instruction takes.
 GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}
