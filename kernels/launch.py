@@ -134,7 +134,9 @@ class GemmTile:
 
 # (rows, output channels, input channels, warps, stages) of the products, by element size. Twice as many accumulators
 # spill on sm_100 once the moments are taken, and leave room for one program a multiprocessor on sm_90.
-GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 2), 8: (32, 16, 16, 4, 1)}
+GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 3), 8: (32, 16, 16, 4, 1)}
+# Before sm_90, where Triton 3.6 spills with three stages of float32.
+GEMM_BEFORE_90 = {**GEMM, 4: (64, 32, 32, 4, 2)}
 # The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
 # fewest that sm_90's wide instruction takes.
 GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}
@@ -150,7 +152,8 @@ def choose_product(
     rows: int, channels_in: int, channels_out: int, element_size: int, chip: Chip
 ) -> GemmTile:
     """The tile of y [rows, Cout] = x [rows, Cin] @ weight; a program keeps its output channels and walks the rows."""
-    block_rows, block_out, block_in, warps, stages = GEMM[element_size]
+    table = GEMM if chip.architecture >= 90 else GEMM_BEFORE_90
+    block_rows, block_out, block_in, warps, stages = table[element_size]
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
     return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, 1)
