@@ -104,6 +104,20 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not_launchable(device.type)
 
 
+def why_called(child: nn.Module) -> str | None:
+    """Why what this child computes cannot be computed without calling it; None when it can."""
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return "it has hooks, which run only when the module itself is called"
+    if "forward" in child.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
 def why_not_fused(norm: nn.Module) -> str | None:
     """Why this child cannot be run fused, looked at now; None when it can.
 
@@ -112,15 +126,8 @@ def why_not_fused(norm: nn.Module) -> str | None:
     kind = type(norm)
     if kind not in FUSED_NORMS:
         return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
-    if (
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-    ):
-        return "it has hooks, which run only when the module itself is called"
-    if "forward" in norm.__dict__:
-        return "its forward was replaced on the instance"
+    if (reason := why_called(norm)) is not None:
+        return reason
     parameters = norm._parameters
     if "weight" not in parameters or "bias" not in parameters:
         return "its parameters are computed (parametrization or weight norm), not stored"

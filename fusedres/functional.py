@@ -117,18 +117,19 @@ def dual_batch_norm_act(
 
     After an error the running statistics are what they were.
     """
-    return _dual(
+    return tail_of_two(
         "dual_batch_norm_act", input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
         activation,
     )  # fmt: skip
 
 
-def _dual(
+def tail_of_two(
     name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
     weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
     activation, moments=None,
 ) -> Tensor:  # fmt: skip
+    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
     _check_dual(
         name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
@@ -259,7 +260,7 @@ def projection_batch_norm_act(
     from .projection import project
 
     residual, moments = project(shortcut, projection_weight, projection_bias, steps, training)
-    return _dual(
+    return tail_of_two(
         name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
         activation, moments,

@@ -56,8 +56,8 @@ def describe_choice(channels_in: int, channels_out: int, architecture: int = 90)
     found, ridge = intensity(channels_in, channels_out, 2), RIDGE.get(architecture, OTHER_RIDGE)
     # By arithmetic intensity: no GPU has measured it yet.
     if found < ridge:
-        return f"1x1 in Triton: memory-bound by arithmetic ({found:.0f} flop/byte, not timed)"
-    return f"1x1 by the library: compute-bound by arithmetic ({found:.0f} flop/byte, not timed)"
+        return f"1x1 in Triton: memory-bound at {found:.0f} flop/byte (not timed)"
+    return f"1x1 by the library: compute-bound at {found:.0f} flop/byte (not timed)"
 
 
 def why_library(input: Tensor, weight: Tensor) -> str | None:

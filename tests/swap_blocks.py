@@ -10,6 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.nn import batch_norm, projection
+
+
+def spy_on_sites(monkeypatch) -> list[nn.Module]:
+    """A list that gets the main BatchNorm of each site that runs fused, call by call."""
+    calls = []
+
+    def spied(function):
+        def spy(norm, *args, **options):
+            calls.append(norm)
+            return function(norm, *args, **options)
+
+        return spy
+
+    for owner, name in ((batch_norm, "call_batch_norm"), (projection, "call_dual_batch_norm")):
+        monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
+    return calls
 
 
 class Block(nn.Module):
@@ -238,7 +255,7 @@ SPELLINGS = {
     add_statement: ["BN+add"],
     tail: ["BN+ReLU", "BN+add+ReLU"],
     tail_swapped: ["BN+ReLU", "BN+add+ReLU"],
-    tail_projected: ["BN+add+ReLU"],
+    tail_projected: ["BN+BN+add+ReLU", "BN+BN+add+ReLU"],
     tail_skip_between: ["BN+add+ReLU"],
     pre_activation: ["BN+ReLU", "BN+ReLU"],
     broadcast_residual: ["BN+add+ReLU"],

@@ -18,7 +18,7 @@ def test_the_example_runs(capsys):
     assert len([line for line in example.splitlines() if line]) <= 5
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
-    assert "17 fused" in capsys.readouterr().out
+    assert "20 fused" in capsys.readouterr().out
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 

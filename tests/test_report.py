@@ -17,13 +17,17 @@ from .swap_blocks import make, tail
 pytestmark = pytest.mark.once
 
 TABLE = """\
-fusedres: 20 BatchNorm: 17 fused, 3 left alone
-where                    n  block       pattern      status      reason
------------------------  -  ----------  -----------  ----------  --------------------------------------------------
-bn1                      1  ResNet      BN+ReLU      fused
-layer1-4.0-1.bn1         8  BasicBlock  BN+ReLU      fused
-layer1-4.0-1.bn2         8  BasicBlock  BN+add+ReLU  fused
-layer2-4.0.downsample.1  3  Sequential  BN           left alone  nothing to fuse follows it: its output is returned"""
+fusedres: 20 BatchNorm: 20 fused
+where                   n  block       pattern         status  reason
+----------------------  -  ----------  --------------  ------  --------------------------------------------------------
+bn1                     1  ResNet      BN+ReLU         fused
+layer1-4.0-1.bn1        8  BasicBlock  BN+ReLU         fused
+layer{1.0-1,2-4.1}.bn2  5  BasicBlock  BN+add+ReLU     fused
+layer2-4.0.bn2          3  BasicBlock  BN+BN+add+ReLU  fused
+layer2.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 43 flop/byte (not timed)
+layer3.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 85 flop/byte (not timed)
+layer4.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 171 flop/byte (not timed)
+""".rstrip()
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +53,9 @@ def test_markdown_keeps_a_bar_in_a_reason():
 
 def test_json(report):
     data = json.loads(report.to_json())
-    assert (data["n_fused"], len(data["rows"])) == (17, 20)
+    assert (data["n_fused"], len(data["rows"])) == (20, 20)
     assert data["rows"][0] == {
-        "where": "bn1", "block": "ResNet", "pattern": "BN+ReLU", "status": "fused", "reason": "",
+        "where": "bn1", "block": "ResNet", "pattern": "BN+ReLU", "status": "fused", "reason": "", "note": "",
     }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import fusedres
-from fusedres.nn.batch_norm import call_batch_norm
 
 from .swap_blocks import (
     ALLOWED,
@@ -23,6 +22,7 @@ from .swap_blocks import (
     images,
     make,
     optional_argument,
+    spy_on_sites,
     tail,
     tail_projected,
     tail_skip_between,
@@ -36,14 +36,7 @@ MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 @pytest.fixture
 def fused_calls(monkeypatch):
     """One entry for each site that runs fused."""
-    calls = []
-
-    def spy(norm, *args):
-        calls.append("bn1")
-        return call_batch_norm(norm, *args)
-
-    monkeypatch.setattr("fusedres.swap.rewrite.call_batch_norm", spy)
-    return calls
+    return spy_on_sites(monkeypatch)
 
 
 @pytest.mark.parametrize("forward", SPELLINGS, ids=lambda f: f.__name__)
@@ -97,8 +90,7 @@ def test_looking_changes_nothing(forward):
 
 
 def test_of_two_added_batch_norms_the_last_is_the_main_path():
-    report = fusedres.fuse_(make(tail_projected))
-    assert {row.where: row.pattern for row in report.rows} == {"bn1": "BN", "bn2": "BN+add+ReLU"}
+    assert [row.where for row in fusedres.fuse_(make(tail_projected)).rows] == ["bn2", "bn1"]
 
 
 def test_the_other_is_taken_when_the_last_cannot_be_fused():
@@ -129,7 +121,7 @@ def test_optional_arguments(call):
 @pytest.mark.parametrize("keywords", [{}, {"residual": None}], ids=["x", "x and a default"])
 def test_a_call_by_keyword_runs_fused(keywords, fused_calls):
     fused_copy(make(optional_argument))(x=images(2, 4, 5, 5), **keywords)
-    assert fused_calls == ["bn1"]
+    assert len(fused_calls) == 1
 
 
 def test_a_residual_of_another_dtype_is_promoted_as_in_pytorch():

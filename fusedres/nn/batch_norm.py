@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
 from ..dispatch import why_not_fused
-from ..functional import batch_norm_act
+from ..functional import batch_norm_act, tail_of_two
 
 
-def call_batch_norm(
-    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = None
-) -> Tensor:
-    """`activation(norm(input) + residual)` for a real `nn.BatchNorm1d/2d/3d`, fused, without calling the module.
+class _Call(NamedTuple):
+    """What one call of an `nn.BatchNorm` reads off it."""
 
-    Everything is read from `norm` at the call: training, momentum (None included), tracked statistics, affine or not.
-    `num_batches_tracked` counts only calls that succeed. The caller has asked `dispatch.why_not_fused` first.
-    """
-    norm._check_input_dim(input)
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    use_batch: bool
+    momentum: float | Tensor
+    batches: Tensor | None
+
+
+def _begin(norm: Any) -> _Call:
+    """Read everything off `norm` at the call: training, momentum (None included), tracked statistics, affine or not."""
     # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
     buffers, parameters = norm._buffers, norm._parameters
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
@@ -34,25 +39,106 @@ def call_batch_norm(
             momentum = 1.0 / (batches + 1)  # this batch included
     else:
         use_batch = running_mean is None and running_var is None
-    if batches is not None:
-        batches.add_(1)
+    return _Call(
+        running_mean,
+        running_var,
+        parameters["weight"],
+        parameters["bias"],
+        use_batch,
+        0.0 if momentum is None else momentum,
+        batches,
+    )
+
+
+def call_batch_norm(
+    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """`activation(norm(input) + residual)` for a real `nn.BatchNorm1d/2d/3d`, fused, without calling the module.
+
+    `num_batches_tracked` counts only calls that succeed. The caller has asked `dispatch.why_not_fused` first.
+    """
+    norm._check_input_dim(input)
+    call = _begin(norm)
+    if call.batches is not None:
+        call.batches.add_(1)
     try:
         return batch_norm_act(
-            input,
-            running_mean,
-            running_var,
-            parameters["weight"],
-            parameters["bias"],
-            use_batch,
-            0.0 if momentum is None else momentum,
-            norm.eps,
-            residual=residual,
-            activation=activation,
-        )
+            input, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch, call.momentum,
+            norm.eps, residual=residual, activation=activation,
+        )  # fmt: skip
     except (TypeError, ValueError, RuntimeError):
-        if batches is not None:
+        if call.batches is not None:
+            call.batches.sub_(1)
+        raise
+
+
+def call_dual_batch_norm(
+    norm: Any,
+    input: Tensor,
+    residual_norm: Any,
+    residual: Tensor,
+    activation: str | None = None,
+    add_in_place: bool = False,
+    moments: Tensor | None = None,
+) -> Tensor:
+    """`activation(norm(input) + residual_norm(residual))` for two real BatchNorms, as `call_batch_norm`.
+
+    moments: the partial moments of the residual, where what wrote it has left them.
+    Two that cannot run as one (one normalises with the batch and the other does not, a cumulative average, a residual
+    that PyTorch would broadcast or promote) run one after the other.
+    """
+    norm._check_input_dim(input)
+    residual_norm._check_input_dim(residual)
+    calls = _begin(norm), _begin(residual_norm)
+    a, b = calls
+    if (
+        a.use_batch != b.use_batch
+        or isinstance(a.momentum, Tensor)
+        or isinstance(b.momentum, Tensor)
+        or residual.shape != input.shape
+        or residual.dtype != input.dtype
+        or residual.device != input.device
+    ):
+        other = call_batch_norm(residual_norm, residual)
+        return call_tail(norm, input, other, activation, add_in_place)
+    counters = [call.batches for call in calls if call.batches is not None]
+    for batches in counters:
+        batches.add_(1)
+    try:
+        return tail_of_two(
+            "dual_batch_norm_act", input, residual, a.running_mean, a.running_var, b.running_mean, b.running_var,
+            a.weight, a.bias, b.weight, b.bias, a.use_batch, a.momentum, norm.eps, b.momentum, residual_norm.eps,
+            activation, moments,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError):
+        for batches in counters:
             batches.sub_(1)
         raise
+
+
+def call_tail(
+    norm: Any,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    add_in_place: bool = False,
+) -> Tensor:
+    """`activation(norm(input) + residual)`, fused where the residual is like the input.
+
+    A residual that PyTorch would broadcast or promote is left to PyTorch.
+    """
+    if residual is None or (
+        residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    ):
+        return call_batch_norm(norm, input, residual, activation)
+    output = norm(input)
+    if add_in_place:
+        output += residual
+    else:
+        output = output + residual
+    return torch.relu(output) if activation == "relu" else output
 
 
 def _plain_call(norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None):

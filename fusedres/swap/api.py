@@ -9,9 +9,10 @@ from torch import nn
 
 from ..dispatch import current_backend
 from .config import FilterFn, FuseConfig, check_arguments, check_model
-from .install import fused_class, is_covered, original_class, plan_of, set_class, why_plan_is_stale
-from .plan import Plan, Site, decide, owned_norms
+from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_stale
+from .plan import FILTERED, Plan, Site, decide, owned_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
+from .subclass import original_class
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,27 @@ def _decisions(
 ) -> Iterator[_Owner]:
     """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
     config = check_arguments(caller, model, config, filter_fn)
+    allowed = {
+        name: filter_fn is None or bool(filter_fn(module, name))
+        for name, module in model.named_modules()
+        if owned_norms(module)
+    }
     for name, module in model.named_modules():
-        if not owned_norms(module):
+        if name not in allowed:
             continue
         plan = plan_of(module)
-        if filter_fn is not None and not filter_fn(module, name):
+        if not allowed[name]:
             sites = _excluded(module) if plan is None else plan.sites
             yield _Owner(name, module, type(module), plan, sites)
         elif plan is not None and (keep or is_covered(module)):
             yield _Owner(name, module, type(module), plan, plan.sites)
         else:
-            yield _planned(name, module, config)
+            yield _planned(name, module, config, allowed)
 
 
-def _planned(name: str, module: nn.Module, config: FuseConfig) -> _Owner:
-    original = original_class(module)
-    decision = decide(module, original, config)
+def _planned(name: str, module: nn.Module, config: FuseConfig, allowed: dict[str, bool]) -> _Owner:
+    original, prefix = original_class(module), f"{name}." if name else ""
+    decision = decide(module, original, config, lambda path: allowed.get(prefix + path, True))
     if decision.plan is None:
         return _Owner(name, module, original, None, decision.sites)
     try:
@@ -158,24 +164,25 @@ def _planned(name: str, module: nn.Module, config: FuseConfig) -> _Owner:
 
 
 def _excluded(module: nn.Module) -> tuple[Site, ...]:
-    reason = "filter_fn said no to its owner"
-    return tuple(Site(norm, "unknown", reason, excluded=True) for norm in owned_norms(module))
+    return tuple(Site(norm, "unknown", FILTERED, excluded=True) for norm in owned_norms(module))
 
 
 def _report(owners: list[_Owner], dry: bool) -> FuseReport:
-    rows = []
+    rows: list[Row] = []
+    told_by: dict[str, _Owner] = {}
     for owner in owners:
         stale = None if owner.plan is None else _why_not_now(owner.module, owner.plan)
         active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
         for site in owner.sites:
+            where = f"{owner.name}.{site.norm}" if owner.name else site.norm
+            if told_by.setdefault(where, owner) is not owner:
+                continue  # on a shortcut, told with the block that takes it in
             reason = site.reason or ""
             status = EXCLUDED if site.excluded else ALONE if reason else active
             if stale is not None and status == FUSED:
                 status, reason = FALLBACK, stale
-            where = f"{owner.name}.{site.norm}" if owner.name else site.norm
-            rows.append(
-                Row(where, original_class(owner.module).__name__, site.pattern, status, reason)
-            )
+            block, note = original_class(owner.module).__name__, "" if reason else site.note
+            rows.append(Row(where, block, site.pattern, status, reason, note))
     return FuseReport(tuple(rows), fallback_note(current_backend()))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 # The longest pattern that a BatchNorm stands in is the one that is fused.
-PATTERNS = ("BN+ReLU", "BN+add", "BN+add+ReLU")
+PATTERNS = ("BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU")
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -19,8 +19,10 @@ class FuseConfig:
     """Which patterns `fuse_` fuses.
 
     Args:
-        patterns: any of "BN+ReLU", "BN+add", "BN+add+ReLU"; all of them by default. A site of a pattern that is not
-            listed is left to the module's own forward, and the report says so.
+        patterns: any of "BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU"; all of them by default. A
+            site of a pattern that is not listed is left to the module's own forward, and the report says so. The last
+            two take the BatchNorm (and the 1x1 convolution) of a projected shortcut into the tail; where they are not
+            listed, the shortcut is left as it is and the tail is one of the two before.
 
     Raises:
         TypeError: `patterns` is not a collection of strings.

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import current_backend, why_not_fused
-from .match import why_not_plain_relu
+from .match import why_not_skipped
 from .plan import Plan
 from .record import child_at, how_reads_differ
 from .rewrite import compile_source, fingerprint
-from .subclass import subclass
+from .subclass import ORIGINAL, PLAN, original_class, subclass
 
-_PLAN, _ORIGINAL = "_fusedres_plan", "_fusedres_original"
 # One class for all blocks of a kind that are fused alike; it goes when the last of them does.
 _CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = (
     weakref.WeakValueDictionary()
@@ -30,17 +29,12 @@ _CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Modu
 
 def plan_of(module: nn.Module) -> Plan | None:
     """The plan a module runs by; None for a module that is not fused."""
-    return getattr(type(module), _PLAN, None)
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class before any swap."""
-    return getattr(type(module), _ORIGINAL, type(module))
+    return getattr(type(module), PLAN, None)
 
 
 def is_covered(module: nn.Module) -> bool:
     """Whether somebody derived a class from the fused one, as parametrizations and FSDP do."""
-    return plan_of(module) is not None and _PLAN not in vars(type(module))
+    return plan_of(module) is not None and PLAN not in vars(type(module))
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -57,8 +51,8 @@ def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     found = _CLASSES.get((original, plan))
     if found is None:
         body = {
-            _PLAN: plan,
-            _ORIGINAL: original,
+            PLAN: plan,
+            ORIGINAL: original,
             "forward": _make_forward(original, plan),
             "__reduce_ex__": _reduce_ex,
             "__prepare_scriptable__": _prepare_scriptable,
@@ -137,8 +131,8 @@ def why_plan_is_stale(module: nn.Module, plan: Plan) -> str | None:
         norm = child_at(module, path)
         if norm is None or (reason := why_not_fused(norm)) is not None:
             return f"{'.'.join(path)}: {'it was removed' if norm is None else reason}"
-    for path in plan.relus:
-        if (reason := why_not_plain_relu(child_at(module, path))) is not None:
+    for path, kind in plan.skipped:
+        if (reason := why_not_skipped(child_at(module, path), kind)) is not None:
             return f"{'.'.join(path)}: {reason}"
     return None
 
@@ -155,13 +149,13 @@ def _reduce_ex(self, protocol):
 
 def vars_owner(module: nn.Module) -> type[nn.Module]:
     """The class in the module's ancestry that holds the plan."""
-    return next(cls for cls in type(module).__mro__ if _PLAN in vars(cls))
+    return next(cls for cls in type(module).__mro__ if PLAN in vars(cls))
 
 
 def restore(plan: Plan, function: Any, arguments: tuple) -> nn.Module:
     """Make a fused module again from its pickle, or a plain one if its class's code is not what was traced."""
     module = function(*arguments)
-    if fingerprint(type(module)) == plan.fingerprint:
+    if fingerprint(type(module), plan.skipped) == plan.fingerprint:
         set_class(module, fused_class(type(module), plan))
     return module
 

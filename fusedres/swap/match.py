@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..dispatch import why_not_fused
+from ..dispatch import why_called, why_not_fused
 from .alias import Effects, in_place
+from .shortcut import Shortcut, find_shortcut
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
@@ -26,19 +27,34 @@ class Match:
     """One call of a BatchNorm, what follows it, and why that is not fused (None: it can be).
 
     The nodes of the site are `norm`, `add` and `relu`, the last two None where there is none; `residual` is the other
-    operand of the add.
+    operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself.
     """
 
     norm: fx.Node
     add: fx.Node | None = None
     relu: fx.Node | None = None
     residual: fx.Node | None = None
+    shortcut: Shortcut | None = None
     reason: str | None = None
 
     @property
     def pattern(self) -> str:
         """The report's name of it."""
-        return "BN" + "+add" * (self.add is not None) + "+ReLU" * (self.relu is not None)
+        return self._pattern(self.projected is not None)
+
+    @property
+    def whole_pattern(self) -> str:
+        """The pattern with the shortcut, taken in or not."""
+        return self._pattern(self.shortcut is not None)
+
+    def _pattern(self, with_shortcut: bool) -> str:
+        parts = (("+BN", with_shortcut), ("+add", self.add), ("+ReLU", self.relu))
+        return "BN" + "".join(name for name, there in parts if there)
+
+    @property
+    def projected(self) -> Shortcut | None:
+        """The shortcut, where the site takes it in."""
+        return self.shortcut if self.shortcut is not None and self.shortcut.reason is None else None
 
     @property
     def end(self) -> fx.Node:
@@ -86,6 +102,10 @@ def _match(norm: fx.Node, modules, effects: Effects, taken: set[fx.Node]) -> Mat
         match.reason = obstacle
     else:
         match.reason = reason or _hazard(match, effects)
+    if match.reason is None and match.residual is not None:
+        match.shortcut = find_shortcut(
+            match.residual, str(norm.target), (norm, match.add, match.relu), match.end, modules, effects
+        )  # fmt: skip
     return match
 
 
@@ -144,24 +164,19 @@ def why_relu_not_skipped(relu: fx.Node, modules: Mapping[str, nn.Module]) -> str
     """Why the ReLU must be called as a module; None for a function, or a child that only computes."""
     if relu.op != "call_module":
         return None
-    reason = why_not_plain_relu(modules[str(relu.target)])
+    reason = why_not_skipped(modules[str(relu.target)], nn.ReLU)
     return None if reason is None else f"{relu.target}: {reason}"
 
 
-def why_not_plain_relu(child: nn.Module | None) -> str | None:
-    """Why this child cannot be left out; looked at again at each call."""
-    if type(child) is not nn.ReLU:
-        return f"it is a {type(child).__name__}, not an nn.ReLU"
-    if (
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-    ):
-        return "it has hooks, which run only when the module itself is called"
-    if "forward" in child.__dict__:
-        return "its forward was replaced on the instance"
-    return None
+def why_not_skipped(child: nn.Module | None, kind: type[nn.Module]) -> str | None:
+    """Why this child cannot be left out, `kind` being what it has to be; looked at again at each call."""
+    if child is None:
+        return "it was removed"
+    if type(child) is not kind:
+        name = kind.__name__
+        package = "nn." if kind.__module__.startswith("torch.nn.") else ""
+        return f"it is a {type(child).__name__}, not an {package}{name}"
+    return why_called(child)
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, str | None]:

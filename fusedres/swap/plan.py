@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import FuseConfig
 from .match import Match, find_matches
-from .record import CONTAINERS, NotTraceable, Path, Reads
+from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
 from .trace import trace
+
+FILTERED = "filter_fn said no to its owner"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One BatchNorm child of a module: the pattern it stands in, and why it is left alone (None: it is fused)."""
+    """One BatchNorm of a module: the pattern it stands in, and why it is left alone (None: it is fused).
+
+    It is a child of the module's, or one that stands on a shortcut (`downsample.1`), which then has another owner.
+    """
 
     norm: str
     pattern: str
     reason: str | None = None
     excluded: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
     """The fused forward of one module, as source, with all that it depends on.
 
-    imports: (name, module, attribute) for each global of the source. norms, relus: the children that the source does
-    not call. fingerprint: of the code that was traced; another release of it is not replayed from a pickle.
+    imports: (name, module, attribute) for each global of the source. norms, skipped: the children that the source does
+    not call, and the class that the latter have. fingerprint: of the code that was traced; another release of it is not
+    replayed from a pickle.
     """
 
     source: str
@@ -39,7 +47,7 @@ class Plan:
     defaults: tuple[tuple[str, Any], ...]
     reads: tuple[Reads, ...]
     norms: tuple[Path, ...]
-    relus: tuple[Path, ...]
+    skipped: tuple[tuple[Path, type[nn.Module]], ...]
     sites: tuple[Site, ...]
     fingerprint: str
 
@@ -77,8 +85,13 @@ def _norms_below(module: nn.Module, prefix: str):
             yield prefix + name
 
 
-def decide(module: nn.Module, original: type[nn.Module], config: FuseConfig) -> Decision:
-    """What can be fused in `module`; changes nothing."""
+def decide(
+    module: nn.Module,
+    original: type[nn.Module],
+    config: FuseConfig,
+    allows: Callable[[str], bool] = lambda path: True,
+) -> Decision:
+    """What can be fused in `module`; changes nothing. `allows(path)`: whether a child below it may be changed."""
     norms = owned_norms(module)
     try:
         traced = trace(module, original)
@@ -86,38 +99,46 @@ def decide(module: nn.Module, original: type[nn.Module], config: FuseConfig) -> 
         return Decision(None, tuple(Site(norm, "unknown", str(error)) for norm in norms))
     modules = dict(module.named_modules(remove_duplicate=False))
     matches = find_matches(traced.graph, modules, norms)
-    sites, chosen = _sites(matches, norms, config)
+    sites, chosen = _sites(matches, norms, config, allows)
     if not chosen:
         return Decision(None, sites)
-    containers = _containers(traced.graph, modules)
     try:
         source, imports = rewrite(traced.graph, chosen)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
+    shortcuts = [match.projected for match in chosen if match.projected is not None]
+    skipped = _skipped(chosen)
     plan = Plan(
         source=source,
         imports=imports,
         inputs=traced.inputs,
         defaults=traced.defaults,
-        reads=(*traced.reads, *containers),
-        norms=_paths(match.norm for match in chosen),
-        relus=_paths(
-            match.relu
-            for match in chosen
-            if match.relu is not None and match.relu.op == "call_module"
-        ),
+        reads=(*traced.reads, *(reads for shortcut in shortcuts for reads in shortcut.reads)),
+        norms=_paths((*(str(match.norm.target) for match in chosen), *(s.norm for s in shortcuts))),
+        skipped=skipped,
         sites=sites,
-        fingerprint=fingerprint(original),
+        fingerprint=fingerprint(original, skipped),
     )
     return Decision(plan, sites)
 
 
-def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
+def _sites(
+    matches: list[Match], norms: tuple[str, ...], config: FuseConfig, allows: Callable[[str], bool]
+):
+    for match in matches:
+        _limit_shortcut(match, config, allows)
+    residuals = {match.shortcut.node for match in matches if match.shortcut is not None}
     sites, chosen = [], []
     for match in matches:
+        if match.norm in residuals:
+            continue
         excluded = match.reason is None and match.pattern not in config.patterns
-        reason = f"config.patterns leaves out {match.pattern}" if excluded else match.reason
+        reason = _left_out(match.pattern) if excluded else match.reason
         sites.append(Site(str(match.norm.target), match.pattern, reason, excluded))
+        if (shortcut := match.shortcut) is not None:
+            refused = shortcut.reason if reason is None else reason
+            left_out = excluded or shortcut.excluded
+            sites.append(Site(shortcut.norm, match.whole_pattern, refused, left_out, shortcut.note))
         if reason is None:
             chosen.append(match)
     called = {site.norm for site in sites}
@@ -127,19 +148,30 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     return tuple(sites), chosen
 
 
-def _paths(nodes) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys(tuple(str(node.target).split(".")) for node in nodes))
+def _limit_shortcut(match: Match, config: FuseConfig, allows: Callable[[str], bool]) -> None:
+    """Leave the shortcut out of the site where the user wants it so."""
+    if (shortcut := match.projected) is None:
+        return
+    if match.pattern not in config.patterns:
+        match.shortcut = replace(shortcut, reason=_left_out(match.pattern), excluded=True)
+    elif shortcut.shell is not None and not allows(shortcut.shell):
+        match.shortcut = replace(shortcut, reason=FILTERED, excluded=True)
 
 
-def _containers(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[Reads, ...]:
-    """That a container which forward walked through still has the same children, no more and no fewer."""
-    parents = dict.fromkeys(
-        str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "call_module"
-    )
-    return tuple(
-        Reads(
-            tuple(parent.split(".")) if parent else (), (), (), (), tuple(modules[parent]._modules)
-        )
-        for parent in parents
-        if isinstance(modules[parent], CONTAINERS)
-    )
+def _left_out(pattern: str) -> str:
+    return f"config.patterns leaves out {pattern}"
+
+
+def _skipped(chosen: list[Match]) -> tuple[tuple[Path, type[nn.Module]], ...]:
+    """The children that no match calls, apart from the BatchNorms, and what they have to be."""
+    found: list[tuple[str, type[nn.Module]]] = []
+    for match in chosen:
+        if match.relu is not None and match.relu.op == "call_module":
+            found.append((str(match.relu.target), nn.ReLU))
+        if match.projected is not None:
+            found.extend(match.projected.skipped)
+    return tuple(dict.fromkeys((tuple(path.split(".")), kind) for path, kind in found))
+
+
+def _paths(names: Iterable[str]) -> tuple[Path, ...]:
+    return tuple(dict.fromkeys(tuple(name.split(".")) for name in names))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 FUSED, FUSABLE, ALONE = "fused", "fusable", "left alone"
 EXCLUDED, FALLBACK = "excluded", "own forward"
+# The last one holds the reason against, or the note on what was done.
 _COLUMNS = ("where", "n", "block", "pattern", "status", "reason")
 
 
@@ -18,12 +19,14 @@ class Row:
 
     Args:
         where: the BatchNorm's name in the model, for example "layer1.0.bn3".
-        block: the class of the module that owns it.
-        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU"; "BN" where nothing to fuse follows; "unknown" where the
+        block: the class of the module in whose forward it is fused; of its owner where it is not.
+        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU"; "BN+BN+add" and "BN+BN+add+ReLU" of the two BatchNorms of a block
+            whose shortcut is projected; "BN" where nothing to fuse follows; "unknown" where the
             owner's forward cannot be traced.
         status: "fused"; "fusable" (in a dry run); "left alone"; "excluded" by filter_fn or config; "own forward"
             (fused, but something changed since, so that the block falls back).
         reason: why it is not fused; empty where it is.
+        note: of a fused one, what else runs with it: how the 1x1 convolution of a shortcut is computed.
     """
 
     where: str
@@ -31,6 +34,7 @@ class Row:
     pattern: str
     status: str
     reason: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,14 @@ class FuseReport:
             local = row.where.rpartition(".")[2]
             # Numbered children (layers.0, layers.1) are alike; bn1 and bn2 are told apart.
             local = "" if local.isdigit() else local
-            key = (local, _skeleton(row.where), row.block, row.pattern, row.status, row.reason)
+            key = (
+                local,
+                _skeleton(row.where),
+                row.block,
+                row.pattern,
+                row.status,
+                row.reason or row.note,
+            )
             groups.setdefault(key, []).append(row.where)
         return [
             (_span(where), str(len(where)), block, pattern, status, reason)

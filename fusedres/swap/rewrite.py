@@ -9,46 +9,21 @@ import re
 import types
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from ..nn.batch_norm import call_batch_norm
+from ..nn.batch_norm import call_tail
+from ..nn.projection import call_projected_tail
 from .alias import in_place
 from .match import Match
-from .record import NotTraceable
+from .record import NotTraceable, Path
 
 Imports = tuple[tuple[str, str, str], ...]
 
 _FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
 
 
-def run_site(
-    norm: nn.Module,
-    input: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
-    add_in_place: bool,
-) -> Tensor:
-    """`activation(norm(input) + residual)`: what stands in a rewritten forward in place of the three.
-
-    A residual that PyTorch would broadcast or promote is left to PyTorch.
-    """
-    if residual is None or (
-        residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-    ):
-        return call_batch_norm(norm, input, residual, activation)
-    output = norm(input)
-    if add_in_place:
-        output += residual
-    else:
-        output = output + residual
-    return torch.relu(output) if activation == "relu" else output
-
-
 def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
-    """Replace each match in the graph by a call of `run_site`; the new source, and where its globals come from.
+    """Replace each match by a call of what runs it; the new source, and where its globals come from.
 
     Raises:
         NotTraceable: the source would need an object that cannot be imported by name.
@@ -68,14 +43,30 @@ def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
 
 
 def _replace(graph: fx.Graph, match: Match) -> None:
-    residual, activation = match.residual, "relu" if match.relu is not None else None
+    activation = "relu" if match.relu is not None else None
     add_in_place = match.add is not None and in_place(match.add)
-    with graph.inserting_before(match.end):
-        norm = graph.create_node("get_attr", match.norm.target)
-        arguments = (norm, match.norm.all_input_nodes[0], residual, activation, add_in_place)
-        site = graph.call_function(run_site, arguments)
+    input, shortcut = match.norm.all_input_nodes[0], match.projected
+    obsolete = [match.relu, match.add, match.norm]
+    if shortcut is None:
+        with graph.inserting_before(match.end):
+            norm = graph.create_node("get_attr", match.norm.target)
+            arguments = (norm, input, match.residual, activation, add_in_place)
+            site = graph.call_function(call_tail, arguments)
+    else:
+        source = shortcut.source
+        with graph.inserting_before(shortcut.node):
+            for path in shortcut.lead:
+                source = graph.create_node("call_module", path, (source,))
+        with graph.inserting_before(match.end):
+            norm, other, convolution = (
+                None if path is None else graph.create_node("get_attr", path)
+                for path in (match.norm.target, shortcut.norm, shortcut.convolution)
+            )
+            arguments = (norm, input, other, convolution, source, activation, add_in_place)
+            site = graph.call_function(call_projected_tail, arguments)
+        obsolete += [shortcut.node, *shortcut.inner]
     match.end.replace_all_uses_with(site)
-    for node in (match.relu, match.add, match.norm):
+    for node in obsolete:
         if node is not None:
             graph.erase_node(node)
 
@@ -118,12 +109,14 @@ def compile_source(source: str, imports: Imports) -> types.FunctionType:
     return _FUNCTIONS[key]
 
 
-def fingerprint(cls: type[nn.Module]) -> str:
-    """A digest of the code of a class's own methods, down to nn.Module."""
+def fingerprint(
+    cls: type[nn.Module], skipped: tuple[tuple[Path, type[nn.Module]], ...] = ()
+) -> str:
+    """A digest of the code of a class's own methods, down to nn.Module, and of children that are walked through."""
     digest = hashlib.sha256()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
+    for base in (*cls.__mro__, *(base for _, kind in skipped for base in kind.__mro__)):
+        if base in (nn.Module, object):
+            continue
         for name, value in sorted(vars(base).items()):
             function = getattr(value, "__func__", value)
             if isinstance(function, types.FunctionType):

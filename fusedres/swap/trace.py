@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from .alias import IN_PLACE_OPERATORS
 from .record import (
+    CONTAINERS,
     PLAIN,
     Notes,
     NotTraceable,
@@ -54,7 +55,23 @@ def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
     evaluation, more = _trace_mode(module, original, inputs, training=False)
     if _text(training) != _text(evaluation):
         raise NotTraceable("its forward is another one in train and in eval mode")
-    return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more))))
+    modules = dict(module.named_modules(remove_duplicate=False))
+    containers = _containers(training, modules)
+    return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more, *containers))))
+
+
+def _containers(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[Reads, ...]:
+    """That a container which forward walked through still has the same children, no more and no fewer."""
+    parents = dict.fromkeys(
+        str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "call_module"
+    )
+    return tuple(
+        Reads(
+            tuple(parent.split(".")) if parent else (), (), (), (), tuple(modules[parent]._modules)
+        )
+        for parent in parents
+        if isinstance(modules[parent], CONTAINERS)
+    )
 
 
 def _refuse_special(module: nn.Module, original: type[nn.Module]) -> None:
