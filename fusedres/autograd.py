@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import batching as batching  # its vmap rules register themselves
-from . import operators
+from . import fork, operators
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -49,43 +49,55 @@ class BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 7
-        if dy is None:
-            return None, None, None, None, *rest
-        input, weight, bias, saved, bits = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *_differentiable_backward(
-                ctx, dy, input, weight, bias, saved, bits, needs
-            ), *rest
-        # Without an activation dz is dy itself, which no kernel need write again.
-        passed_on = needs[1] and ctx.activation is None
-        dx, dresidual, dweight, dbias = operators.batch_norm_act_backward(
-            dy, input, weight, bias, saved, bits, ctx.training, ctx.activation, ctx.residual_dtype,
-            needs[0], needs[1] and not passed_on, needs[2], needs[3],
-        )  # fmt: skip
-        if passed_on:
-            dresidual = dy.to(ctx.residual_dtype)
-        return (
-            dx if needs[0] else None,
-            dresidual if needs[1] else None,
-            dweight if needs[2] else None,
-            dbias if needs[3] else None,
-            *rest,
-        )
+        return _backward(ctx, dy, None, None)
+
+
+def _backward(
+    ctx: Any, dy: Tensor | None, skip: Tensor | None, stride: list[int] | None
+) -> tuple[Tensor | None, ...]:
+    """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
+    rest = (None,) * 7
+    if dy is None:
+        return None, None, None, None, *rest
+    input, weight, bias, saved, bits = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return *_differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs), *rest
+    # Without an activation dz is dy itself, which no kernel need write again.
+    passed_on = needs[1] and ctx.activation is None and skip is None
+    dx, dresidual, dweight, dbias = operators.batch_norm_act_backward(
+        dy, input, weight, bias, saved, bits, ctx.training, ctx.activation, ctx.residual_dtype,
+        needs[0], needs[1] and not passed_on, needs[2], needs[3], skip, stride,
+    )  # fmt: skip
+    if passed_on:
+        dresidual = dy.to(ctx.residual_dtype)
+    return (
+        dx if needs[0] else None,
+        dresidual if needs[1] else None,
+        dweight if needs[2] else None,
+        dbias if needs[3] else None,
+        *rest,
+    )
 
 
 class _Eager(torch.autograd.Function):
     """The same with a forward that takes the context: a `setup_context`, which torch.func needs, costs an
-    `inspect.signature` at each call (25 us, torch 2.15)."""
-
-    backward = BatchNormAct.backward
+    `inspect.signature` at each call (25 us, torch 2.15). It takes part in the fork of a residual."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         output = BatchNormAct.forward(*inputs)
         BatchNormAct.setup_context(ctx, inputs, output)
+        ctx.fork_source = fork.source_of(inputs[1])
         return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        dx, dresidual, *rest = _backward(ctx, *fork.take(ctx, dy))
+        return dx, fork.hand_over(ctx, 1, dresidual), *rest
+
+
+fork.takes_gradients(_Eager)
 
 
 def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import operators, reference
+from . import fork, operators, reference
 from .batching import fold, fold_buffers, unfold, write_back
 from .dispatch import resolve
 from .kernels.layout import bits_layout, row_map, row_map_of
@@ -31,7 +31,7 @@ LIBRARY.define(
 LIBRARY.define(
     "dual_batch_norm_act_backward(Tensor dy, Tensor input, Tensor residual, Tensor? weight, Tensor? bias, "
     "Tensor? residual_weight, Tensor? residual_bias, Tensor saved, Tensor residual_saved, Tensor bits, bool training, "
-    "str? activation, bool[] needs) "
+    "str? activation, bool[] needs, Tensor? skip=None, int[]? skip_stride=None) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dresidual_weight, Tensor dresidual_bias)"
 )
 forward_operator = torch.ops.fusedres.dual_batch_norm_act.default
@@ -84,9 +84,11 @@ def _forward(
 
 def _backward(
     dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-    training, activation, needs,
+    training, activation, needs, skip=None, skip_stride=None,
 ):  # fmt: skip
     if resolve(input.device, input.dtype)[0] != "triton":
+        if skip is not None:
+            dy = operators.add_skip(dy, skip, skip_stride)
         return _backward_aten(
             dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
             training, activation, needs,
@@ -94,6 +96,9 @@ def _backward(
     k = operators._kernels()
     chip, size = k.chip(), input.element_size()
     dx = torch.empty_like(input)
+    reduces = any(needs[2:]) or (training and any(needs[:2]))
+    if skip is not None and not reduces:
+        dy, skip = operators.add_skip(dy, skip, skip_stride), None
     dresidual = torch.empty_like(dx, dtype=residual.dtype)
     rows, (input, dy, residual) = operators._common_rows(dx, input, dy, residual)
     channels, offset = rows.channels, k.offset[rows.needs_int64]
@@ -102,7 +107,8 @@ def _backward(
     vectors = _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs)
     weight, residual_weight = operators._dense(weight), operators._dense(residual_weight)
     both: list[Tensor | None] = [None, None]
-    if any(needs[2:]) or (training and any(needs[:2])):
+    dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
+    if reduces:
         tile = k.tile(rows, size, k.REDUCING, chip, k.DUAL_SHARE)
         shape = (tile.programs, 2, channels)
         partials = [
@@ -110,6 +116,7 @@ def _backward(
         ]
         k.grad_reduce(
             dy, input, mask, weight, None, saved, partials[0], residual, residual_saved, partials[1],
+            operators._skip(k, rows, dx, skip, skip_stride, dz),
             rows, bits_stride, pack_channels, tile, activation, offset,
         )  # fmt: skip
         if training:
@@ -120,6 +127,9 @@ def _backward(
                 vectors[2 * i] if needs[2 + 2 * i] else None,
                 vectors[2 * i + 1] if needs[3 + 2 * i] else None, rows.rows,
             )  # fmt: skip
+    if dz is not None:
+        rows, (input, dy, residual) = operators._common_rows(dx, input, dz, residual)
+        mask = activation = None
     if any(needs[:2]):
         k.grad_apply(
             dy, input, mask, weight, None, saved, both[0],
@@ -226,7 +236,7 @@ def _(
 @torch.library.register_fake("fusedres::dual_batch_norm_act_backward", lib=LIBRARY)
 def _(
     dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-    training, activation, needs,
+    training, activation, needs, skip=None, skip_stride=None,
 ):  # fmt: skip
     none = input.new_empty(0)
     return (
@@ -305,26 +315,43 @@ class DualBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * 12
-        if dy is None:
-            return (*[None] * 6, *rest)
-        needs = list(ctx.needs_input_grad[:6])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable_backward(ctx, dy, needs), *rest)
-        gradients = backward_operator(dy, *ctx.saved_tensors, ctx.training, ctx.activation, needs)
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
+        return _gradients(ctx, dy, None, None)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, skip: Tensor | None, stride: list[int] | None
+) -> tuple[Tensor | None, ...]:
+    """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
+    rest = (None,) * 12
+    if dy is None:
+        return (*[None] * 6, *rest)
+    needs = list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return (*_differentiable_backward(ctx, dy, needs), *rest)
+    gradients = backward_operator(
+        dy, *ctx.saved_tensors, ctx.training, ctx.activation, needs, skip, stride
+    )
+    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
 
 
 class _Eager(torch.autograd.Function):
-    """The same without `setup_context`, which costs an `inspect.signature` at each call."""
-
-    backward = DualBatchNormAct.backward
+    """The same without `setup_context`, which costs an `inspect.signature` at each call; it takes part in the fork of a
+    residual."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = DualBatchNormAct.forward(*inputs)
         DualBatchNormAct.setup_context(ctx, inputs, output)
+        ctx.fork_source = fork.source_of(inputs[1])
         return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        dx, dresidual, *rest = _gradients(ctx, *fork.take(ctx, dy))
+        return dx, fork.hand_over(ctx, 1, dresidual), *rest
+
+
+fork.takes_gradients(_Eager)
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:

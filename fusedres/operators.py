@@ -4,8 +4,10 @@
     fusedres::batch_norm_act_backward  dy, input, saved, bits -> dx, dresidual, dweight, dbias
     fusedres::gradient_mask            input, saved, bits -> where the gradient passes (for double backward)
 
-An output that was not asked for is an empty tensor, so that the arity is fixed. Which implementation runs is decided
-when the operator runs, by `dispatch.resolve`; both write the same `saved` and `bits`, so a backward may use the other.
+`skip` is a second gradient of the output, to be added to dy, which came over a skip connection (module `fork`); with
+`skip_stride` it holds every stride-th position only. An output that was not asked for is an empty tensor, so that the
+arity is fixed. Which implementation runs is decided when the operator runs, by `dispatch.resolve`; both write the same
+`saved` and `bits`, so a backward may use the other.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ LIBRARY.define(
 LIBRARY.define(
     "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
     "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
-    "bool need_weight, bool need_bias) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 LIBRARY.define(
     "gradient_mask(Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, str activation) -> Tensor"
@@ -84,6 +87,7 @@ def _kernels() -> SimpleNamespace:
             apply=apply.launch_bn_apply,
             residual_norm=apply.ResidualNorm,
             grad_reduce=grad_reduce.launch_bn_grad_reduce,
+            skip=grad_reduce.Skip,
             grad_finalize=finalize.launch_bn_grad_finalize,
             grad_apply=grad_apply.launch_bn_grad_apply,
             projection=projection.launch_projection,
@@ -235,31 +239,43 @@ def _batch_norm_act_backward(
     need_residual: bool,
     need_weight: bool,
     need_bias: bool,
+    skip: Tensor | None = None,
+    skip_stride: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if resolve(input.device, input.dtype)[0] != "triton":
         return _batch_norm_act_backward_aten(
             dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-            need_input, need_residual, need_weight, need_bias,
+            need_input, need_residual, need_weight, need_bias, skip, skip_stride,
         )  # fmt: skip
     k = _kernels()
     chip = k.chip()
     weight, bias = _dense(weight), _dense(bias)
     dx = torch.empty_like(input)
+    reduces = need_weight or need_bias or (training and need_input)
+    if skip is not None and not reduces:
+        dy, skip = add_skip(dy, skip, skip_stride), None
     rows, (input, dy) = _common_rows(dx, input, dy)
     channels, wide = rows.channels, saved.dtype
     offset = k.offset[rows.needs_int64]
     pack_channels, _, bits_stride = bits_layout(rows)
     mask = bits if bits.numel() else None
     size = input.element_size()
-    dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
+    # With a second gradient the first pass writes dz, which is the residual's gradient, and the other pass reads it.
+    dz = torch.empty_like(dx) if skip is not None and (need_input or need_residual) else None
+    if dz is not None and need_residual and residual_dtype == dz.dtype:
+        dresidual, writes_residual = dz, False
+    else:
+        writes_residual = need_residual
+        dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
     dweight = _empty_gradient(weight, need_weight, saved)
     dbias = _empty_gradient(bias, need_bias, saved)
     coefficients = None
-    if need_weight or need_bias or (training and need_input):
+    if reduces:
         tile = k.tile(rows, size, k.REDUCING, chip)
         partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
         k.grad_reduce(
             dy, input, mask, weight, bias, saved, partial, None, None, None,
+            _skip(k, rows, dx, skip, skip_stride, dz),
             rows, bits_stride, pack_channels, tile, activation, offset,
         )  # fmt: skip
         if training and need_input:
@@ -273,7 +289,10 @@ def _batch_norm_act_backward(
             dbias if need_bias else None,
             rows.rows,
         )
-    if need_input or need_residual:
+    if dz is not None:
+        rows, (input, dy) = _common_rows(dx, input, dz)
+        mask = activation = None
+    if need_input or writes_residual:
         k.grad_apply(
             dy,
             input,
@@ -283,7 +302,7 @@ def _batch_norm_act_backward(
             saved,
             coefficients,
             dx if need_input else None,
-            dresidual if need_residual else None,
+            dresidual if writes_residual else None,
             None,
             None,
             None,
@@ -297,6 +316,45 @@ def _batch_norm_act_backward(
             offset,
         )
     return dx if need_input else dx.new_empty(0), dresidual, dweight, dbias
+
+
+def _skip(
+    k: SimpleNamespace, rows: RowMap, dx: Tensor, skip: Tensor | None, stride: list[int] | None, dz: Tensor | None
+) -> Any:  # fmt: skip
+    """What the reducing pass needs of a second gradient; one that it cannot walk is copied into dx's layout first."""
+    if skip is None:
+        return None
+    if stride is not None and rows.outer == 1 and dx.dim() == 4 and _is_channels_last(dx, skip):
+        place = (dx.shape[2], dx.shape[3], *stride, skip.shape[2], skip.shape[3])
+        return k.skip(skip, (0, skip.shape[1], 1), place, dz)
+    full = spread_skip(skip, stride, dx)
+    own = row_map_of(dx, full)
+    if own is None or (own.outer, own.inner, own.needs_int64) != (
+        rows.outer,
+        rows.inner,
+        rows.needs_int64,
+    ):
+        full = torch.empty_like(dx, dtype=full.dtype).copy_(full)
+        return k.skip(full, rows.strides[0], None, dz)
+    return k.skip(full, own.strides[1], None, dz)
+
+
+def _is_channels_last(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def spread_skip(skip: Tensor, stride: list[int] | None, like: Tensor) -> Tensor:
+    """A gradient that holds every stride-th position only, with zeros in between; like `like` in shape."""
+    if stride is None:
+        return skip
+    full = torch.zeros_like(like, dtype=skip.dtype)
+    full[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = skip
+    return full
+
+
+def add_skip(dy: Tensor, skip: Tensor, stride: list[int] | None) -> Tensor:
+    """dy + skip, in dy's dtype, as autograd adds two gradients of one tensor."""
+    return dy + spread_skip(skip, stride, dy).to(dy.dtype)
 
 
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------
@@ -383,9 +441,9 @@ def _batch_norm_act_aten(
 
 def _batch_norm_act_backward_aten(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None,
 ):  # fmt: skip
-    dz = dy.to(saved.dtype)
+    dz = (dy if skip is None else add_skip(dy, skip, skip_stride)).to(saved.dtype)
     if activation is not None:
         dz = torch.where(_gradient_mask(input, weight, bias, saved, bits, activation), dz, 0.0)
     dims = [0, *range(2, input.dim())]
@@ -461,7 +519,7 @@ def _(input, weight, bias, saved, bits, activation):
 @torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
 def _(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None,
 ):  # fmt: skip
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),

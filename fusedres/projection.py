@@ -11,13 +11,14 @@ convolution is faster once arithmetic, not memory, is what takes the time. `why_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import operators
+from . import fork, operators
 from .dispatch import INTERPRET, wants_triton, why_not_triton
 from .kernels.layout import GatherMap, gather_map
 from .operators import LIBRARY, accumulate_dtype
@@ -241,9 +242,7 @@ class Projection(torch.autograd.Function):
     def forward(ctx: Any, input, weight, bias, stride, moments) -> tuple[Tensor, Tensor]:
         output, partial = _forward_operator(input, weight, bias, stride, moments)
         ctx.mark_non_differentiable(partial)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight)
-        ctx.stride, ctx.bias_dtype = stride, None if bias is None else bias.dtype
+        _remember(ctx, input, weight, bias, stride)
         return output, partial
 
     @staticmethod
@@ -252,23 +251,72 @@ class Projection(torch.autograd.Function):
             return None, None, None, None, None
         input, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dbias = None
-        if need_bias:
-            wide = accumulate_dtype(dy.dtype)
-            dbias = dy.sum([0, *range(2, dy.dim())], dtype=wide).to(ctx.bias_dtype)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dweight = _differentiable_backward(ctx, dy, input, weight, need_input, need_weight)
-            return dx, dweight, dbias, None, None
-        dx = dweight = None
-        if need_input:
-            dx = _input_operator(dy, weight, input.shape[2:], ctx.stride)
-        if need_weight:
-            dweight = _weight_operator(dy, input, ctx.stride).to(weight.dtype)
-        return dx, dweight, dbias, None, None
+            dx, dweight = _aten_backward(ctx, dy, input, weight, need_input, need_weight)
+        else:
+            dx = dweight = None
+            if need_input and (node := fork.target(ctx, 0)) is not None:
+                fork.leave(node, *_visited_gradient(dy, weight, ctx.stride, True))
+            elif need_input:
+                dx = _input_operator(dy, weight, input.shape[2:], ctx.stride)
+            if need_weight:
+                dweight = _weight_operator(dy, input, ctx.stride).to(weight.dtype)
+        return dx, dweight, _bias_gradient(ctx, dy) if need_bias else None, None, None
 
 
-def _differentiable_backward(ctx, dy, input, weight, need_input, need_weight):
-    """The same as PyTorch's own differentiable operation, for `create_graph=True`."""
+class _Library(torch.autograd.Function):
+    """The library's convolution of a tensor that a tail of ours made, for the sake of its input's gradient: what is
+    left with that tail is a product of the visited rows, not a tensor full of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, input, weight, bias, stride) -> Tensor:
+        _remember(ctx, input, weight, bias, stride)
+        return _convolve(input, weight, bias, stride)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if need_input and (node := fork.target(ctx, 0)) is not None:
+            fork.leave(node, *_visited_gradient(dy, weight, ctx.stride, False))
+            need_input = False
+        dx, dweight = _aten_backward(ctx, dy, input, weight, need_input, need_weight)
+        return dx, dweight, _bias_gradient(ctx, dy) if need_bias else None, None
+
+
+fork.takes_part(Projection)
+fork.takes_part(_Library)
+
+
+def _remember(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, weight)
+    ctx.stride, ctx.bias_dtype = stride, None if bias is None else bias.dtype
+    ctx.fork_source = fork.source_of(input)
+
+
+def _visited_gradient(
+    dy: Tensor, weight: Tensor, stride: list[int], in_triton: bool
+) -> tuple[Tensor, list[int] | None]:
+    """The gradient of the input at the positions that the stride visits, and that stride (None: it visits all)."""
+    ones, weight = [1] * len(stride), weight.transpose(0, 1)
+    visited = stride if stride != ones else None
+    if in_triton:
+        return _forward_operator(dy, weight, None, ones, False)[0], visited
+    return _convolve(dy, weight, None, ones), visited
+
+
+def _bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
+    wide = accumulate_dtype(dy.dtype)
+    return dy.sum([0, *range(2, dy.dim())], dtype=wide).to(ctx.bias_dtype)
+
+
+def _aten_backward(ctx, dy, input, weight, need_input, need_weight):
+    """The same by PyTorch's own differentiable operation: for `create_graph=True`, and where the library ran."""
+    if not need_input and not need_weight:
+        return None, None
     zeros = [0] * len(ctx.stride)
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, input, weight.to(input.dtype), None, ctx.stride, zeros, [1] * len(zeros), False, zeros, 1,
@@ -277,17 +325,26 @@ def _differentiable_backward(ctx, dy, input, weight, need_input, need_weight):
     return dx, None if dweight is None else dweight.to(weight.dtype)
 
 
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
+    dtype = input.dtype
+    bias = None if bias is None else bias.to(dtype)
+    return _CONVOLUTIONS[len(stride)](input, weight.to(dtype), bias, tuple(stride))
+
+
+def _is_eager() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+
+
 def project(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], moments: bool
 ) -> tuple[Tensor, Tensor | None]:
     """conv(input, weight, bias, stride) for a 1x1 weight, and its moments where the Triton product left them."""
-    if why_library(input, weight) is not None:
-        dtype = input.dtype
-        return _CONVOLUTIONS[len(stride)](
-            input, weight.to(dtype), None if bias is None else bias.to(dtype), stride
-        ), None
-    output, partial = Projection.apply(input, weight, bias, list(stride), moments)
-    return output, partial if moments else None
+    if why_library(input, weight) is None:
+        output, partial = Projection.apply(input, weight, bias, list(stride), moments)
+        return output, partial if moments else None
+    if max(stride) > 1 and _is_eager() and fork.source_of(input) is not None:
+        return _Library.apply(input, weight, bias, list(stride)), None
+    return _convolve(input, weight, bias, stride), None
 
 
 def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, stride: tuple[int, ...]) -> None:

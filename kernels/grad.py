@@ -1,4 +1,8 @@
-"""What both passes of the backward begin with: dz = dy where the activation let its input through."""
+"""What both passes of the backward begin with: dz = dy where the activation let its input through.
+
+Of two gradients of the same output (the second came over the skip connection) dy is the sum, rounded as a tensor of its
+dtype is: what autograd's own addition would have stored.
+"""
 
 import triton
 import triton.language as tl
@@ -10,8 +14,24 @@ from .tile import tile_offsets
 
 
 @triton.jit
+def visited_rows(o_row, place):
+    """(row, mask) in a tensor of every stride-th position; `place`: (H, W, stride of H, of W, its own H, its own W).
+
+    o_row counts the positions of [N, H, W] in order.
+    """
+    i_column = o_row % place[1]
+    i_line = o_row // place[1]
+    i_image = i_line // place[0]
+    i_line = i_line % place[0]
+    m_row = (i_line % place[2] == 0) & (i_column % place[3] == 0)
+    o_small = (i_image * place[4] + i_line // place[2]) * place[5] + i_column // place[3]
+    return o_small, m_row
+
+
+@triton.jit
 def masked_gradient(
     p_dy,
+    p_skip,
     p_bits,
     b_centered,
     b_scale,
@@ -26,6 +46,8 @@ def masked_gradient(
     channels,
     tiles_inner,
     dy_stride,
+    skip_stride,
+    skip_place,
     bits_stride,
     ACTIVATION: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -38,6 +60,14 @@ def masked_gradient(
     """dz [rows, channels]. A tail's mask is read; without one (no residual) it is recomputed from x."""
     o_dy = tile_offsets(o_outer, o_inner, o_channel, dy_stride)
     b_dz = tl.load(p_dy + o_dy, mask=m, other=0.0).to(ACC)
+    if p_skip is not None:
+        m_skip = m
+        if skip_place is not None:
+            o_inner, m_row = visited_rows(o_inner, skip_place)
+            m_skip = m & m_row[:, None]
+        o_skip = tile_offsets(o_outer, o_inner, o_channel, skip_stride)
+        b_dz += tl.load(p_skip + o_skip, mask=m_skip, other=0.0).to(ACC)
+        b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
             i_tile, outer, inner, channels, tiles_inner, bits_stride,

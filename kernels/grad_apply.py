@@ -87,8 +87,8 @@ def bn_grad_apply_kernel(
         else:
             b_centered = tl.zeros([BLOCK_OUTER * BLOCK_INNER, BLOCK_CHANNELS], ACC)
         b_dz = masked_gradient(
-            p_dy, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
-            outer, inner, channels, tiles_inner, dy_stride, bits_stride,
+            p_dy, None, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+            outer, inner, channels, tiles_inner, dy_stride, None, None, bits_stride,
             ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)

@@ -3,10 +3,13 @@
     dbias = sum(dz),  sum(dz * (x - mean)) = dweight / invstd          dz = dy * act'(z)
 
 Reads dy and x once (and a tail's mask, one bit an element), writes 2 values a channel and program. A residual that has
-a BatchNorm of its own is read once too, for its own sums. Parallel and deterministic as the statistics pass is. Sums
-over the tiles of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits
-to lose and less time a byte. The last sum is in float64.
+a BatchNorm of its own is read once too, for its own sums. So is a second gradient of the output, which came over the
+skip connection: dy is the sum of both then, and dz is written, for the second pass to read instead. Parallel and
+deterministic as the statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are
+double on a CPU); 16-bit tensors have fewer digits to lose and less time a byte. The last sum is in float64.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,6 +21,22 @@ from .layout import RowMap, Strides
 from .moments import add_compensated, add_product, center, center_remainder, sum_rows
 from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+
+
+class Skip(NamedTuple):
+    """A second gradient of the output: where its rows stand, and where the sum of both goes (masked; or nowhere).
+
+    place: (H, W, stride of H, of W, its own H, its own W) of one that has every stride-th position only; `stride` is
+    its own then, as if its positions stood in one row.
+    """
+
+    gradient: Tensor | None
+    stride: Strides | None
+    place: tuple[int, ...] | None
+    dz: Tensor | None
+
+
+NO_SKIP = Skip(None, None, None, None)
 
 
 @triton.jit
@@ -35,6 +54,7 @@ def add_dot(b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSAT
 @triton.jit
 def bn_grad_reduce_kernel(
     p_dy,
+    p_skip,
     p_x,
     p_bits,
     p_weight,
@@ -44,9 +64,13 @@ def bn_grad_reduce_kernel(
     p_residual,
     p_residual_saved,
     p_residual_partial,
+    p_dz,
     dy_stride,
+    skip_stride,
+    skip_place,
     x_stride,
     residual_stride,
+    out_stride,
     bits_stride,
     outer,
     inner,
@@ -92,10 +116,13 @@ def bn_grad_reduce_kernel(
         b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
         b_centered = tl.where(m, center(b_x, b_mean, b_low), 0.0)
         b_dz = masked_gradient(
-            p_dy, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
-            outer, inner, channels, tiles_inner, dy_stride, bits_stride,
+            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+            outer, inner, channels, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
             ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
+        if p_dz is not None:
+            o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
+            tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
         if COMPENSATED:
             b_sum, b_sum_low = add_compensated(b_sum, b_sum_low, b_dz)
         else:
@@ -133,6 +160,7 @@ def launch_bn_grad_reduce(
     residual: Tensor | None,
     residual_saved: Tensor | None,
     residual_partial: Tensor | None,
+    skip: Skip | None,
     rows: RowMap,
     bits_stride: Strides | None,
     pack_channels: bool,
@@ -141,14 +169,31 @@ def launch_bn_grad_reduce(
     offset: tl.dtype,
 ) -> None:
     """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
+    skip = skip or NO_SKIP
     start(
         bn_grad_reduce_kernel,
         tile.grid,
-        (dy, x, bits, weight, bias, saved, partial, residual, residual_saved, residual_partial),
+        (
+            dy,
+            skip.gradient,
+            x,
+            bits,
+            weight,
+            bias,
+            saved,
+            partial,
+            residual,
+            residual_saved,
+            residual_partial,
+            skip.dz,
+        ),
         (
             rows.strides[2],
+            skip.stride,
+            skip.place,
             rows.strides[1],
             rows.strides[3] if residual is not None else None,
+            rows.strides[0] if skip.dz is not None else None,
             bits_stride,
             rows.outer,
             rows.inner,

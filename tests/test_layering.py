@@ -18,6 +18,7 @@ FLOORS = (
         "checks",
         "operators",
         "batching",
+        "fork",
         "autograd",
         "dual",
         "projection",

@@ -331,6 +331,12 @@ def test_autocast_gives_what_it_gave(dtype):
 
 
 @pytest.mark.once
+def test_on_the_meta_device():
+    _, fused = both()
+    assert fused.to("meta")(X.to("meta")).shape == (2, 8, 4, 3)
+
+
+@pytest.mark.once
 def test_a_shortcut_of_another_dtype_is_promoted_as_in_pytorch():
     class Wide(nn.Sequential):
         def forward(self, x):

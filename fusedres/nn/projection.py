@@ -42,15 +42,21 @@ def call_projection(
     if why_not_projection(convolution) is not None or input.dim() != convolution.weight.dim():
         return convolution(input), None
     weight, bias = convolution.weight, convolution.bias
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if (dtype := _autocast_dtype(input)) is not None:
         # What autocast does to a convolution's arguments; the weight is cast where it is used.
-        input = input.to(torch.get_autocast_dtype(device))
+        input = input.to(dtype)
     elif weight.dtype != input.dtype:
         return convolution(input), None  # PyTorch's own error
     if input.shape[1] != weight.shape[1] or weight.device != input.device:
         return convolution(input), None
     return project(input, weight, bias, convolution.stride, moments)
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return None if input.dtype == torch.float64 else torch.get_autocast_dtype(device)
 
 
 def call_projected_tail(

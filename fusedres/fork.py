@@ -1,0 +1,143 @@
+"""The fork of a residual: its two gradients are added in a pass that is made anyway, not in a kernel of their own.
+
+A block's input x goes to the main path and to the tail's residual, so autograd adds two gradients of x: 3 passes. Where
+x was made by a tail of ours, the later tail keeps the gradient of its residual back: it leaves it with the node that
+made x and gives the engine nothing along that edge. The engine runs that node all the same, after everything that
+reads x, and its reducing pass reads both gradients and writes the masked sum, which the applying pass reads: one pass
+more than without a fork. A strided projection leaves its gradient at the positions that it visits.
+
+Nobody may notice. So whoever could see the gradient of x gets it whole, added by autograd as ever: hooks on x or on
+either node, `retain_grad`, `torch.autograd.grad` and `backward(inputs=...)` (which may ask for x), `create_graph`, x
+written to since, or gone (checkpointing frees it), a second residual of the same x.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operators import spread_skip
+
+
+class Source(NamedTuple):
+    """A tensor that a tail of ours made, as it was when it went into another."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+
+
+class Skip(NamedTuple):
+    """A gradient left with the node that made the tensor, in one run of the engine; `stride`: at those positions."""
+
+    gradient: Tensor
+    stride: list[int] | None
+    run: int
+    stream: Any
+
+
+_makers: list[type] = []
+
+
+def takes_part(function: type[torch.autograd.Function]) -> None:
+    """Let the nodes of this Function leave gradients (with `target` and `leave`) and find out who watches them."""
+    node: Any = function._backward_cls  # type: ignore[attr-defined]
+
+    def watched(name: str):
+        register = getattr(node, name)
+
+        def wrapper(self, *args, **options):
+            self.fork_watched = True
+            return register(self, *args, **options)
+
+        return wrapper
+
+    node.fork_source, node.fork_skip, node.fork_watched = None, None, False
+    node.register_hook, node.register_prehook = (
+        watched("register_hook"),
+        watched("register_prehook"),
+    )
+
+
+def takes_gradients(function: type[torch.autograd.Function]) -> None:
+    """`takes_part`, for a Function whose first output's gradient may come in two (`take`)."""
+    takes_part(function)
+    _makers.append(function._backward_cls)  # type: ignore[attr-defined]
+
+
+def source_of(x: Tensor | None) -> Source | None:
+    """What a node keeps of a tensor whose gradient it may leave with the node that made it; None where it may not."""
+    if x is None or type(x) is not Tensor or x.output_nr != 0:
+        return None
+    if type(x.grad_fn) not in _makers:
+        return None
+    return Source(weakref.ref(x), x._version)
+
+
+def target(ctx: Any, edge: int) -> Any:
+    """The node to leave the gradient along this edge with; None where autograd is to add it."""
+    source: Source | None = ctx.fork_source
+    if source is None or torch.is_grad_enabled():
+        return None
+    x = source.tensor()
+    if x is None or x._version != source.version or x._backward_hooks or x.retains_grad:
+        return None
+    node = ctx.next_functions[edge][0]
+    if node is None or node is not x.grad_fn or node.fork_watched or ctx.fork_watched:
+        return None
+    run = torch._C._current_graph_task_id()
+    if run < 0 or (node.fork_skip is not None and node.fork_skip.run == run):
+        return None
+    return node if _runs_whole(ctx, node) else None
+
+
+def _runs_whole(ctx: Any, node: Any) -> bool:
+    """Whether the engine runs `node`, and for a plain `backward()`, in which nobody asks for x by name.
+
+    A leaf parameter of the node tells: asked about one, the engine says no where only some gradients are wanted, and
+    refuses to answer where it is one of those.
+    """
+    leaf = next(
+        (f for f, _ in ctx.next_functions if f is not None and hasattr(f, "variable")), None
+    )
+    if leaf is None:
+        return False
+    will_run = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
+    try:
+        return will_run(leaf) and will_run(node)
+    except RuntimeError:
+        return False
+
+
+def leave(node: Any, gradient: Tensor, stride: list[int] | None = None) -> None:
+    """Leave a gradient with `target`'s node; the edge gets None."""
+    stream = torch.cuda.current_stream(gradient.device) if gradient.is_cuda else None
+    node.fork_skip = Skip(gradient, stride, torch._C._current_graph_task_id(), stream)
+
+
+def hand_over(ctx: Any, edge: int, gradient: Tensor | None) -> Tensor | None:
+    """The gradient along this edge, or None where it was left with the node there."""
+    if gradient is None or (node := target(ctx, edge)) is None:
+        return gradient
+    leave(node, gradient)
+    return None
+
+
+def take(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
+    """(dy, skip, stride): what autograd summed up, and what was left with this node in this run of the engine."""
+    skip: Skip | None = ctx.fork_skip
+    if skip is None:
+        return dy, None, None
+    ctx.fork_skip = None
+    if skip.run != torch._C._current_graph_task_id():
+        return dy, None, None  # of a run that did not come this far
+    if skip.stream is not None:
+        stream = torch.cuda.current_stream(skip.gradient.device)
+        if stream != skip.stream:
+            stream.wait_stream(skip.stream)
+            skip.gradient.record_stream(stream)
+    if dy is None:
+        return spread_skip(skip.gradient, skip.stride, ctx.saved_tensors[0]), None, None
+    return dy, skip.gradient, skip.stride

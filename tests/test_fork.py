@@ -1,0 +1,501 @@
+"""The fork of a residual: where the addition of its two gradients is folded into the tail's backward, and every way in
+which somebody might notice."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fusedres
+from fusedres import dual, fork, operators
+
+from .swap_blocks import ALLOWED, difference, excess, fused_copy, images
+
+pytestmark = pytest.mark.interpreter
+LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+
+
+# --- the pass that adds ------------------------------------------------------------------------------------------
+
+
+def draw(shape, dtype, layout):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+
+
+def second_gradient(kind, shape, dtype, layout):
+    """(skip, its stride, the same as a full tensor)."""
+    if kind == "full":
+        skip = draw(shape, dtype, layout)
+        return skip, None, skip
+    if kind == "another layout":
+        skip = torch.randn(shape).to(dtype).transpose(2, 3).contiguous().transpose(2, 3)
+        return skip, None, skip
+    stride = {"stride 2": [2, 2], "stride 2x3": [2, 3], "stride 1x2": [1, 2]}[kind]
+    full = torch.zeros(shape, dtype=dtype).contiguous(memory_format=layout)
+    visited = full[:, :, :: stride[0], :: stride[1]]
+    skip = draw(visited.shape, dtype, layout)
+    visited.copy_(skip)
+    return skip, stride, full
+
+
+KINDS = ["full", "another layout", "stride 2", "stride 2x3", "stride 1x2"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 8, 7, 6), (3, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("tail", ["add, relu", "add", "relu", "dual"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training):
+    torch.manual_seed(0)
+    x, residual, dy = (draw(shape, dtype, LAYOUTS[layout]) for _ in range(3))
+    skip, stride, full = second_gradient(kind, shape, dtype, LAYOUTS[layout])
+    # What the kernels store is rounded to nearest on a GPU and cut off by the interpreter: values that are exact.
+    dy, skip, full = ((16 * t).round() / 16 for t in (dy, skip, full))
+    weight, bias, mean, var = torch.rand(4, shape[1])
+    activation = None if tail == "add" else "relu"
+    if tail == "dual":
+        affine = (weight, bias, weight, bias)
+        saved = dual.forward_operator(
+            x, residual, *affine, mean, var, mean.clone(), var.clone(), training, 0.1, 1e-5, 0.1, 1e-5, activation, True
+        )[1:]  # fmt: skip
+        rest = (x, residual, *affine, *saved, training, activation, [True] * 6)
+        operator = dual.backward_operator
+    else:
+        given = None if tail == "relu" else residual
+        saved = operators.batch_norm_act(
+            x, given, weight, bias, mean, var, training, 0.1, 1e-5, activation, True
+        )[1:]  # fmt: skip
+        wanted = (True, given is not None, True, True)
+        rest = (x, weight, bias, *saved, training, activation, None if given is None else dtype, *wanted)  # fmt: skip
+        operator = operators.batch_norm_act_backward
+    both = operator(dy, *rest, skip, stride)
+    alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
+    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+
+
+def test_frozen_statistics_and_parameters_need_no_sum_over_rows():
+    x, dy, skip = (images(2, 4, 5, 5) for _ in range(3))
+    saved = operators.batch_norm_act(
+        x, x, None, None, torch.zeros(4), torch.ones(4), False, 0.1, 1e-5, "relu", True
+    )[1:]
+    rest = (x, None, None, *saved, False, "relu", x.dtype, True, True, False, False)
+    both = operators.batch_norm_act_backward(dy, *rest, skip, None)
+    alone = operators.batch_norm_act_backward(dy + skip, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+
+
+# --- in a network ------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """conv, bn, add, ReLU."""
+
+    def __init__(self, channels: int = 4, affine: bool = True) -> None:
+        super().__init__()
+        # Without a bias, whose gradient is zero but for rounding.
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(channels, affine=affine)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)) + x)
+
+
+class Projected(nn.Module):
+    """The same with a shortcut that changes shape."""
+
+    def __init__(self, channels: int = 4, stride: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride, 1, bias=False)
+        self.bn = nn.BatchNorm2d(2 * channels)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, 2 * channels, 1, stride, bias=False), nn.BatchNorm2d(2 * channels)
+        )
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)) + self.shortcut(x))
+
+
+def chain(*blocks: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A network in float64 and its fused copy."""
+    torch.manual_seed(0)
+    for block in blocks:
+        nn.init.uniform_(block.bn.weight, 0.5, 1.5) if block.bn.affine else None
+    network = nn.Sequential(*blocks).double()
+    return network, fused_copy(network)
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """The stride of each gradient that is left with the node that made its tensor."""
+    found = []
+    leave = fork.leave
+
+    def spy(node, gradient, stride=None):
+        found.append(stride)
+        leave(node, gradient, stride)
+
+    monkeypatch.setattr(fork, "leave", spy)
+    return found
+
+
+X = images(2, 4, 7, 6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("blocks", "forks"),
+    [
+        (lambda: (Block(), Block(), Block()), [None, None]),
+        (lambda: (Block(), Projected(), Block(8)), [None, [2, 2]]),
+        (lambda: (Block(), Projected(stride=3), Projected(8)), [[2, 2], [3, 3]]),
+        (lambda: (Block(), Projected(stride=1)), [None]),
+    ],
+    ids=["identity", "projected", "projected twice", "stride 1"],
+)
+def test_every_fork_between_two_tails_is_folded_in(blocks, forks, layout, left):
+    network, fused = chain(*blocks())
+    network, fused = (m.to(memory_format=LAYOUTS[layout]) for m in (network, fused))
+    x = X.contiguous(memory_format=LAYOUTS[layout])
+    assert excess(network, fused, x) <= ALLOWED
+    if layout == "nchw" and forks == [None]:
+        forks = []  # the library adds nothing at every position
+    assert left == forks
+
+
+def test_with_the_library_for_the_convolution(left, monkeypatch):
+    monkeypatch.setattr("fusedres.projection.why_library", lambda *_: "the test wants it")
+    network, fused = chain(Block(), Projected(), Block(8))
+    assert excess(network, fused, X) <= ALLOWED
+    assert left == [None, [2, 2]]
+
+
+def test_frozen_parameters_of_the_first(left):
+    network, fused = chain(Block(), Block())
+    for model in (network, fused):
+        model[0].bn.requires_grad_(False)
+        model[0].conv.requires_grad_(False)
+        model[0].bn.eval()
+    assert excess(network, fused, X) <= ALLOWED
+    assert left == [None]
+
+
+# --- who might notice --------------------------------------------------------------------------------------------
+
+
+def gradients(model: nn.Module, act) -> dict[str, torch.Tensor]:
+    """All that `act(blocks, x)` leaves: parameters' gradients, the input's, and what it returns."""
+    model = copy.deepcopy(model)
+    x = X.clone().requires_grad_()
+    seen = act(list(model), x * 1)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found |= {f"seen {k}": t for k, t in enumerate(seen or ())}
+    return found | ({"x": x.grad} if x.grad is not None else {})
+
+
+def loss_of(y):
+    return (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+
+
+def hook_on_the_tensor(blocks, x):
+    seen = []
+    x = blocks[0](x)
+    x.register_hook(seen.append)
+    loss_of(blocks[1](x)).backward()
+    return seen
+
+
+def hook_on_the_tensor_afterwards(blocks, x):
+    seen = []
+    x = blocks[0](x)
+    y = blocks[1](x)
+    x.register_hook(seen.append)
+    loss_of(y).backward()
+    return seen
+
+
+def hook_that_changes(blocks, x):
+    x = blocks[0](x)
+    x.register_hook(lambda g: 2 * g)
+    loss_of(blocks[1](x)).backward()
+
+
+def multi_grad_hook(blocks, x):
+    seen = []
+    x = blocks[0](x)
+    torch.autograd.graph.register_multi_grad_hook([x], lambda g: seen.extend(g))
+    loss_of(blocks[1](x)).backward()
+    return seen
+
+
+def retain_grad(blocks, x):
+    x = blocks[0](x)
+    x.retain_grad()
+    loss_of(blocks[1](x)).backward()
+    return [x.grad]
+
+
+def prehook_on_the_node(blocks, x):
+    seen = []
+    x = blocks[0](x)
+    x.grad_fn.register_prehook(lambda g: seen.append(g[0]))
+    loss_of(blocks[1](x)).backward()
+    return seen
+
+
+def hook_on_the_node(blocks, x):
+    seen = []
+    x = blocks[0](x)
+    x.grad_fn.register_hook(lambda _, g: seen.append(g[0]))
+    loss_of(blocks[1](x)).backward()
+    return seen
+
+
+def grad_of_the_tensor(blocks, x):
+    x = blocks[0](x)
+    return torch.autograd.grad(loss_of(blocks[1](x)), [x])
+
+
+def grad_of_the_tensor_and_parameters(blocks, x):
+    x = blocks[0](x)
+    wanted = [x, *blocks[0].parameters(), *blocks[1].parameters()]
+    return torch.autograd.grad(loss_of(blocks[1](x)), wanted)
+
+
+def grad_of_parameters(blocks, x):
+    loss = loss_of(blocks[1](blocks[0](x)))
+    return torch.autograd.grad(loss, [*blocks[0].parameters(), *blocks[1].parameters()])
+
+
+def grad_of_an_edge(blocks, x):
+    x = blocks[0](x)
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    return torch.autograd.grad(loss_of(blocks[1](x)), [edge, *blocks[1].parameters()])
+
+
+def backward_into_the_tensor(blocks, x):
+    x = blocks[0](x)
+    loss_of(blocks[1](x)).backward(inputs=[x, *blocks[1].parameters()])
+    return [x.grad]
+
+
+def backward_into_some(blocks, x):
+    loss_of(blocks[1](blocks[0](x))).backward(inputs=list(blocks[1].parameters()))
+
+
+def second_derivative(blocks, x):
+    loss = loss_of(blocks[1](blocks[0](x)))
+    first = torch.autograd.grad(loss, list(blocks[0].parameters()), create_graph=True)
+    weights = [blocks[0].conv.weight, blocks[1].conv.weight]
+    return torch.autograd.grad(sum(g.square().sum() for g in first), weights)
+
+
+def create_graph(blocks, x):
+    loss_of(blocks[1](blocks[0](x))).backward(create_graph=True)
+
+
+def two_residuals(blocks, x):
+    x = blocks[0](x)
+    loss_of(blocks[1](x) + 3 * blocks[2](x)).backward()
+
+
+def reentrant(blocks, x):
+    x = blocks[0](x)
+    loss_of(checkpoint(blocks[1], x, use_reentrant=True)).backward()
+
+
+def checkpointed(blocks, x):
+    x = checkpoint(blocks[0], x, use_reentrant=False)
+    loss_of(checkpoint(blocks[1], x, use_reentrant=False)).backward()
+
+
+def checkpointed_together(blocks, x):
+    loss_of(checkpoint(nn.Sequential(*blocks), x, use_reentrant=False)).backward()
+
+
+def reentrant_together(blocks, x):
+    loss_of(checkpoint(nn.Sequential(*blocks), x, use_reentrant=True)).backward()
+
+
+def module_hook(blocks, x):
+    seen = []
+    blocks[0].register_full_backward_hook(lambda _, __, g: seen.append(g[0]))
+    loss_of(blocks[1](blocks[0](x))).backward()
+    return seen
+
+
+def offloaded(blocks, x):
+    with torch.autograd.graph.save_on_cpu():
+        y = blocks[1](blocks[0](x))
+    loss_of(y).backward()
+
+
+def anomaly(blocks, x):
+    with torch.autograd.detect_anomaly(check_nan=True):
+        loss_of(blocks[1](blocks[0](x))).backward()
+
+
+def many_readers(blocks, x):
+    x = blocks[0](x)
+    loss_of(blocks[1](x) + 2 * x + x.sin()).backward()
+
+
+def twice(blocks, x):
+    loss = loss_of(blocks[1](blocks[0](x)))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def after_one_that_failed(blocks, x):
+    """The first run stops between the later tail and the one that made x; in the second a hook sees x's gradient."""
+    seen, fails = [], [True]
+    x = blocks[0](x)
+    blocks[1].conv.register_full_backward_hook(lambda *_: 1 / (not fails[0]) and None)
+    loss = loss_of(blocks[1](x))
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(retain_graph=True)
+    fails[0] = False
+    for block in blocks:
+        block.zero_grad()
+    x.register_hook(seen.append)
+    loss.backward()
+    return seen
+
+
+def nested(blocks, x):
+    """A backward inside another's hook."""
+    x = blocks[0](x)
+    y = blocks[1](x)
+    other = copy.deepcopy(nn.Sequential(*blocks[:2]))
+    inner = torch.ones_like(x).requires_grad_()
+
+    def run_another(_):
+        with torch.enable_grad():
+            loss_of(other(inner * 1)).backward()
+
+    y.register_hook(run_another)
+    loss_of(y).backward()
+    return [inner.grad, *(p.grad for p in other.parameters())]
+
+
+# What was done, and how many gradients were left with the node that made the tensor.
+NOTICED = {
+    hook_on_the_tensor: 0,
+    hook_on_the_tensor_afterwards: 0,
+    hook_that_changes: 0,
+    multi_grad_hook: 0,
+    retain_grad: 0,
+    prehook_on_the_node: 0,
+    hook_on_the_node: 0,
+    grad_of_the_tensor: 0,
+    grad_of_the_tensor_and_parameters: 0,
+    grad_of_parameters: 0,
+    grad_of_an_edge: 0,
+    backward_into_the_tensor: 0,
+    backward_into_some: 0,
+    second_derivative: 0,
+    create_graph: 0,
+    two_residuals: 1,
+    reentrant: 0,
+    checkpointed: 1,
+    checkpointed_together: 0,
+    reentrant_together: 2,
+    module_hook: 0,
+    offloaded: 1,
+    anomaly: 1,
+    many_readers: 1,
+    twice: 2,
+    after_one_that_failed: 1,
+    nested: 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
+@pytest.mark.parametrize("act", NOTICED, ids=lambda f: f.__name__)
+def test_nobody_notices(act, left):
+    network, fused = chain(Block(), Block(), Block())
+    found = gradients(fused, act)
+    count = len(left)
+    assert difference(gradients(network, act), found) <= 1e-12
+    assert count == NOTICED[act]
+
+
+@pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
+@pytest.mark.parametrize("act", NOTICED, ids=lambda f: f.__name__)
+def test_nobody_notices_at_a_projection(act):
+    if act in (two_residuals, many_readers):
+        act = many_readers_of_the_projected
+    network, fused = chain(Block(), Projected(), Block(8))
+    assert difference(gradients(network, act), gradients(fused, act)) <= 1e-12
+
+
+def many_readers_of_the_projected(blocks, x):
+    x = blocks[0](x)
+    (loss_of(blocks[1](x)) + loss_of(2 * x + x.sin())).backward()
+
+
+def test_a_hook_on_the_later_node_sees_the_gradient_of_its_residual(left):
+    _, fused = chain(Block(), Block())
+    seen = []
+    y = fused[1](fused[0](X))
+    y.grad_fn.register_hook(lambda g, _: seen.append(g[1]))
+    loss_of(y).backward()
+    assert (left, seen[0] is None) == ([], False)
+
+
+def test_a_tensor_that_was_written_to_since(left):
+    _, fused = chain(Block(), Block())
+    found = []
+    for write in (lambda x: x.mul_(2), lambda x: x * 2):
+        x = fused[0](X)
+        y = fusedres.functional.batch_norm_act(
+            X, None, None, fused[1].bn.weight, training=True, residual=x
+        )
+        fused.zero_grad()
+        (loss_of(y) + loss_of(write(x))).backward()
+        found.append({n: p.grad for n, p in fused.named_parameters() if p.grad is not None})
+    assert difference(*found) <= 1e-12
+    assert left == [None]  # by the second, which wrote elsewhere
+
+
+def test_the_residual_is_the_only_reader(left):
+    _, fused = chain(Block(), Block())
+    found = []
+    for change in (lambda x: x, lambda x: x * 1):
+        x = fused[0](X)
+        y = fusedres.functional.batch_norm_act(
+            x.detach(), None, None, fused[1].bn.weight, training=True, residual=change(x)
+        )
+        fused.zero_grad()
+        loss_of(y).backward()
+        found.append({n: p.grad for n, p in fused.named_parameters() if p.grad is not None})
+    assert difference(*found) <= 1e-12
+    assert left == [None]
+
+
+def test_without_a_parameter_nobody_can_tell_so_autograd_adds(left):
+    network, fused = chain(Block(), Block(affine=False))
+    assert excess(network, fused, X) <= ALLOWED
+    assert left == []
+
+
+def test_a_gradient_that_was_left_goes_with_its_run(left):
+    _, fused = chain(Block(), Block())
+    x = fused[0](X)
+    loss_of(fused[1](x)).backward()
+    assert left == [None]
+    assert x.grad_fn.fork_skip is None
+
+
+def test_only_tails_of_ours_take_part():
+    x = X.clone().requires_grad_()
+    made = fusedres.functional.batch_norm_act(x, None, None, training=True)
+    assert [fork.source_of(t) is None for t in (None, x, x * 2, made.view(-1), made)] == [
+        True, True, True, True, False,
+    ]  # fmt: skip
