@@ -61,6 +61,35 @@ def test_nothing_spills(architecture, dtype, layout):
     assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stride", [None, [2, 2]], ids=["full", "strided"])
+@pytest.mark.parametrize("tail", ["add", "dual"])
+def test_the_pass_that_adds_a_second_gradient(tail, stride, dtype, architecture):
+    """At a residual's fork: no spills, and the sum is stored in 128 bits."""
+    n, channels, height, width = FIRST
+
+    def empty(*spatial):
+        return torch.empty((n, channels, *spatial), dtype=dtype, memory_format=NHWC)
+
+    x, residual, dy = (empty(height, width) for _ in range(3))
+    skip = empty(height, width) if stride is None else empty(height // 2, width // 2)
+    saved, weight = torch.empty(3, channels), torch.empty(channels)
+    bits = torch.empty(x.numel() // 8, dtype=torch.uint8)
+    with fusedres.backend("triton"), compile_only(architecture) as recorded:
+        if tail == "dual":
+            torch.ops.fusedres.dual_batch_norm_act_backward(
+                dy, x, residual, weight, weight, weight, weight, saved, saved, bits, True, "relu", [True] * 6,
+                skip, stride,
+            )  # fmt: skip
+        else:
+            torch.ops.fusedres.batch_norm_act_backward(
+                dy, x, weight, weight, saved, bits, True, "relu", dtype, True, True, True, True, skip, stride
+            )  # fmt: skip
+        code = next(each.code for each in recorded if each.kernel == "bn_grad_reduce_kernel")
+    assert (code.spills, code.widths["store"][128] > 0) == (0, True)
+
+
 @pytest.mark.parametrize(
     "shape", [STEM, LAST, (4, 3, 9, 9), (2, 100, 5, 5)], ids=["stem", "last", "C3", "C100"]
 )
