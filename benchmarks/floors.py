@@ -17,12 +17,16 @@ class Operator:
 
     residual: bool
     activation: str | None
-    forward: int
-    backward: int
+    forward: float
+    backward: float
     forward_bits: int = 0
     backward_bits: int = 0
     training: bool = True
     residual_norm: bool = False  # the residual has a BatchNorm of its own
+    moments: bool = False  # the residual comes with its moments, from the product that wrote it
+    skip: int | None = (
+        None  # the stride of a second gradient of the output, which is added in the backward
+    )
 
     def passes(self, mode: str, element_size: int = 2) -> float:
         """Passes of `forward`, `backward` or `step` (both); a bit is a sixteenth of a pass of two-byte elements."""
@@ -45,4 +49,23 @@ OPERATORS = {
     "bn_bn_add_relu": Operator(True, "relu", 5, 8, 1, 2, residual_norm=True),
     "bn_relu_eval": Operator(False, "relu", 2, 5, training=False),
     "bn_add_relu_eval": Operator(True, "relu", 3, 5, 1, 2, training=False),
+    # At a fork the first pass reads both gradients and writes dz (the residual's gradient), which the second reads. A
+    # gradient that came over a projection of stride 2 is a quarter of a tensor.
+    "bn_add_relu_fork": Operator(True, "relu", 4, 7, 1, 1, skip=1),
+    "bn_add_relu_fork2": Operator(True, "relu", 4, 6.25, 1, 1, skip=2),
+    "bn_bn_add_relu_known": Operator(True, "relu", 4, 8, 1, 2, residual_norm=True, moments=True),
+    "bn_bn_add_relu_fork": Operator(True, "relu", 5, 10, 1, 1, residual_norm=True, skip=1),
+    "bn_bn_add_relu_fork2": Operator(True, "relu", 5, 9.25, 1, 1, residual_norm=True, skip=2),
 }
+
+
+def projection_bytes(
+    mode: str, rows: int, channels_in: int, channels_out: int, element_size: int
+) -> int:
+    """Bytes of a 1x1 convolution that writes `rows`: it reads as many of its input, and the weight.
+
+    Backward: the weight's gradient reads both again, the input's reads one and writes the other.
+    """
+    tensors = rows * (channels_in + channels_out) * element_size
+    weight = channels_in * channels_out * element_size
+    return (1 if mode == "forward" else 2) * (tensors + weight)

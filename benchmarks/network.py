@@ -30,7 +30,13 @@ BATCH_NORMS = {
 }  # fmt: skip
 # These read each tensor that they are given, and write one.
 ELEMENTWISE = ("add", "add_", "relu", "relu_", "threshold_backward", "clamp_min", "clamp_min_")
-FUSED = {"batch_norm_act": "forward", "batch_norm_act_backward": "backward"}
+# name: (phase, where the input stands among its arguments)
+FUSED = {
+    "batch_norm_act": ("forward", 0),
+    "batch_norm_act_backward": ("backward", 1),
+    "dual_batch_norm_act": ("forward", 0),
+    "dual_batch_norm_act_backward": ("backward", 1),
+}
 SMALL = 65536  # elements: num_batches_tracked and per-channel vectors are not activations
 
 
@@ -52,8 +58,7 @@ Measured = Callable[[Site], Traffic]
 class _Counting(TorchDispatchMode):
     def __init__(self, measured: Measured | None, layout: torch.memory_format) -> None:
         super().__init__()
-        # Convolutions on the meta device forget their input's layout, so it is told.
-        self._layout = str(layout).removeprefix("torch.")
+        self._format, self._layout = layout, str(layout).removeprefix("torch.")
         self.count = Count()
         self.phase = "forward"
         self._measured = measured
@@ -62,6 +67,9 @@ class _Counting(TorchDispatchMode):
         result = function(*arguments, **(keywords or {}))
         name = function.overloadpacket.__name__
         moved = 0
+        if name == "convolution" and result.dim() == 4:
+            # On the meta device it forgets its input's layout.
+            result = torch.empty_like(result, memory_format=self._format)
         if function.namespace == "fusedres" and name in FUSED:
             moved = self._fused(name, arguments)
         elif function.namespace == "aten":
@@ -72,16 +80,33 @@ class _Counting(TorchDispatchMode):
         return result
 
     def _fused(self, name: str, arguments) -> int:
-        backward = name == "batch_norm_act_backward"
-        input = arguments[1] if backward else arguments[0]
-        residual = arguments[8] is not None if backward else arguments[1] is not None
-        activation = arguments[7] if backward else arguments[9]
-        kernel = "bn" + "_add" * residual + f"_{activation}" * (activation is not None)
-        dtype = str(input.dtype).removeprefix("torch.")
-        site = Site(kernel, tuple(input.shape), dtype, self._layout)
+        phase, position = FUSED[name]
+        input = arguments[position]
         if self._measured is None:
             raise RuntimeError("a fused operator was met, and there is no measurement of it")
-        return getattr(self._measured(site), FUSED[name])
+        dtype = str(input.dtype).removeprefix("torch.")
+        site = Site(_kernel_of(name, arguments), tuple(input.shape), dtype, self._layout)
+        return getattr(self._measured(site), phase)
+
+
+def _kernel_of(name: str, arguments) -> str:
+    """Which of `floors.OPERATORS` a call of a fused operator is."""
+    given = {
+        argument.name: value for argument, value in zip(_schema(name), arguments, strict=False)
+    }
+    activation, skip = given["activation"], given.get("skip_stride")
+    is_dual = name.startswith("dual")
+    residual = given.get("residual") if "residual_dtype" not in given else given["residual_dtype"]
+    kernel = "bn" + "_bn" * is_dual + "_add" * (residual is not None)
+    kernel += f"_{activation}" * (activation is not None)
+    kernel += "_known" * (given.get("residual_moments") is not None)
+    if given.get("skip") is not None:
+        kernel += "_fork" if skip is None else f"_fork{skip[0]}"
+    return kernel
+
+
+def _schema(name: str):
+    return getattr(torch.ops.fusedres, name).default._schema.arguments
 
 
 def _moved_by_aten(name: str, arguments) -> int:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ def _interpret(sites: Sequence[Site], timeout: float = 600.0) -> list[Traffic]:
 
 def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     """(output, leaves) of one call at a site, on the CPU; the caller differentiates."""
-    from fusedres.functional import batch_norm_act, dual_batch_norm_act
+    from fusedres.dual import dual_batch_norm_act
+    from fusedres.functional import batch_norm_act
 
     operator = OPERATORS[site.kernel]
     dtype, layout = getattr(torch, site.dtype), getattr(torch, site.layout)
@@ -103,9 +105,11 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     if operator.residual_norm:
         leaves += [torch.rand(channels).requires_grad_() for _ in range(2)]
         x, weight, bias, residual, residual_weight, residual_bias = leaves
+        buffers = [make(channels) for make in (torch.zeros, torch.ones) * 2]
         output = dual_batch_norm_act(
-            x, residual, torch.zeros(channels), torch.ones(channels), torch.zeros(channels), torch.ones(channels),
-            weight, bias, residual_weight, residual_bias, operator.training, activation=operator.activation,
+            x, residual, weight, bias, residual_weight, residual_bias, *buffers,
+            operator.training, 0.1, 1e-5, 0.1, 1e-5, operator.activation,
+            moments=torch.rand(1, 3, channels) if operator.moments else None,
         )  # fmt: skip
         return output, leaves
     output = batch_norm_act(
@@ -113,6 +117,22 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
         residual=leaves[3] if operator.residual else None, activation=operator.activation,
     )  # fmt: skip
     return output, leaves
+
+
+def _backward_of_two(site: Site, output: Tensor, gradient: Tensor, stride: int) -> None:
+    """The backward of an output whose second gradient came over a skip connection."""
+    operator = OPERATORS[site.kernel]
+    layout = getattr(torch, site.layout)
+    skip = gradient[:, :, ::stride, ::stride].clone(memory_format=layout)
+    steps = [stride, stride] if stride > 1 else None
+    node: Any = output.grad_fn
+    common = (gradient, *node.saved_tensors, operator.training, operator.activation)
+    if operator.residual_norm:
+        torch.ops.fusedres.dual_batch_norm_act_backward(*common, [True] * 6, skip, steps)
+    else:
+        torch.ops.fusedres.batch_norm_act_backward(
+            *common, output.dtype, True, True, True, True, skip, steps
+        )
 
 
 def count(site: Site) -> Traffic:
@@ -123,8 +143,12 @@ def count(site: Site) -> Traffic:
         output, leaves = run_operator(site)
     gradient = torch.randn(site.shape).to(output.dtype)
     gradient = torch.empty_like(output).copy_(gradient)
+    stride = OPERATORS[site.kernel].skip
     with meter() as backward:
-        torch.autograd.grad(output, leaves, gradient)
+        if stride is None:
+            torch.autograd.grad(output, leaves, gradient)
+        else:
+            _backward_of_two(site, output, gradient, stride)
     return Traffic(
         forward.bytes, backward.bytes, len(forward.launches), len(backward.launches)
     )  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import resolve
-from .kernels.layout import RowMap, bits_layout, row_map, row_map_of
+from .kernels.layout import RowMap, Strides, bits_layout, row_map, row_map_of
 
 LIBRARY = torch.library.Library("fusedres", "DEF")
 LIBRARY.define(
@@ -324,9 +324,9 @@ def _skip(
     """What the reducing pass needs of a second gradient; one that it cannot walk is copied into dx's layout first."""
     if skip is None:
         return None
-    if stride is not None and rows.outer == 1 and dx.dim() == 4 and _is_channels_last(dx, skip):
+    if stride is not None and (own_stride := _walked_as(rows, dx, skip)) is not None:
         place = (dx.shape[2], dx.shape[3], *stride, skip.shape[2], skip.shape[3])
-        return k.skip(skip, (0, skip.shape[1], 1), place, dz)
+        return k.skip(skip, own_stride, place, dz)
     full = spread_skip(skip, stride, dx)
     own = row_map_of(dx, full)
     if own is None or (own.outer, own.inner, own.needs_int64) != (
@@ -339,8 +339,20 @@ def _skip(
     return k.skip(full, own.strides[1], None, dz)
 
 
-def _is_channels_last(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors)
+def _walked_as(rows: RowMap, dx: Tensor, small: Tensor) -> Strides | None:
+    """The strides of a smaller image along the positions of a larger one, both dense in one layout; else None."""
+    if dx.dim() != 4:
+        return None
+    images, channels, height, width = small.shape
+    formats = (
+        (torch.channels_last, images * dx.shape[2] * dx.shape[3], (0, channels, 1)),
+        (torch.contiguous_format, dx.shape[2] * dx.shape[3], (channels * height * width, 1, height * width)),
+    )  # fmt: skip
+    for layout, inner, strides in formats:
+        is_dense = all(t.is_contiguous(memory_format=layout) for t in (dx, small))
+        if is_dense and rows.inner == inner:
+            return strides
+    return None
 
 
 def spread_skip(skip: Tensor, stride: list[int] | None, like: Tensor) -> Tensor:

@@ -209,8 +209,11 @@ for _name, _implementation in (
 @torch.library.register_fake("fusedres::projection", lib=LIBRARY)
 def _(input, weight, bias, stride, moments):
     output = _empty_rows(input, weight.shape[0], _spatial(input, stride))
-    # How many programs there are is known where it runs; nobody but the finalising step looks.
-    programs = torch.library.get_ctx().new_dynamic_size() if moments else 0
+    # How many programs there are is known where it runs; nobody but the finalising step looks. On the meta device
+    # there is nobody to ask for a size that is not known.
+    programs: Any = 1
+    if moments and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        programs = torch.library.get_ctx().new_dynamic_size()
     shape = (programs, 3, weight.shape[0]) if moments else (0,)
     return output, output.new_empty(shape, dtype=operators._partial_dtype(input.dtype))
 
