@@ -90,6 +90,14 @@ def wants_triton(on_gpu: bool) -> bool:
     return _backend == "triton" or (_backend == "auto" and (on_gpu or INTERPRET))
 
 
+def goes_to_kernels(input: torch.Tensor) -> bool:
+    """Whether an input that may go to the operators does: an empty one need not."""
+    if input.numel() == 0:
+        return False
+    # While torch.compile traces, the operator itself chooses when it runs.
+    return torch.compiler.is_compiling() or resolve(input.device, input.dtype)[0] == "triton"
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on tensors of this device and dtype; None when they can."""
     if dtype not in DTYPES:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import fork, operators, reference
 from .batching import fold, fold_buffers, unfold, write_back
-from .dispatch import resolve
+from .checks import check_batch_norm_act
+from .dispatch import goes_to_kernels, resolve, wants_triton
 from .kernels.layout import bits_layout, row_map, row_map_of
 from .operators import LIBRARY, accumulate_dtype
 
@@ -386,3 +387,45 @@ def dual_batch_norm_act(*arguments: Any, moments: Tensor | None = None) -> Tenso
     if not save:
         return forward_operator(*arguments, False, moments)[0]
     return _Eager.apply(*arguments, True, moments)[0]
+
+
+def tail_of_two(
+    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+    activation, moments=None,
+) -> Tensor:  # fmt: skip
+    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
+    _check_dual(
+        name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+        activation,
+    )  # fmt: skip
+    arguments = (
+        input, residual, weight, bias, residual_weight, residual_bias,
+        running_mean, running_var, residual_running_mean, residual_running_var,
+        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
+    )  # fmt: skip
+    if wants_triton(input.is_cuda) and goes_to_kernels(input):
+        return dual_batch_norm_act(*arguments, moments=moments)
+    return compose(*arguments)
+
+
+def _check_dual(
+    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
+    activation,
+) -> None:  # fmt: skip
+    check_batch_norm_act(
+        name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
+    )  # fmt: skip
+    if residual is None:
+        raise TypeError(
+            f"{name}: residual is None, expected a torch.Tensor; without one use batch_norm_act"
+        )
+    check_batch_norm_act(
+        f"{name}, of the residual", residual, residual_running_mean, residual_running_var, residual_weight,
+        residual_bias, training, residual_momentum, residual_eps, None, activation,
+    )  # fmt: skip
+    for argument, value in (("momentum", momentum), ("residual_momentum", residual_momentum)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} is a Tensor, expected a number")

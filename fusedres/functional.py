@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_batch_norm_act, check_projected_shape, check_projection
-from .dispatch import resolve, wants_triton
+from .dispatch import goes_to_kernels, wants_triton
 
 __all__ = ["batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"]
 
@@ -65,7 +65,7 @@ def batch_norm_act(
             return _with_tensor_momentum(
                 input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
             )
-    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
+    if wants_triton(input.is_cuda) and goes_to_kernels(input):
         from .autograd import batch_norm_act as fused
 
         return fused(
@@ -117,55 +117,13 @@ def dual_batch_norm_act(
 
     After an error the running statistics are what they were.
     """
+    from .dual import tail_of_two
+
     return tail_of_two(
         "dual_batch_norm_act", input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
         activation,
     )  # fmt: skip
-
-
-def tail_of_two(
-    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-    activation, moments=None,
-) -> Tensor:  # fmt: skip
-    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
-    _check_dual(
-        name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-        activation,
-    )  # fmt: skip
-    arguments = (
-        input, residual, weight, bias, residual_weight, residual_bias,
-        running_mean, running_var, residual_running_mean, residual_running_var,
-        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
-    )  # fmt: skip
-    from . import dual
-
-    if wants_triton(input.is_cuda) and _goes_to_kernels(input):
-        return dual.dual_batch_norm_act(*arguments, moments=moments)
-    return dual.compose(*arguments)
-
-
-def _check_dual(
-    name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-    activation,
-) -> None:  # fmt: skip
-    check_batch_norm_act(
-        name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-    )  # fmt: skip
-    if residual is None:
-        raise TypeError(
-            f"{name}: residual is None, expected a torch.Tensor; without one use batch_norm_act"
-        )
-    check_batch_norm_act(
-        f"{name}, of the residual", residual, residual_running_mean, residual_running_var, residual_weight,
-        residual_bias, training, residual_momentum, residual_eps, None, activation,
-    )  # fmt: skip
-    for argument, value in (("momentum", momentum), ("residual_momentum", residual_momentum)):
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} is a Tensor, expected a number")
 
 
 def projection(
@@ -257,6 +215,7 @@ def projection_batch_norm_act(
         name, shortcut, projection_weight, projection_bias, stride, padding, dilation, groups, "shortcut"
     )  # fmt: skip
     check_projected_shape(name, input, shortcut, projection_weight, steps)
+    from .dual import tail_of_two
     from .projection import project
 
     residual, moments = project(shortcut, projection_weight, projection_bias, steps, training)
@@ -265,13 +224,6 @@ def projection_batch_norm_act(
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
         activation, moments,
     )  # fmt: skip
-
-
-def _goes_to_kernels(input: Tensor) -> bool:
-    if input.numel() == 0:
-        return False
-    # While torch.compile traces, the operator itself chooses when it runs.
-    return torch.compiler.is_compiling() or resolve(input.device, input.dtype)[0] == "triton"
 
 
 def _with_tensor_momentum(

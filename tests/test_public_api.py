@@ -16,7 +16,7 @@ PUBLIC = {
         "set_backend", "unfuse_",
     },
     fusedres.functional: {"batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"},
-    fusedres.nn: {"BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"},
+    fusedres.nn: {"BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "Projection"},
 }  # fmt: skip
 NAMES = [(module, name) for module in PUBLIC for name in sorted(PUBLIC[module])]
 
@@ -53,12 +53,18 @@ def test_version_is_that_of_the_installed_distribution():
     assert version("fusedres") == fusedres.__version__
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC[fusedres.nn]))
+@pytest.mark.parametrize("name", sorted(PUBLIC[fusedres.nn] - {"Projection"}))
 def test_a_module_shows_what_it_is(name):
     shown = repr(getattr(fusedres.nn, name)(8, activation="relu"))
     assert shown.startswith(name)
     assert "activation=relu" in shown
     assert f"BatchNorm{name[-2:]}(8," in shown
+
+
+def test_a_projection_shows_what_it_is():
+    shown = repr(fusedres.nn.Projection(4, 8, 2))
+    assert shown.startswith("Projection(")
+    assert "Conv2d(4, 8, kernel_size=(1, 1), stride=(2, 2), bias=False)" in shown
 
 
 def test_reports_and_configs_show_themselves():

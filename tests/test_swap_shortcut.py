@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 import fusedres
-from fusedres.nn import projection
+from fusedres import projection
 
 from .swap_blocks import ALLOWED, difference, excess, fused_copy, images, run
 

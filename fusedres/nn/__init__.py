@@ -1,5 +1,6 @@
 """Modules on `fusedres.functional`: parameters and buffers, no arithmetic of their own."""
 
 from .batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .projection import Projection
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "Projection"]

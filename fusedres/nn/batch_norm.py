@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
 from ..dispatch import why_not_fused
-from ..functional import batch_norm_act, tail_of_two
+from ..functional import batch_norm_act
 
 
 class _Call(NamedTuple):
@@ -104,6 +104,8 @@ def call_dual_batch_norm(
     counters = [call.batches for call in calls if call.batches is not None]
     for batches in counters:
         batches.add_(1)
+    from ..dual import tail_of_two
+
     try:
         return tail_of_two(
             "dual_batch_norm_act", input, residual, a.running_mean, a.running_var, b.running_mean, b.running_var,
@@ -141,7 +143,10 @@ def call_tail(
     return torch.relu(output) if activation == "relu" else output
 
 
-def _plain_call(norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None):
+def plain_call(
+    norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    """The same by calling the module."""
     output = norm(input)
     if residual is not None:
         output = output + residual
@@ -191,7 +196,7 @@ class _BatchNormAct(nn.Module):
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
         if torch.jit.is_tracing() or why_not_fused(norm) is not None:
-            return _plain_call(norm, input, residual, self.activation)
+            return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
 
     def __getattr__(self, name: str) -> Any:

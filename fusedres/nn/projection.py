@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import why_called
-from ..projection import project
-from .batch_norm import call_dual_batch_norm
+from ..checks import ACTIVATIONS
+from ..dispatch import FUSED_NORMS, why_called, why_not_fused
+from .batch_norm import call_dual_batch_norm, plain_call
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -49,6 +49,8 @@ def call_projection(
         return convolution(input), None  # PyTorch's own error
     if input.shape[1] != weight.shape[1] or weight.device != input.device:
         return convolution(input), None
+    from ..projection import project
+
     return project(input, weight, bias, convolution.stride, moments)
 
 
@@ -76,3 +78,81 @@ def call_projected_tail(
     return call_dual_batch_norm(
         norm, input, shortcut_norm, shortcut, activation, add_in_place, moments
     )
+
+
+class Projection(nn.Sequential):
+    """The shortcut of a block that changes shape: a strided 1x1 convolution and a BatchNorm.
+
+    `projection(x)` is the shortcut by itself. `projection.join(norm, input, x)` is the block's tail with it,
+    `activation(norm(input) + projection(x))`, in as few passes over memory as it takes. The state_dict is that of
+    torchvision's `downsample`: `0.weight`, `1.weight`, `1.bias`, `1.running_mean`, ...; `fuse_` finds it as such.
+
+    Args:
+        in_channels, out_channels: of the convolution.
+        stride: one step, or one for each spatial dimension.
+        bias: of the convolution.
+        eps, momentum, affine, track_running_stats: of the BatchNorm.
+        dims: 1, 2 or 3 spatial dimensions.
+
+    Raises:
+        ValueError: `dims` is none of these.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int | tuple[int, ...] = 1,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        dims: int = 2,
+    ) -> None:
+        if dims not in (1, 2, 3):
+            raise ValueError(f"Projection: dims is {dims!r}, expected 1, 2 or 3")
+        convolution: Any = CONVOLUTIONS[dims - 1]
+        where = {"device": device, "dtype": dtype}
+        super().__init__(
+            convolution(in_channels, out_channels, 1, stride, bias=bias, **where),
+            FUSED_NORMS[dims - 1](
+                out_channels, eps, momentum, affine, track_running_stats, **where
+            ),
+        )
+
+    def join(
+        self, norm: nn.Module, input: Tensor, shortcut: Tensor, activation: str | None = "relu"
+    ) -> Tensor:
+        """`activation(norm(input) + self(shortcut))`.
+
+        Args:
+            norm: the last BatchNorm of the block's main path, which is given its input here and not called before.
+            input: [N, out_channels, ...], what `norm` normalises.
+            shortcut: [N, in_channels, ...], the block's input.
+            activation: "relu" or None.
+
+        Raises:
+            ValueError: an unknown activation.
+            TypeError, ValueError, RuntimeError: as the modules themselves do.
+
+        Where a child has hooks, was replaced or converted (SyncBatchNorm), the modules are called one by one.
+        """
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Projection.join: unknown activation {activation!r}; "
+                f"choose one of {', '.join(map(repr, ACTIVATIONS))}"
+            )
+        children: Any = list(self)
+        if (
+            len(children) != 2
+            or torch.jit.is_tracing()
+            or why_called(self) is not None
+            or why_not_fused(norm) is not None
+            or why_not_fused(children[1]) is not None
+        ):
+            return plain_call(norm, input, self(shortcut), activation)
+        return call_projected_tail(norm, input, children[1], children[0], shortcut, activation)

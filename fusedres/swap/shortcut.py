@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dispatch import why_called, why_not_fused
 from ..nn.projection import CONVOLUTIONS, why_not_projection
-from ..projection import describe_choice
 from .alias import Effects
 from .record import NotTraceable, Reads
 from .subclass import original_class
@@ -199,6 +198,8 @@ def _written(writer: fx.Node) -> str:
 
 
 def _describe(convolution: nn.Module) -> str:
+    from ..projection import describe_choice
+
     weight = convolution.weight
     architecture = 90
     if weight.is_cuda:
