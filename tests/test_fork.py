@@ -4,6 +4,7 @@ which somebody might notice."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -78,6 +79,23 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
     both = operator(dy, *rest, skip, stride)
     alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["full", "stride 2"])
+def test_forced_int64_offsets_give_the_same_bits(kind, layout, monkeypatch):
+    """What a tensor of 2^31 elements and more takes, on a small one."""
+    x, residual, dy = (draw((2, 8, 7, 6), torch.float32, LAYOUTS[layout]) for _ in range(3))
+    skip, stride, _ = second_gradient(kind, x.shape, torch.float32, LAYOUTS[layout])
+    saved = operators.batch_norm_act(x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True)[1:]  # fmt: skip
+    rest = (x, None, None, *saved, True, "relu", x.dtype, True, True, False, False, skip, stride)
+    expected = operators.batch_norm_act_backward(dy, *rest)
+    narrow = operators.row_map_of
+    monkeypatch.setattr(
+        operators, "row_map_of", lambda *tensors: dataclasses.replace(narrow(*tensors), needs_int64=True)
+    )  # fmt: skip
+    found = operators.batch_norm_act_backward(dy, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_frozen_statistics_and_parameters_need_no_sum_over_rows():

@@ -5,6 +5,8 @@ A result may err as much as PyTorch's convolution in the same dtype does, times 
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,18 @@ def test_two_runs_give_the_same_bits(device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.kernels
+def test_forced_int64_offsets_give_the_same_bits(device, monkeypatch):
+    leaves = draw((2, 24, 9, 9), 40, device=device)
+    expected = run(projection, leaves, torch.float32, 2)
+    narrow = fusedres.projection.gather_map
+    monkeypatch.setattr(
+        fusedres.projection, "gather_map", lambda *a: dataclasses.replace(narrow(*a), needs_int64=True)
+    )  # fmt: skip
+    found = run(projection, leaves, torch.float32, 2)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_second_derivatives(device):
     leaves = draw((2, 3, 5, 4), 4, torch.float64, device=device)
     assert torch.autograd.gradcheck(lambda *t: projection(*t, 2), leaves)
@@ -179,6 +193,24 @@ def test_the_tail_is_the_composition(training, device):
         expected = tail()
     # The bias' gradient is a sum that is zero but for rounding when the statistics are the batch's.
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_derivatives_of_the_tail(training, device):
+    shortcut, weight, bias = draw((2, 2, 5, 4), 3, torch.float64, device=device)
+    input = draw((2, 3, 3, 2), 1, torch.float64, device=device)[0]
+    vectors = [torch.rand(3, dtype=torch.float64, device=device).requires_grad_() for _ in range(4)]
+    buffers = [torch.ones(3, dtype=torch.float64, device=device) for _ in VECTORS]
+
+    def tail(input, shortcut, weight, bias, *vectors):
+        return projection_batch_norm_act(
+            input, shortcut, weight, *(b.clone() for b in buffers), *vectors, training,
+            stride=2, projection_bias=bias,
+        )  # fmt: skip
+
+    leaves = (input, shortcut, weight, bias, *vectors)
+    assert torch.autograd.gradcheck(tail, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(tail, leaves, fast_mode=True)
 
 
 WRONG = {
