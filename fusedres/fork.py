@@ -22,13 +22,6 @@ from torch import Tensor
 from .operators import spread_skip
 
 
-class Source(NamedTuple):
-    """A tensor that a tail of ours made, as it was when it went into another."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-
-
 class Skip(NamedTuple):
     """A gradient left with the node that made the tensor, in one run of the engine; `stride`: at those positions."""
 
@@ -67,24 +60,24 @@ def takes_gradients(function: type[torch.autograd.Function]) -> None:
     _makers.append(function._backward_cls)  # type: ignore[attr-defined]
 
 
-def source_of(x: Tensor | None) -> Source | None:
-    """What a node keeps of a tensor whose gradient it may leave with the node that made it; None where it may not."""
+def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
+    """What a node keeps of a tensor that a tail of ours made, whose gradient it may leave there; None of any other."""
     if x is None or type(x) is not Tensor or x.output_nr != 0:
         return None
     if type(x.grad_fn) not in _makers:
         return None
-    return Source(weakref.ref(x), x._version)
+    return weakref.ref(x)
 
 
 def target(ctx: Any, edge: int) -> Any:
     """The node to leave the gradient along this edge with; None where autograd is to add it."""
-    source: Source | None = ctx.fork_source
-    if source is None or torch.is_grad_enabled():
+    if ctx.fork_source is None or torch.is_grad_enabled():
         return None
-    x = source.tensor()
-    if x is None or x._version != source.version or x._backward_hooks or x.retains_grad:
+    x = ctx.fork_source()
+    if x is None or x._backward_hooks or x.retains_grad:
         return None
     node = ctx.next_functions[edge][0]
+    # Another one, where x was written to in place since.
     if node is None or node is not x.grad_fn or node.fork_watched or ctx.fork_watched:
         return None
     run = torch._C._current_graph_task_id()

@@ -140,11 +140,18 @@ GEMM_BEFORE_90 = {**GEMM, 4: (64, 32, 32, 4, 2)}
 # The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
 # fewest that sm_90's wide instruction takes.
 GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}
-GEMM_SMALLEST = 16  # of a tensor core's operands
+# Where sixteen does not divide the channels, values are loaded one by one and every address takes registers of its own.
+GEMM_NARROW = {2: (32, 32, 32, 4, 1), 4: (32, 32, 16, 4, 1), 8: (32, 16, 16, 4, 1)}
+GRAD_WEIGHT_NARROW = {2: (32, 64, 64, 4, 1), 4: (32, 32, 32, 4, 1), 8: (16, 16, 32, 4, 1)}
+GEMM_SMALLEST = 16  # of a tensor core's operands, and what addresses are known to be divided by
 
 
 def _fit(block: int, size: int) -> int:
     return max(GEMM_SMALLEST, min(block, _power_of_two(size)))
+
+
+def _is_aligned(*channels: int) -> bool:
+    return all(size % GEMM_SMALLEST == 0 for size in channels)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,6 +160,8 @@ def choose_product(
 ) -> GemmTile:
     """The tile of y [rows, Cout] = x [rows, Cin] @ weight; a program keeps its output channels and walks the rows."""
     table = GEMM if chip.architecture >= 90 else GEMM_BEFORE_90
+    if not _is_aligned(channels_in, channels_out):
+        table = GEMM_NARROW
     block_rows, block_out, block_in, warps, stages = table[element_size]
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
@@ -164,7 +173,8 @@ def choose_grad_weight(
     rows: int, channels_in: int, channels_out: int, element_size: int, chip: Chip
 ) -> GemmTile:
     """The tile of dweight [Cout, Cin] = dy^T @ x; the rows are split until every multiprocessor has a program."""
-    block_rows, block_out, block_in, warps, stages = GRAD_WEIGHT[element_size]
+    table = GRAD_WEIGHT if _is_aligned(channels_in, channels_out) else GRAD_WEIGHT_NARROW
+    block_rows, block_out, block_in, warps, stages = table[element_size]
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
     blocks_in = _ceil(channels_in, block_in)

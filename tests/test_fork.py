@@ -87,7 +87,9 @@ def test_forced_int64_offsets_give_the_same_bits(kind, layout, monkeypatch):
     """What a tensor of 2^31 elements and more takes, on a small one."""
     x, residual, dy = (draw((2, 8, 7, 6), torch.float32, LAYOUTS[layout]) for _ in range(3))
     skip, stride, _ = second_gradient(kind, x.shape, torch.float32, LAYOUTS[layout])
-    saved = operators.batch_norm_act(x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True)[1:]  # fmt: skip
+    saved = operators.batch_norm_act(
+        x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True
+    )[1:]
     rest = (x, None, None, *saved, True, "relu", x.dtype, True, True, False, False, skip, stride)
     expected = operators.batch_norm_act_backward(dy, *rest)
     narrow = operators.row_map_of

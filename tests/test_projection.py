@@ -266,3 +266,24 @@ def test_machine_code(dtype, architecture):
     assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
     kind = {80: "HMMA", 90: "HGMMA", 100: "UTC"}[architecture]
     assert all(launch.code.count(kind) for launch in found)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("channels_in", "channels_out", "size", "stride"),
+    [(64, 128, 56, 2), (128, 256, 28, 2), (256, 512, 56, 2), (512, 1024, 28, 2), (3, 16, 33, 3), (24, 100, 9, 2), (40, 72, 9, 2)],
+)  # fmt: skip
+def test_no_projection_spills(channels_in, channels_out, size, stride, dtype):
+    """Those of ResNet-18 to 152 and three odd ones, on sm_90; those of a network's width take tensor cores there."""
+    shape = (64, channels_in, size, size)
+    input = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+    weight = torch.empty(channels_out, channels_in, 1, 1, dtype=dtype).requires_grad_()
+    with fusedres.backend("triton"), compile_only(90) as recorded:
+        output, _ = project(input, weight, None, (stride, stride), True)
+        torch.autograd.grad(output, (input, weight), torch.empty_like(output))
+        found = list(recorded)
+    assert len(found) == 3
+    assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
+    if channels_in >= 64:
+        assert all(launch.code.count("HGMMA") for launch in found)
