@@ -81,6 +81,20 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
+def test_the_sums_are_those_of_the_gradient_as_it_is_stored():
+    x, residual, dy, skip = (draw((2, 8, 7, 6), torch.bfloat16, torch.channels_last) for _ in range(4))  # fmt: skip
+    weight = torch.ones(8)
+    saved = operators.batch_norm_act(
+        x, residual, weight, weight, None, None, True, 0.1, 1e-5, "relu", True
+    )[1:]
+    _, dresidual, _, dbias = operators.batch_norm_act_backward(
+        dy, x, weight, weight, *saved, True, "relu", x.dtype, True, True, True, True, skip
+    )
+    torch.testing.assert_close(
+        dbias.double(), dresidual.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["full", "stride 2"])
 def test_forced_int64_offsets_give_the_same_bits(kind, layout, monkeypatch):
