@@ -272,7 +272,10 @@ def test_machine_code(dtype, architecture):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("channels_in", "channels_out", "size", "stride"),
-    [(64, 128, 56, 2), (128, 256, 28, 2), (256, 512, 56, 2), (512, 1024, 28, 2), (3, 16, 33, 3), (24, 100, 9, 2), (40, 72, 9, 2)],
+    [
+        (64, 128, 56, 2), (128, 256, 28, 2), (256, 512, 56, 2), (512, 1024, 28, 2),
+        (3, 16, 33, 3), (24, 100, 9, 2), (40, 72, 9, 2),
+    ],
 )  # fmt: skip
 def test_no_projection_spills(channels_in, channels_out, size, stride, dtype, monkeypatch):
     """Those of ResNet-18 to 152 and three odd ones, on sm_90; those of a network's width take tensor cores there."""
