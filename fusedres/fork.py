@@ -36,7 +36,7 @@ _makers: list[type] = []
 
 def takes_part(function: type[torch.autograd.Function]) -> None:
     """Let the nodes of this Function leave gradients (with `target` and `leave`) and find out who watches them."""
-    node: Any = function._backward_cls  # type: ignore[attr-defined]
+    node: Any = function._backward_cls
 
     def watched(name: str):
         register = getattr(node, name)
@@ -57,7 +57,7 @@ def takes_part(function: type[torch.autograd.Function]) -> None:
 def takes_gradients(function: type[torch.autograd.Function]) -> None:
     """`takes_part`, for a Function whose first output's gradient may come in two (`take`)."""
     takes_part(function)
-    _makers.append(function._backward_cls)  # type: ignore[attr-defined]
+    _makers.append(function._backward_cls)
 
 
 def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
@@ -97,7 +97,7 @@ def _runs_whole(ctx: Any, node: Any) -> bool:
     )
     if leaf is None:
         return False
-    will_run = torch._C._will_engine_execute_node  # type: ignore[attr-defined]
+    will_run = torch._C._will_engine_execute_node
     try:
         return will_run(leaf) and will_run(node)
     except RuntimeError:

@@ -50,20 +50,25 @@ def _replace(graph: fx.Graph, match: Match) -> None:
     if shortcut is None:
         with graph.inserting_before(match.end):
             norm = graph.create_node("get_attr", match.norm.target)
-            arguments = (norm, input, match.residual, activation, add_in_place)
-            site = graph.call_function(call_tail, arguments)
+            site = graph.call_function(
+                call_tail, (norm, input, match.residual, activation, add_in_place)
+            )
     else:
         source = shortcut.source
         with graph.inserting_before(shortcut.node):
             for path in shortcut.lead:
                 source = graph.create_node("call_module", path, (source,))
         with graph.inserting_before(match.end):
-            norm, other, convolution = (
-                None if path is None else graph.create_node("get_attr", path)
-                for path in (match.norm.target, shortcut.norm, shortcut.convolution)
+            norms = [
+                graph.create_node("get_attr", path) for path in (match.norm.target, shortcut.norm)
+            ]
+            convolution = None
+            if shortcut.convolution is not None:
+                convolution = graph.create_node("get_attr", shortcut.convolution)
+            site = graph.call_function(
+                call_projected_tail,
+                (norms[0], input, norms[1], convolution, source, activation, add_in_place),
             )
-            arguments = (norm, input, other, convolution, source, activation, add_in_place)
-            site = graph.call_function(call_projected_tail, arguments)
         obsolete += [shortcut.node, *shortcut.inner]
     match.end.replace_all_uses_with(site)
     for node in obsolete:

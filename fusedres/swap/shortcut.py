@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -200,7 +201,7 @@ def _written(writer: fx.Node) -> str:
 def _describe(convolution: nn.Module) -> str:
     from ..projection import describe_choice
 
-    weight = convolution.weight
+    weight: Any = convolution.weight
     architecture = 90
     if weight.is_cuda:
         major, minor = torch.cuda.get_device_capability(weight.device)
