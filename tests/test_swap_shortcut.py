@@ -330,6 +330,20 @@ def test_autocast_gives_what_it_gave(dtype):
     assert difference(*found) <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.interpreter
+def test_autocast_reaches_the_product(monkeypatch):
+    seen = []
+    project = projection.project
+    monkeypatch.setattr(
+        projection, "project", lambda *args: seen.append(args[0].dtype) or project(*args)
+    )
+    _, fused = both()
+    fused = fused.float().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fused(X.float().contiguous(memory_format=torch.channels_last))
+    assert (seen, output.dtype) == ([torch.bfloat16], torch.bfloat16)
+
+
 @pytest.mark.once
 def test_on_the_meta_device():
     _, fused = both()
