@@ -148,13 +148,13 @@ class Sleepy(nn.Module):
         self.module = module
 
     def forward(self, x, residual=None):
-        time.sleep(1e-3)
+        time.sleep(0.05)  # longer than what a machine that is busy with something else adds
         return self.module(x, residual)
 
 
 @pytest.mark.once
 def test_a_sleep_is_seen_in_the_host_cost(monkeypatch):
-    monkeypatch.setattr(host, "EFFORT", Effort(seconds=0.05, repetitions=20, most=100))
+    monkeypatch.setattr(host, "EFFORT", Effort(seconds=0.05, repetitions=5, most=20))
     modules = host.tails()
     modules[host.FUSED] = Sleepy(modules[host.FUSED])
     assert len(host.faults(host.compare(modules, "forward", CPU))) == 1
