@@ -57,9 +57,11 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
     rest = (None,) * 7
-    if dy is None:
+    if dy is None and skip is None:
         return None, None, None, None, *rest
     input, weight, bias, saved, bits = ctx.saved_tensors
+    if dy is None:
+        dy, skip = operators.spread_skip(skip, stride, input), None
     needs = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return *_differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs), *rest
@@ -88,12 +90,12 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         output = BatchNormAct.forward(*inputs)
         BatchNormAct.setup_context(ctx, inputs, output)
-        ctx.fork_source = fork.source_of(inputs[1])
+        fork.begin(ctx, inputs[1])
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        dx, dresidual, *rest = _backward(ctx, *fork.take(ctx, dy))
+        dx, dresidual, *rest = _backward(ctx, dy, *fork.take(ctx))
         return dx, fork.hand_over(ctx, 1, dresidual), *rest
 
 

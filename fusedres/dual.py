@@ -324,14 +324,15 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
     rest = (None,) * 12
-    if dy is None:
+    if dy is None and skip is None:
         return (*[None] * 6, *rest)
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return (*_differentiable_backward(ctx, dy, needs), *rest)
-    gradients = backward_operator(
-        dy, *ctx.saved_tensors, ctx.training, ctx.activation, needs, skip, stride
-    )
+    saved = ctx.saved_tensors
+    if dy is None:
+        dy, skip = operators.spread_skip(skip, stride, saved[0]), None
+    gradients = backward_operator(dy, *saved, ctx.training, ctx.activation, needs, skip, stride)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
 
 
@@ -343,12 +344,12 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = DualBatchNormAct.forward(*inputs)
         DualBatchNormAct.setup_context(ctx, inputs, output)
-        ctx.fork_source = fork.source_of(inputs[1])
+        fork.begin(ctx, inputs[1])
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        dx, dresidual, *rest = _gradients(ctx, *fork.take(ctx, dy))
+        dx, dresidual, *rest = _gradients(ctx, dy, *fork.take(ctx))
         return dx, fork.hand_over(ctx, 1, dresidual), *rest
 
 

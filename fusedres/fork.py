@@ -8,27 +8,33 @@ more than without a fork. A strided projection leaves its gradient at the positi
 
 Nobody may notice. So whoever could see the gradient of x gets it whole, added by autograd as ever: hooks on x or on
 either node, `retain_grad`, `torch.autograd.grad` and `backward(inputs=...)` (which may ask for x), `create_graph`, x
-written to since, or gone (checkpointing frees it), a second residual of the same x.
+written to since, or gone (checkpointing frees it), a second residual of the same x. What is hung on x while the engine
+runs, after the later tail, comes too late: it sees the main path's gradient.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .operators import spread_skip
 
+class Left:
+    """A gradient left with the node that made the tensor, in one run of the engine; `stride`: at those positions.
 
-class Skip(NamedTuple):
-    """A gradient left with the node that made the tensor, in one run of the engine; `stride`: at those positions."""
+    The run owns it (as a callback that does nothing), the node refers to it weakly: a run that fails takes it along.
+    """
 
-    gradient: Tensor
-    stride: list[int] | None
-    run: int
-    stream: Any
+    __slots__ = ("__weakref__", "gradient", "stream", "stride")
+
+    def __init__(self, gradient: Tensor, stride: list[int] | None, stream: Any) -> None:
+        self.gradient: Tensor | None = gradient
+        self.stride, self.stream = stride, stream
+
+    def __call__(self) -> None:
+        pass
 
 
 _makers: list[type] = []
@@ -47,7 +53,7 @@ def takes_part(function: type[torch.autograd.Function]) -> None:
 
         return wrapper
 
-    node.fork_source, node.fork_skip, node.fork_watched = None, None, False
+    node.fork_source, node.fork_watched = None, False
     node.register_hook, node.register_prehook = (
         watched("register_hook"),
         watched("register_prehook"),
@@ -55,9 +61,17 @@ def takes_part(function: type[torch.autograd.Function]) -> None:
 
 
 def takes_gradients(function: type[torch.autograd.Function]) -> None:
-    """`takes_part`, for a Function whose first output's gradient may come in two (`take`)."""
+    """`takes_part`, for a Function whose first output's gradient may come in two (`take`).
+
+    Its forward calls `begin`.
+    """
     takes_part(function)
     _makers.append(function._backward_cls)
+
+
+def begin(ctx: Any, residual: Tensor | None) -> None:
+    """What the node of a tail keeps: where its residual came from, and what will be left with it, by run."""
+    ctx.fork_source, ctx.fork_left = source_of(residual), {}
 
 
 def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
@@ -71,7 +85,7 @@ def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
 
 def target(ctx: Any, edge: int) -> Any:
     """The node to leave the gradient along this edge with; None where autograd is to add it."""
-    if ctx.fork_source is None or torch.is_grad_enabled():
+    if ctx.fork_source is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     x = ctx.fork_source()
     if x is None or x._backward_hooks or x.retains_grad:
@@ -81,7 +95,7 @@ def target(ctx: Any, edge: int) -> Any:
     if node is None or node is not x.grad_fn or node.fork_watched or ctx.fork_watched:
         return None
     run = torch._C._current_graph_task_id()
-    if run < 0 or (node.fork_skip is not None and node.fork_skip.run == run):
+    if run < 0 or run in node.fork_left:
         return None
     return node if _runs_whole(ctx, node) else None
 
@@ -107,7 +121,12 @@ def _runs_whole(ctx: Any, node: Any) -> bool:
 def leave(node: Any, gradient: Tensor, stride: list[int] | None = None) -> None:
     """Leave a gradient with `target`'s node; the edge gets None."""
     stream = torch.cuda.current_stream(gradient.device) if gradient.is_cuda else None
-    node.fork_skip = Skip(gradient, stride, torch._C._current_graph_task_id(), stream)
+    left = Left(gradient, stride, stream)
+    torch.autograd.Variable._execution_engine.queue_callback(left)
+    # Other runs may be under way at the same node, in a hook of this one or in another thread; failed ones are gone.
+    for run in [run for run, reference in list(node.fork_left.items()) if reference() is None]:
+        node.fork_left.pop(run, None)
+    node.fork_left[torch._C._current_graph_task_id()] = weakref.ref(left)
 
 
 def hand_over(ctx: Any, edge: int, gradient: Tensor | None) -> Tensor | None:
@@ -118,19 +137,18 @@ def hand_over(ctx: Any, edge: int, gradient: Tensor | None) -> Tensor | None:
     return None
 
 
-def take(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
-    """(dy, skip, stride): what autograd summed up, and what was left with this node in this run of the engine."""
-    skip: Skip | None = ctx.fork_skip
-    if skip is None:
-        return dy, None, None
-    ctx.fork_skip = None
-    if skip.run != torch._C._current_graph_task_id():
-        return dy, None, None  # of a run that did not come this far
-    if skip.stream is not None:
-        stream = torch.cuda.current_stream(skip.gradient.device)
-        if stream != skip.stream:
-            stream.wait_stream(skip.stream)
-            skip.gradient.record_stream(stream)
-    if dy is None:
-        return spread_skip(skip.gradient, skip.stride, ctx.saved_tensors[0]), None, None
-    return dy, skip.gradient, skip.stride
+def take(ctx: Any) -> tuple[Tensor | None, list[int] | None]:
+    """What was left with this node in this run of the engine: a gradient and its stride, or nothing."""
+    reference = None
+    if ctx.fork_left:
+        reference = ctx.fork_left.pop(torch._C._current_graph_task_id(), None)
+    left: Left | None = None if reference is None else reference()
+    if left is None or left.gradient is None:
+        return None, None
+    gradient, left.gradient = left.gradient, None
+    if left.stream is not None:
+        stream = torch.cuda.current_stream(gradient.device)
+        if stream != left.stream:
+            stream.wait_stream(left.stream)
+            gradient.record_stream(stream)
+    return gradient, left.stride

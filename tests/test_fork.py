@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -402,6 +405,35 @@ def after_one_that_failed(blocks, x):
     return seen
 
 
+def another_run_in_between(blocks, x):
+    """A hook between the two tails runs the engine over the first one."""
+    x = blocks[0](x)
+    other, seen = x.sin().sum(), []
+
+    def run_another(_):
+        seen.extend(torch.autograd.grad(other, list(blocks[0].parameters()), retain_graph=True))
+
+    loss = loss_of(blocks[1](x))
+    blocks[1].conv.weight.register_hook(run_another)
+    loss.backward(retain_graph=True)
+    return seen
+
+
+def another_backward_in_between(blocks, x):
+    """The same, where the other run leaves a gradient with the first tail too."""
+    x = blocks[0](x)
+    other, done = loss_of(blocks[2](x)), []
+
+    def run_another(_):
+        if not done:
+            done.append(True)
+            other.backward(retain_graph=True)
+
+    loss = loss_of(blocks[1](x))
+    blocks[1].conv.weight.register_hook(run_another)
+    loss.backward(retain_graph=True)
+
+
 def nested(blocks, x):
     """A backward inside another's hook."""
     x = blocks[0](x)
@@ -446,6 +478,8 @@ NOTICED = {
     many_readers: 1,
     twice: 2,
     after_one_that_failed: 1,
+    another_run_in_between: 1,
+    another_backward_in_between: 2,
     nested: 2,
 }
 
@@ -463,7 +497,7 @@ def test_nobody_notices(act, left):
 @pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
 @pytest.mark.parametrize("act", NOTICED, ids=lambda f: f.__name__)
 def test_nobody_notices_at_a_projection(act):
-    if act in (two_residuals, many_readers):
+    if act in (two_residuals, many_readers, another_backward_in_between):
         act = many_readers_of_the_projected
     network, fused = chain(Block(), Projected(), Block(8))
     assert difference(gradients(network, act), gradients(fused, act)) <= 1e-12
@@ -513,6 +547,82 @@ def test_the_residual_is_the_only_reader(left):
     assert left == [None]
 
 
+class Join(Block):
+    """A tail whose residual is not what its main path reads."""
+
+    def forward(self, a, b):
+        return F.relu(self.bn(self.conv(a)) + b)
+
+
+@pytest.mark.parametrize("wrap", [checkpoint, lambda f, x, **_: f(x)], ids=["checkpointed", "plain"])  # fmt: skip
+def test_a_tensor_that_only_a_residual_reads(wrap, left):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Block(), Join()]).double()
+    found = []
+    for model in (blocks, fused_copy(blocks)):
+        x = wrap(model[0], X, use_reentrant=False)
+        loss_of(model[1](X, x)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert difference(*found) <= 1e-12
+    assert left == [None]
+
+
+@pytest.mark.parametrize("later", [Block, Projected])
+def test_two_threads_that_share_the_first_tail(later, left):
+    """Another thread's run begins and ends while this one stands between the later tail and the first."""
+    found = []
+    for model in chain(Block(), later(), later()):
+        x = model[0](X)
+        loss, other = (loss_of(block(x)) for block in model[1:])
+
+        def run_another(_, other=other):
+            thread = threading.Thread(target=other.backward, kwargs={"retain_graph": True})
+            thread.start()
+            thread.join()
+
+        model[1].conv.weight.register_hook(run_another)
+        loss.backward(retain_graph=True)
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert difference(*found) <= 1e-12
+    assert len(left) == 2
+
+
+def test_a_run_that_failed_keeps_nothing_alive(monkeypatch):
+    references = []
+    leave = fork.leave
+    monkeypatch.setattr(
+        fork, "leave", lambda n, g, s=None: (references.append(weakref.ref(g)), leave(n, g, s))
+    )
+    _, fused = chain(Block(), Block())
+    x = fused[0](X)
+    loss = loss_of(fused[1](x))
+    fused[1].conv.weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    del loss
+    gc.collect()
+    assert [reference() for reference in references] == [None]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_autograd_adds_itself(left):
+    network, fused = chain(Block(), Block())
+    found = []
+    for model in (network, fused):
+        torch._dynamo.reset()
+        loss = loss_of(model(X))
+
+        @torch.compile(backend="eager")
+        def step(loss=loss):
+            loss.backward()
+
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            step()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert difference(*found) <= 1e-12
+    assert left == []
+
+
 def test_without_a_parameter_nobody_can_tell_so_autograd_adds(left):
     network, fused = chain(Block(), Block(affine=False))
     assert excess(network, fused, X) <= ALLOWED
@@ -524,7 +634,7 @@ def test_a_gradient_that_was_left_goes_with_its_run(left):
     x = fused[0](X)
     loss_of(fused[1](x)).backward()
     assert left == [None]
-    assert x.grad_fn.fork_skip is None
+    assert x.grad_fn.fork_left == {}
 
 
 def test_only_tails_of_ours_take_part():
