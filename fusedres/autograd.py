@@ -139,7 +139,11 @@ def differentiable_gradients(
     if training:
         y = F.batch_norm(x, None, None, w, b, True, 0.0, eps)
     else:
-        y = F.batch_norm(x, saved[0], saved[2].pow(-2) - eps, w, b, False, 0.0, eps)
+        # Not F.batch_norm, which under vmap asks for a derivative by the running statistics.
+        mean, low, invstd = (operators._per_channel(row, x) for row in saved.detach().unbind(0))
+        y = (x - mean - low) * invstd
+        y = y if w is None else y * operators._per_channel(w, x)
+        y = y if b is None else y + operators._per_channel(b, x)
     wanted = [k for k in range(3) if needs[k]]
     gradients: list[Tensor | None] = [None, None, None]
     if wanted:

@@ -201,3 +201,23 @@ def test_backward_may_run_under_another_backend(device, backend):
         (grad,) = torch.autograd.grad(output, x, case.tensors["grad"])
     case = case.with_tensors(weight=None, bias=None, running_mean=None, running_var=None)
     torch.testing.assert_close(grad, run_eager(case)["grad_input"])
+
+
+def test_gradients_of_each_sample_in_eval(device):
+    """torch.func's own recipe: grad under vmap, by a functional call."""
+    from torch.func import functional_call, grad, vmap
+
+    from fusedres.nn import BatchNormAct2d
+
+    module = BatchNormAct2d(4).double().eval().to(device)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, device=device)
+
+    def loss(parameters, x):
+        return functional_call(module, parameters, (x[None],)).square().sum()
+
+    found = vmap(grad(loss), (None, 0))(parameters, x)
+    for k in range(3):
+        expected = grad(loss)(parameters, x[k])
+        for name in parameters:
+            torch.testing.assert_close(found[name][k], expected[name])

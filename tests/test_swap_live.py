@@ -161,6 +161,16 @@ def test_jit_script(plain, fused):
     assert fusedres.explain(fused).n_fused == 12
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_jit_script_keeps_the_modules_that_it_has_seen():
+    """It remembers them by id; what it lets go of must not lend its id to another."""
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet
+    plain = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).double().eval()
+    for _ in range(5):
+        assert torch.equal(torch.jit.script(fused_copy(plain))(X), plain(X))
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(plain, fused, strict):
     program = torch.export.export(fused.eval(), (X,), strict=strict)

@@ -163,8 +163,16 @@ def hooked(where):
     return make_hooked
 
 
+class First(Tail):
+    """The shortcut is called before the main path."""
+
+    def forward(self, x):
+        identity = self.shortcut(x)
+        return self.relu(self.bn1(self.conv1(x)) + identity)
+
+
 def shared():
-    block = Tail(norm_of(nn.Conv2d(4, 8, 1, 2)))
+    block = First(norm_of(nn.Conv2d(4, 8, 1, 2)))
     block.shortcut[1] = block.bn1
     return block
 
@@ -182,6 +190,30 @@ class Read(Tail):
         identity = self.shortcut(x)
         out = self.bn1(self.conv1(x)) * self.shortcut[1].running_mean.mean()
         return self.relu(self.bn1(out) + identity)
+
+
+class TwoNames(nn.Module):
+    """The shortcut's BatchNorm is called in the main path too: inside a child, or under a name of its own."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+        self.shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2), self.norm)
+        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, 2, 1), nn.BatchNorm2d(8)
+        self.inner = nn.Sequential(self.norm, nn.Hardtanh())
+        self.inside = inside
+
+    def forward(self, x):
+        identity = self.shortcut(x)
+        out = self.conv1(x)
+        out = self.inner(out) if self.inside else F.hardtanh(self.norm(out))
+        return F.relu(self.bn1(out) + identity)
+
+
+def tied_buffers():
+    block = First(norm_of(nn.Conv2d(4, 8, 1, 2))).double()  # else the conversion would untie them
+    block.shortcut[1].running_mean = block.bn1.running_mean
+    return block
 
 
 class Twice(Tail):
@@ -205,7 +237,13 @@ LEFT = {
     ),
     "read in between": (
         lambda: Read(norm_of(nn.Conv2d(4, 8, 1, 2))),
-        "it is used again before the site ends",
+        "shortcut.1.running_mean is used before the site ends",
+    ),
+    "under another name": (lambda: TwoNames(False), "it is called again before the site ends"),
+    "inside another child": (lambda: TwoNames(True), "inner holds its statistics too"),
+    "tied statistics": (
+        tied_buffers,
+        "it shares its statistics with the BatchNorm of the main path",
     ),
     "used twice": (
         lambda: Twice(norm_of(nn.Conv2d(4, 8, 1, 2))),
@@ -250,6 +288,22 @@ class OptionA(Tail):
         return F.relu(self.bn1(self.conv1(x)) + zero_padded(x))
 
 
+class MainInShortcut(Tail):
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.shortcut = nn.Sequential(self.bn1, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+@pytest.mark.once
+def test_a_main_batch_norm_that_the_shortcut_calls_too_does_not_wait():
+    block = make(MainInShortcut())
+    fused = copy.deepcopy(block)
+    row = fusedres.fuse_(fused).rows[0]
+    assert "shortcut holds its statistics too" in row.reason
+    assert difference(run(block, X), run(fused, X)) == 0
+
+
 class OptionALambda(nn.Module):
     def forward(self, x):
         return zero_padded(x)
@@ -287,6 +341,10 @@ def both(**changes) -> tuple[nn.Module, nn.Module]:
     return block, fused
 
 
+def absolute(input, weight, bias):
+    return F.conv2d(input.abs(), weight, bias, 2)
+
+
 def another_convolution() -> nn.Module:
     torch.manual_seed(2)
     return nn.Conv2d(4, 8, 3, 2, 1).double()
@@ -301,6 +359,7 @@ CHANGES = {
     "stride": {"shortcut__0": lambda conv: setattr(conv, "stride", (2, 2))},
     "hook": {"shortcut": lambda child: child.register_forward_hook(lambda *_: None)},
     "another convolution": {"shortcut": lambda child: child.__setitem__(0, another_convolution())},
+    "its computation": {"shortcut__0": lambda conv: setattr(conv, "_conv_forward", absolute)},
     "a child more": {"shortcut": lambda child: child.append(nn.Hardtanh())},
     "weight norm": {"shortcut__0": lambda conv: nn.utils.parametrizations.weight_norm(conv)},
 }  # fmt: skip

@@ -21,6 +21,8 @@ def why_not_projection(convolution: nn.Module | None) -> str | None:
     child: Any = convolution
     if (reason := why_called(child)) is not None:
         return reason
+    if "_conv_forward" in child.__dict__:
+        return "its _conv_forward was replaced on the instance"
     if type(child._parameters.get("weight")) is not nn.Parameter:
         return "its weight is not a plain Parameter"
     if any(size != 1 for size in child.kernel_size):

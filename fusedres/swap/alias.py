@@ -65,6 +65,33 @@ class Effects:
                 return node
         return None
 
+    def why_state_is_used(self, nodes: Iterable[fx.Node], name: str) -> str | None:
+        """Why one of `nodes` would see whether the BatchNorm `name` has run: it calls it, or reads its statistics.
+
+        Under any name: what counts is the module, and its buffers.
+        """
+        norm = self._modules[name]
+        state = {id(buffer) for buffer in norm.buffers()}
+        for node in nodes:
+            if node.op == "call_module":
+                child = self._modules[str(node.target)]
+                if child is norm:
+                    return "it is called again before the site ends"
+                within = child.modules()
+                if any(part is norm for part in within) or not state.isdisjoint(
+                    id(buffer) for buffer in child.buffers()
+                ):
+                    return f"{node.target} holds its statistics too, and is called before the site ends"
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and self._is_of(str(source.target), norm, state):
+                    return f"{source.target} is used before the site ends"
+        return None
+
+    def _is_of(self, target: str, norm: nn.Module, state: set[int]) -> bool:
+        owner, _, attribute = target.rpartition(".")
+        module = self._modules.get(owner)
+        return module is norm or id(getattr(module, attribute, None)) in state
+
     def writes(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that this node may write to."""
         if node.op == "call_module":

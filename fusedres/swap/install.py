@@ -160,6 +160,11 @@ def restore(plan: Plan, function: Any, arguments: tuple) -> nn.Module:
     return module
 
 
+# TorchScript remembers what it has prepared by id, and lets go of the fused module that its double replaces: an id that
+# was used again would stand for another module. So a double keeps its module alive.
+_DOUBLED: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
 def _prepare_scriptable(self):
     """The unfused double that TorchScript compiles; it shares parameters and buffers with this module.
 
@@ -177,6 +182,7 @@ def unfused_double(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         cls = original_class(module)
         double: nn.Module = object.__new__(cls)
         memo[id(module)] = double
+        _DOUBLED[double] = module
         object.__setattr__(double, "__dict__", dict(vars(module)))
         vars(double)["_modules"] = {
             name: None if child is None else unfused_double(child, memo)

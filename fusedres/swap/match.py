@@ -147,12 +147,8 @@ def _hazard(match: Match, effects: Effects) -> str | None:
     source = norm.all_input_nodes[0]
     if (writer := effects.writer(waiting, source)) is not None:
         return f"its input may be written to before the site ends, by {_name(writer)}"
-    if any(node.op == "call_module" and node.target == norm.target for node in waiting):
-        return "it is called again before the site ends"
-    for node in waiting:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target).startswith(f"{norm.target}."):
-                return f"{source.target} is used before the site ends"
+    if (reason := effects.why_state_is_used(waiting, str(norm.target))) is not None:
+        return reason
     if match.add is not None and match.residual is not None:
         after = [node for node in effects.between(match.add, end) if node not in site]
         if (writer := effects.writer(after, match.residual)) is not None:

@@ -144,6 +144,8 @@ def _why_left(shortcut: Shortcut, main: str, modules: Mapping[str, nn.Module]) -
     norm = modules[shortcut.norm]
     if norm is modules[main]:
         return "it is the BatchNorm of the main path too"
+    if {id(b) for b in norm.buffers()} & {id(b) for b in modules[main].buffers()}:
+        return "it shares its statistics with the BatchNorm of the main path"
     obstacle = why_not_fused(norm)
     return None if obstacle is None else f"{shortcut.norm}: {obstacle}"
 
@@ -159,10 +161,8 @@ def _settled(
     own = {*site, shortcut.node, *shortcut.inner}
     first = shortcut.inner[0] if shortcut.inner else shortcut.node
     waiting = [node for node in effects.between(first, end) if node not in own]
-    for node in waiting:
-        targets = [node, *node.all_input_nodes]
-        if any(_belongs(str(each.target), shortcut) for each in targets if _names_a_child(each)):
-            return replace(shortcut, reason="it is used again before the site ends")
+    if (reason := effects.why_state_is_used(waiting, shortcut.norm)) is not None:
+        return replace(shortcut, reason=reason)
     writer = effects.writer(waiting, shortcut.source)
     if shortcut.convolution is None:
         if writer is not None:
@@ -182,15 +182,6 @@ def _settled(
     if (writer := effects.writer(waiting, called)) is not None:
         return replace(shortcut, reason=_written(writer))
     return replace(shortcut, source=called, convolution=None, inner=(), note=note)
-
-
-def _names_a_child(node: fx.Node) -> bool:
-    return node.op in ("call_module", "get_attr")
-
-
-def _belongs(target: str, shortcut: Shortcut) -> bool:
-    parts = (shortcut.norm, *(path for path, _ in shortcut.skipped))
-    return any(target == part or target.startswith(f"{part}.") for part in parts)
 
 
 def _written(writer: fx.Node) -> str:
