@@ -60,7 +60,7 @@ def _backward(
     if dy is None and skip is None:
         return None, None, None, None, *rest
     input, weight, bias, saved, bits = ctx.saved_tensors
-    if dy is None:
+    if dy is None and skip is not None:
         dy, skip = operators.spread_skip(skip, stride, input), None
     needs = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

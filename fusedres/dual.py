@@ -330,7 +330,7 @@ def _gradients(
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return (*_differentiable_backward(ctx, dy, needs), *rest)
     saved = ctx.saved_tensors
-    if dy is None:
+    if dy is None and skip is not None:
         dy, skip = operators.spread_skip(skip, stride, saved[0]), None
     gradients = backward_operator(dy, *saved, ctx.training, ctx.activation, needs, skip, stride)
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
