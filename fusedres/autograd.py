@@ -53,7 +53,7 @@ class BatchNormAct(torch.autograd.Function):
 
 
 def _backward(
-    ctx: Any, dy: Tensor | None, skip: Tensor | None, stride: list[int] | None
+    ctx: Any, dy: Any, skip: Tensor | None, stride: list[int] | None
 ) -> tuple[Tensor | None, ...]:
     """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
     rest = (None,) * 7

@@ -320,7 +320,7 @@ class DualBatchNormAct(torch.autograd.Function):
 
 
 def _gradients(
-    ctx: Any, dy: Tensor | None, skip: Tensor | None, stride: list[int] | None
+    ctx: Any, dy: Any, skip: Tensor | None, stride: list[int] | None
 ) -> tuple[Tensor | None, ...]:
     """`skip`, `stride`: a second gradient of the output, as `fork.take` gives it."""
     rest = (None,) * 12
