@@ -12,16 +12,23 @@ from dataclasses import dataclass
 import torch
 
 import fusedres
-from fusedres.functional import batch_norm_act
+from fusedres.functional import batch_norm_act, dual_batch_norm_act, projection
 
 from .cases import shape_name
 from .compile_only import Launch, compile_only
 from .floors import OPERATORS
 from .record import Row
+from .traffic import backward_of_two
 
 ARCHITECTURES = (80, 90, 100)
 SHAPES = {"first stage": (256, 256, 56, 56), "last stage": (256, 2048, 7, 7)}
 STEM = {"stem": (256, 64, 112, 112)}
+# The tail of a projected shortcut, the pass that adds at a fork, and the 1x1 convolution itself (its input's shape).
+SHORTCUT = {
+    "bn_bn_add_relu": (256, 256, 56, 56),
+    "bn_add_relu_fork": (256, 256, 56, 56),
+    "projection": (256, 64, 56, 56),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ def targets(quick: bool) -> list[Target]:
             for layout in ("channels_last", "contiguous_format"):
                 shapes = [("bn_add_relu", w, s) for w, s in SHAPES.items()]
                 shapes += [("bn_relu", w, s) for w, s in STEM.items()]
+                if layout == "channels_last":
+                    shapes += [(kernel, "first stage", s) for kernel, s in SHORTCUT.items()]
                 for kernel, where, shape in shapes[:1] if quick else shapes:
                     found.append(Target(architecture, kernel, where, shape, dtype, layout))
     return found
@@ -58,24 +67,46 @@ def targets(quick: bool) -> list[Target]:
 
 def compile_target(target: Target) -> list[Launch]:
     """The launches of one forward and backward in training mode; the tensors are never touched."""
-    operator = OPERATORS[target.kernel]
     dtype, layout = getattr(torch, target.dtype), getattr(torch, target.layout)
-    channels = target.shape[1]
-
-    def empty() -> torch.Tensor:
-        return torch.empty(target.shape, dtype=dtype, memory_format=layout).requires_grad_()
-
-    vectors = [torch.empty(channels) for _ in range(4)]
-    leaves = [empty(), *(vector.requires_grad_() for vector in vectors[2:])]
-    if operator.residual:
-        leaves.append(empty())
     with fusedres.backend("triton"), compile_only(target.architecture) as recorded:
+        if target.kernel == "projection":
+            _run_projection(target.shape, dtype, layout)
+        else:
+            _run_operator(target, dtype, layout)
+        return list(recorded)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, memory_format=layout).requires_grad_()
+
+
+def _run_operator(target: Target, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    operator, channels = OPERATORS[target.kernel], target.shape[1]
+    vectors = [torch.empty(channels) for _ in range(4)]
+    leaves = [_empty(target.shape, dtype, layout), *(v.requires_grad_() for v in vectors[2:])]
+    if operator.residual:
+        leaves.append(_empty(target.shape, dtype, layout))
+    if operator.residual_norm:
+        output = dual_batch_norm_act(
+            leaves[0], leaves[3], *vectors[:2], *vectors[:2], *vectors[2:], *vectors[2:], operator.training,
+            activation=operator.activation,
+        )  # fmt: skip
+    else:
         output = batch_norm_act(
             leaves[0], vectors[0], vectors[1], leaves[1], leaves[2], operator.training,
             residual=leaves[3] if operator.residual else None, activation=operator.activation,
         )  # fmt: skip
+    if operator.skip is None:
         torch.autograd.grad(output, leaves, torch.empty_like(output))
-        return list(recorded)
+    else:
+        backward_of_two(operator, output, torch.empty_like(output), torch.empty_like(output))
+
+
+def _run_projection(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format):
+    weight = torch.empty(4 * shape[1], shape[1], 1, 1, dtype=dtype).requires_grad_()
+    input = _empty(shape, dtype, layout)
+    output = projection(input, weight, stride=1)
+    torch.autograd.grad(output, [input, weight], torch.empty_like(output))
 
 
 def rows_of(target: Target, launches: Sequence[Launch]) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .floors import OPERATORS
+from .floors import OPERATORS, Operator
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     return output, leaves
 
 
-def _backward_of_two(site: Site, output: Tensor, gradient: Tensor, stride: int) -> None:
-    """The backward of an output whose second gradient came over a skip connection."""
-    operator = OPERATORS[site.kernel]
-    layout = getattr(torch, site.layout)
-    skip = gradient[:, :, ::stride, ::stride].clone(memory_format=layout)
+def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: Tensor) -> None:
+    """The backward of an output whose second gradient, `skip`, came over a skip connection."""
+    stride = operator.skip or 1
     steps = [stride, stride] if stride > 1 else None
     node: Any = output.grad_fn
     common = (gradient, *node.saved_tensors, operator.training, operator.activation)
@@ -148,7 +146,9 @@ def count(site: Site) -> Traffic:
         if stride is None:
             torch.autograd.grad(output, leaves, gradient)
         else:
-            _backward_of_two(site, output, gradient, stride)
+            layout = getattr(torch, site.layout)
+            skip = gradient[:, :, ::stride, ::stride].clone(memory_format=layout)
+            backward_of_two(OPERATORS[site.kernel], output, gradient, skip)
     return Traffic(
         forward.bytes, backward.bytes, len(forward.launches), len(backward.launches)
     )  # fmt: skip
