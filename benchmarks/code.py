@@ -87,8 +87,9 @@ def _run_operator(target: Target, dtype: torch.dtype, layout: torch.memory_forma
     if operator.residual:
         leaves.append(_empty(target.shape, dtype, layout))
     if operator.residual_norm:
+        mean, var, weight, bias = vectors
         output = dual_batch_norm_act(
-            leaves[0], leaves[3], *vectors[:2], *vectors[:2], *vectors[2:], *vectors[2:], operator.training,
+            leaves[0], leaves[3], mean, var, mean, var, weight, bias, weight, bias, operator.training,
             activation=operator.activation,
         )  # fmt: skip
     else:
