@@ -38,6 +38,7 @@ class Block(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.identity = nn.Identity()
+        self.dropout, self.no_dropout = nn.Dropout(0.5), nn.Dropout(0.0)
         self.scale = 1.0
         self.options = {"scale": 1.0}
         self.skip: nn.Module | None = None
@@ -205,6 +206,24 @@ def tail_skip_between(self, x):
     return F.relu(out + x)
 
 
+def relu_after_identity(self, x):
+    return self.conv2(self.relu(self.identity(self.bn1(self.conv1(x)))))
+
+
+def relu_after_no_dropout(self, x):
+    return F.relu(self.no_dropout(self.identity(self.bn1(self.conv1(x)))))
+
+
+def tail_with_identities(self, x):
+    out = self.identity(self.bn1(self.conv1(x)))
+    out += self.identity(x)
+    return self.relu(self.no_dropout(out))
+
+
+def identity_returned(self, x):
+    return self.identity(self.bn1(self.conv1(x)) + x)
+
+
 def pre_activation(self, x):
     out = self.conv1(self.relu(self.bn1(x)))
     return self.conv2(F.relu(self.bn2(out))) + x
@@ -257,6 +276,10 @@ SPELLINGS = {
     tail_swapped: ["BN+ReLU", "BN+add+ReLU"],
     tail_projected: ["BN+BN+add+ReLU", "BN+BN+add+ReLU"],
     tail_skip_between: ["BN+add+ReLU"],
+    relu_after_identity: ["BN+ReLU"],
+    relu_after_no_dropout: ["BN+ReLU"],
+    tail_with_identities: ["BN+add+ReLU"],
+    identity_returned: ["BN+add"],
     pre_activation: ["BN+ReLU", "BN+ReLU"],
     broadcast_residual: ["BN+add+ReLU"],
     broadcast_residual_in_place: ["BN+add+ReLU"],
@@ -275,6 +298,15 @@ def plain(self, x):
 
 def other_activation(self, x):
     return F.silu(self.bn1(self.conv1(x)))
+
+
+def dropped(self, x):
+    return F.relu(self.dropout(self.bn1(self.conv1(x))))
+
+
+def identity_used_twice(self, x):
+    out = self.identity(self.bn1(self.conv1(x)))
+    return self.conv2(F.relu(out)) + out
 
 
 def used_twice(self, x):
@@ -414,6 +446,8 @@ def keyword_only(self, x, *, must=1.0, **rest):
 LEFT_ALONE = {
     plain: ("BN", "nothing to fuse follows it: its output is returned"),
     other_activation: ("BN", "nothing to fuse follows it: its output goes to silu"),
+    dropped: ("BN", "nothing to fuse follows it: its output goes to dropout (Dropout)"),
+    identity_used_twice: ("BN", "its output is used 2 times"),
     used_twice: ("BN", "its output is used 2 times"),
     added_to_itself: ("BN", "added to a constant, scaled"),
     constant: ("BN", "added to a constant, scaled"),

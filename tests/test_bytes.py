@@ -61,9 +61,9 @@ def block(inputs: int, planes: int, stride: int, projected: bool) -> nn.Module:
 
 
 def stage() -> nn.Module:
-    """Two stages of a narrow ResNet-50: the forks of the second one are those of a stage, its first strided."""
+    """The second stage of a narrow ResNet-50, four blocks, and the block before it, from which the first fork comes."""
     return nn.Sequential(
-        block(32, 16, 1, True), block(64, 16, 1, False), block(64, 32, 2, True), block(128, 32, 1, False)
+        block(32, 16, 1, True), block(64, 32, 2, True), *(block(128, 32, 1, False) for _ in range(3))
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def stage() -> nn.Module:
         (lambda: block(32, 16, 1, True), 32, [(32, 64, 48 * 48)]),
         (stage, 32, [(32, 64, 48 * 48), (64, 128, 24 * 24)]),
     ],
-    ids=["Bottleneck", "projected Bottleneck", "stages"],
+    ids=["Bottleneck", "projected Bottleneck", "stage"],
 )
 def test_a_swapped_network_moves_what_its_operators_are_built_to(build, channels, projections):
     """Forward and backward of fused blocks, every kernel of ours counted: within 3 percent of the table."""

@@ -22,6 +22,7 @@ from .swap_blocks import (
     images,
     make,
     optional_argument,
+    relu_after_no_dropout,
     spy_on_sites,
     tail,
     tail_projected,
@@ -146,6 +147,36 @@ def test_a_skip_set_after_fusing_is_run():
         each.skip = nn.Identity()
     x = images(2, 4, 5, 5)
     assert torch.equal(fused(x), block(x))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block.no_dropout, "p", 0.5),
+        lambda block: setattr(block, "identity", nn.Hardtanh()),
+        lambda block: block.identity.register_forward_hook(lambda *a: a[-1].abs()),
+    ],
+    ids=["dropout", "another child", "a hook"],
+)
+def test_what_gave_back_its_input_and_no_longer_does_is_called(change):
+    block = make(relu_after_no_dropout)
+    fused = fused_copy(block)
+    for each in (block, fused):
+        change(each)
+    x = images(2, 4, 5, 5)
+    found = []
+    for each in (block, fused):
+        torch.manual_seed(0)
+        found.append(each(x))
+    assert torch.equal(*found)
+
+
+def test_timm_puts_identities_between():
+    import timm
+
+    with torch.device("meta"):
+        report = fusedres.fuse_(timm.create_model("resnet50"))
+    assert (report.n_fused, len(report.rows)) == (53, 53)
 
 
 def test_inside_a_device_context():

@@ -95,6 +95,7 @@ PROJECTIONS = {
     "1x1": (lambda: Tail(norm_of(nn.Conv2d(4, 8, 1, 2, bias=False))), "shortcut.1", MEMORY),
     "bias": (lambda: Tail(norm_of(nn.Conv2d(4, 8, 1, 2))), "shortcut.1", MEMORY),
     "stride 1": (lambda: Tail(norm_of(nn.Conv2d(4, 8, 1)), 1), "shortcut.1", MEMORY),
+    "dilation": (lambda: Tail(norm_of(nn.Conv2d(4, 8, 1, 2, dilation=3))), "shortcut.1", MEMORY),
     "pooled": (
         lambda: Tail(norm_of(nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(4, 8, 1))), "shortcut.2", MEMORY,
     ),

@@ -96,7 +96,7 @@ class Effects:
         """The inputs that this node may write to."""
         if node.op == "call_module":
             child = self._modules.get(str(node.target))
-            quiet = isinstance(child, (*_FRESH_MODULES, nn.ReLU))
+            quiet = isinstance(child, (*_FRESH_MODULES, nn.ReLU)) or type(child) is nn.Identity
             return [] if quiet and not getattr(child, "inplace", False) else node.all_input_nodes
         if node.op not in ("call_function", "call_method"):
             return []

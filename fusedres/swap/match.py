@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ _RELU_METHODS = ("relu", "relu_")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
 # `a += b` is not among them: on numbers it makes a new one, and Python has rebound the name already.
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _RETURN_SELF = (F.relu, torch.relu_, "relu_", "add_")
 
 
@@ -26,8 +28,9 @@ _RETURN_SELF = (F.relu, torch.relu_, "relu_", "add_")
 class Match:
     """One call of a BatchNorm, what follows it, and why that is not fused (None: it can be).
 
-    The nodes of the site are `norm`, `add` and `relu`, the last two None where there is none; `residual` is the other
-    operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself.
+    The nodes of the site are `norm`, `add` and `relu`, the last two None where there is none, and `passed`: children in
+    between that give back what they are given. `residual` is the other operand of the add, and `shortcut` what is known
+    of it where it is a BatchNorm itself.
     """
 
     norm: fx.Node
@@ -36,6 +39,13 @@ class Match:
     residual: fx.Node | None = None
     shortcut: Shortcut | None = None
     reason: str | None = None
+    passed: tuple[fx.Node, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes of the site."""
+        nodes = (self.norm, *self.passed, self.add, self.relu)
+        return tuple(node for node in nodes if node is not None)
 
     @property
     def pattern(self) -> str:
@@ -75,7 +85,7 @@ def find_matches(graph: fx.Graph, modules: Mapping[str, nn.Module], norms: tuple
         if node.op == "call_module" and node.target in norms:
             match = _match(node, modules, effects, taken)
             if match.reason is None:
-                taken.update(n for n in (match.add, match.relu) if n is not None)
+                taken.update(match.nodes[1:])
             matches.append(match)
     return matches[::-1]
 
@@ -104,7 +114,7 @@ def _match(norm: fx.Node, modules, effects: Effects, taken: set[fx.Node]) -> Mat
         match.reason = reason or _hazard(match, effects)
     if match.reason is None and match.residual is not None:
         match.shortcut = find_shortcut(
-            match.residual, str(norm.target), (norm, match.add, match.relu), match.end, modules, effects
+            match.residual, str(norm.target), match.nodes, match.end, modules, effects
         )  # fmt: skip
     return match
 
@@ -114,24 +124,25 @@ def _follow(match: Match, modules, taken: set[fx.Node]) -> str | None:
     norm = match.norm
     if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
         return "it is called with more than one argument"
-    user, reason = _only_user(norm)
+    user, passed, reason = _past_identities(norm, modules)
     if user is None:
         return reason
+    output, match.passed = (passed or (norm,))[-1], passed
     if _is_relu(user, modules):
         match.relu = user
         return None
     if not _is_add(user):
         return f"nothing to fuse follows it: its output goes to {_describe(user, modules)}"
     operands = _operands(user)
-    if operands is None or operands.count(norm) != 1:
+    if operands is None or operands.count(output) != 1:
         return "its output is added to a constant, scaled or written elsewhere in the same add"
     if user in taken:
         return "it is the residual of a site that is fused: the sum runs with the other operand"
-    match.add, match.residual = user, operands[1 - operands.index(norm)]
-    following, _ = _only_user(user)
+    match.add, match.residual = user, operands[1 - operands.index(output)]
+    following, passed, _ = _past_identities(user, modules)
     if following is not None and _is_relu(following, modules):
-        match.relu = following
-    if in_place(user) and operands[0] is not norm:
+        match.relu, match.passed = following, (*match.passed, *passed)
+    if in_place(user) and operands[0] is not output:
         return (
             f"{_name(match.residual)} is added to in place, and somebody else may hold it; "
             "write `a = a + b` or `b += a`"
@@ -142,7 +153,7 @@ def _follow(match: Match, modules, taken: set[fx.Node]) -> str | None:
 def _hazard(match: Match, effects: Effects) -> str | None:
     """Why the BatchNorm cannot wait until the end of its site; None when it can."""
     norm, end = match.norm, match.end
-    site = (norm, match.add, match.relu)
+    site = match.nodes
     waiting = [node for node in effects.between(norm, end) if node not in site]
     source = norm.all_input_nodes[0]
     if (writer := effects.writer(waiting, source)) is not None:
@@ -172,7 +183,43 @@ def why_not_skipped(child: nn.Module | None, kind: type[nn.Module]) -> str | Non
         name = kind.__name__
         package = "nn." if kind.__module__.startswith("torch.nn.") else ""
         return f"it is a {type(child).__name__}, not an {package}{name}"
+    if is_identity_kind(kind) and (share := _dropped_share(child)) != 0:
+        return f"it drops a share of {share}"
     return why_called(child)
+
+
+def is_identity_kind(kind: type[nn.Module]) -> bool:
+    """Whether instances give back what they are given: those that drop something, as long as it is nothing."""
+    return kind in (nn.Identity, *_DROPOUTS) or _is_drop_path(kind)
+
+
+def _is_drop_path(kind: type[nn.Module]) -> bool:
+    return kind.__name__ == "DropPath" and kind.__module__.startswith("timm.")
+
+
+def _dropped_share(child: Any) -> Any:
+    if type(child) in _DROPOUTS:
+        return child.p
+    return (child.drop_prob or 0) if _is_drop_path(type(child)) else 0
+
+
+def _past_identities(
+    node: fx.Node, modules: Mapping[str, nn.Module]
+) -> tuple[fx.Node | None, tuple[fx.Node, ...], str | None]:
+    """(the only user of a node, the children in between that give back what they are given, why there is no user)."""
+    passed: list[fx.Node] = []
+    user, reason = _only_user(node)
+    while user is not None and _gives_back(user, modules):
+        passed.append(user)
+        user, reason = _only_user(user)
+    return user, tuple(passed), reason
+
+
+def _gives_back(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    child = modules[str(node.target)]
+    return is_identity_kind(type(child)) and why_not_skipped(child, type(child)) is None
 
 
 def _only_user(node: fx.Node) -> tuple[fx.Node | None, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,7 +107,7 @@ def decide(
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
     shortcuts = [match.projected for match in chosen if match.projected is not None]
-    skipped = _skipped(chosen)
+    skipped = _skipped(chosen, modules)
     plan = Plan(
         source=source,
         imports=imports,
@@ -162,10 +162,13 @@ def _left_out(pattern: str) -> str:
     return f"config.patterns leaves out {pattern}"
 
 
-def _skipped(chosen: list[Match]) -> tuple[tuple[Path, type[nn.Module]], ...]:
+def _skipped(
+    chosen: list[Match], modules: Mapping[str, nn.Module]
+) -> tuple[tuple[Path, type[nn.Module]], ...]:
     """The children that no match calls, apart from the BatchNorms, and what they have to be."""
     found: list[tuple[str, type[nn.Module]]] = []
     for match in chosen:
+        found.extend((str(node.target), type(modules[str(node.target)])) for node in match.passed)
         if match.relu is not None and match.relu.op == "call_module":
             found.append((str(match.relu.target), nn.ReLU))
         if match.projected is not None:

@@ -46,7 +46,7 @@ def _replace(graph: fx.Graph, match: Match) -> None:
     activation = "relu" if match.relu is not None else None
     add_in_place = match.add is not None and in_place(match.add)
     input, shortcut = match.norm.all_input_nodes[0], match.projected
-    obsolete = [match.relu, match.add, match.norm]
+    obsolete = {*match.nodes}
     if shortcut is None:
         with graph.inserting_before(match.end):
             norm = graph.create_node("get_attr", match.norm.target)
@@ -69,11 +69,10 @@ def _replace(graph: fx.Graph, match: Match) -> None:
                 call_projected_tail,
                 (norms[0], input, norms[1], convolution, source, activation, add_in_place),
             )
-        obsolete += [shortcut.node, *shortcut.inner]
+        obsolete |= {shortcut.node, *shortcut.inner}
     match.end.replace_all_uses_with(site)
-    for node in obsolete:
-        if node is not None:
-            graph.erase_node(node)
+    for node in [node for node in graph.nodes if node in obsolete][::-1]:
+        graph.erase_node(node)
 
 
 def _import_of(value: Any) -> tuple[str, str] | None:
