@@ -15,13 +15,13 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-slow test-oldest bench lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-slow test-oldest bench sweep lint format types wheel clean
 
 help:
 	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
 	@echo 'make test    lint, types, and the tests over plain PyTorch and over the Triton kernels'
 	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
-	@echo 'also: test-aten test-triton test-slow test-oldest lint format types wheel clean'
+	@echo 'also: sweep test-aten test-triton test-slow test-oldest lint format types wheel clean'
 
 demo: $(READY)
 	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
@@ -49,6 +49,10 @@ test-oldest:
 bench: $(READY)
 	$(BIN)/python -m fusedres bench --out $(OUT)/bench $(ARGS)
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-columns=median,iqr,rounds
+
+# Every architecture of torchvision and timm; `make sweep ARGS="'resnet*'"` for some.
+sweep: $(READY)
+	$(BIN)/python -W ignore -m fusedres.benchmarks.sweep --out $(OUT)/sweep $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)

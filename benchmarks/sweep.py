@@ -1,0 +1,206 @@
+"""How much of the networks that people use is fused: every architecture of torchvision and timm that holds a BatchNorm.
+
+    python -m fusedres.benchmarks.sweep                      # all of them, some minutes; no GPU, no weights
+    python -m fusedres.benchmarks.sweep 'resnet*' 'timm:*d'  # those that match a pattern
+
+Each is built without memory (on the meta device), run once at its own image size to learn how large each BatchNorm's
+output is, and fused. The share is of elements: what a BatchNorm of a large map costs, it counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fusedres
+
+from ..cli.errors import CommandError, require
+from ..cli.models import TIMM, build_model
+from .record import first_line
+
+IMAGE = (3, 224, 224)
+_COLUMNS = (
+    "architecture",
+    "BatchNorms",
+    "fused",
+    "elements fused",
+    "tails",
+    "left alone, most of them since",
+)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One architecture.
+
+    Args:
+        norms, fused: how many BatchNorms there are, and how many are fused.
+        share: of the elements that BatchNorms put out in one forward; None where that could not be run.
+        tails: how many of the fused ones end a residual block.
+        reason: why most of the others are left alone; or what went wrong.
+    """
+
+    name: str
+    norms: int = 0
+    fused: int = 0
+    share: float | None = None
+    tails: int = 0
+    reason: str = ""
+
+
+def architectures(patterns: tuple[str, ...] = ("*",)) -> dict[str, Callable[[], nn.Module]]:
+    """The classifiers of the packages that are installed, by name (timm's as `timm:NAME`), that match a pattern."""
+    names: list[str] = []
+    for package, listed in (("torchvision", _torchvision), ("timm", _timm)):
+        try:
+            names += listed(require(package, "models", "the sweep"))
+        except CommandError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    wanted = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    return {name: lambda name=name: build_model(name) for name in wanted}
+
+
+def _torchvision(package: Any) -> list[str]:
+    return package.models.list_models(module=package.models)
+
+
+def _timm(package: Any) -> list[str]:
+    return [f"{TIMM}{name}" for name in package.list_models()]
+
+
+def sweep(name: str, build: Callable[[], nn.Module]) -> Swept | None:
+    """What `fuse_` makes of one architecture; None where it holds no BatchNorm."""
+    try:
+        model = _built(build)
+    except Exception as error:  # foreign code: what it raises is the finding
+        return Swept(name, reason=f"not built: {first_line(error)}")
+    if not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+        return None
+    sizes, obstacle = _sizes(model.eval())
+    rows = fusedres.fuse_(model.train()).rows
+    fused = [row for row in rows if row.status == "fused"]
+    reasons = Counter(_in_general(row.reason) for row in rows if row.status != "fused")
+    total = sum(sizes.values())
+    return Swept(
+        name,
+        len(rows),
+        len(fused),
+        sum(sizes.get(row.where, 0) for row in fused) / total if total else None,
+        sum("add" in row.pattern for row in fused),
+        obstacle or (reasons.most_common(1)[0][0] if reasons else ""),
+    )
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError):  # a constructor that computes with tensors
+        return build().to("meta")
+
+
+def _sizes(model: nn.Module) -> tuple[dict[str, int], str]:
+    """How many elements each BatchNorm puts out for one image, by name; or why the model does not run."""
+    sizes: Counter[str] = Counter()
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            sizes[name] += output.numel()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if "BatchNorm" in type(module).__name__
+    ]
+    shape = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
+    try:
+        with torch.no_grad():
+            model(torch.empty(1, *shape, device="meta"))
+    except Exception as error:  # as above
+        return {}, f"not run: {first_line(error)}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(sizes), ""
+
+
+def _in_general(reason: str) -> str:
+    """A reason without the name of the child that it begins with or ends on."""
+    text = reason.partition(": ")[2] or reason
+    before, found, child = text.partition("its output goes to ")
+    return (
+        f"its output goes to {child.rpartition('(')[2].rstrip(')')}"
+        if found and not before
+        else text
+    )
+
+
+def table(found: list[Swept]) -> str:
+    """The findings in Markdown, and a line about all of them."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    for each in found:
+        share = "?" if each.share is None else f"{100 * each.share:.0f} %"
+        cells = (
+            each.name,
+            each.norms,
+            each.fused,
+            share,
+            each.tails,
+            each.reason.replace("|", r"\|"),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    residual = [each for each in found if each.tails]
+    shares = [each.share for each in residual if each.share is not None]
+    whole = sum(share >= 0.95 for share in shares)
+    lines += [
+        "",
+        f"{len(found)} architectures with BatchNorm; {len(residual)} whose residual tails are fused, "
+        f"of {whole} of them at least 95 % of the elements.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedres.benchmarks.sweep", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "patterns", nargs="*", default=["*"], help="names, with * and ?; timm's begin with timm:"
+    )
+    parser.add_argument("--out", type=Path, help="a folder for sweep.md and sweep.json")
+    return parser
+
+
+def _swept(patterns: tuple[str, ...]) -> Iterator[Swept]:
+    for name, build in architectures(patterns).items():
+        if (found := sweep(name, build)) is not None:
+            yield found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    found = list(_swept(tuple(options.patterns)))
+    print(table(found), end="")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "sweep.md").write_text(table(found), encoding="utf-8")
+        (options.out / "sweep.json").write_text(
+            json.dumps([asdict(each) for each in found], indent=1), encoding="utf-8"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

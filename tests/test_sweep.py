@@ -1,0 +1,74 @@
+"""The sweep over architectures: what is fused of each, weighted by size, and what stands against the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fusedres.benchmarks.sweep import Swept, architectures, main, sweep, table
+
+pytestmark = pytest.mark.once
+
+
+@pytest.mark.parametrize(
+    ("name", "norms", "tails"),
+    [("resnet18", 20, 11), ("resnet50", 53, 20), ("timm:resnet26d", 31, 12)],
+)
+def test_a_relu_resnet_is_fused_whole(name, norms, tails):
+    found = sweep(name, architectures((name,))[name])
+    assert found == Swept(name, norms, norms, 1.0, tails, "")
+
+
+def test_what_is_left_alone_is_told_with_its_reason():
+    found = sweep("mobilenet_v2", architectures(("mobilenet_v2",))["mobilenet_v2"])
+    assert (found.fused, found.share, found.reason) == (0, 0.0, "its output goes to ReLU6")
+
+
+def test_the_share_is_of_elements():
+    def build():
+        large = nn.Sequential(nn.Conv2d(3, 9, 1), nn.BatchNorm2d(9), nn.ReLU())
+        small = nn.Sequential(nn.Conv2d(9, 1, 1), nn.BatchNorm2d(1), nn.SiLU())
+        return nn.Sequential(large, small)
+
+    found = sweep("two", build)
+    assert (found.fused, found.norms, found.share) == (1, 2, 0.9)
+
+
+def test_without_batch_norm():
+    assert sweep("alexnet", lambda: nn.Conv2d(3, 3, 1)) is None
+
+
+def test_what_cannot_be_built_says_so():
+    def build():
+        raise LookupError("no such part")
+
+    assert sweep("broken", build) == Swept("broken", reason="not built: LookupError: no such part")
+
+
+def test_what_cannot_be_run_is_fused_all_the_same():
+    found = sweep("narrow", lambda: nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()))
+    assert (found.fused, found.share) == (1, None)
+    assert found.reason.startswith("not run: ")
+
+
+def test_a_constructor_that_computes_is_built_elsewhere():
+    def build():
+        width = int(torch.full((), 3.0).item())
+        return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
+
+    assert sweep("computed", build).fused == 1
+
+
+def test_table_and_files(tmp_path, capsys):
+    assert main(["resnet18", "mobilenet_v2", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == text
+    assert "| resnet18 | 20 | 20 | 100 % | 11 |  |" in text
+    assert text.splitlines()[-1].startswith(
+        "2 architectures with BatchNorm; 1 whose residual tails"
+    )
+
+
+def test_a_share_that_is_not_known():
+    assert "| x | 0 | 0 | ? | 0 | not run |" in table([Swept("x", reason="not run")])
