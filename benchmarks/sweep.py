@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import json
 import sys
 from collections import Counter
@@ -67,7 +68,7 @@ def architectures(patterns: tuple[str, ...] = ("*",)) -> dict[str, Callable[[], 
         except CommandError as error:
             print(f"left out: {error}", file=sys.stderr)
     wanted = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    return {name: lambda name=name: build_model(name) for name in wanted}
+    return {name: functools.partial(build_model, name) for name in wanted}
 
 
 def _torchvision(package: Any) -> list[str]:
