@@ -39,8 +39,11 @@ def call_projection(
 ) -> tuple[Tensor, Tensor | None]:
     """`convolution(input)` for a real 1x1 `nn.Conv1d/2d/3d`, and the partial moments of it where there are some.
 
-    One that is not, or an input that it would not take, goes to the module itself.
+    One that is not, an input that it would not take, and torch.compile (which schedules PyTorch's own) go to
+    the module itself.
     """
+    if torch.compiler.is_compiling():
+        return convolution(input), None
     if why_not_projection(convolution) is not None or input.dim() != convolution.weight.dim():
         return convolution(input), None
     weight, bias = convolution.weight, convolution.bias
