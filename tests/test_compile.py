@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import fusedres
+from fusedres import dual, operators
 from fusedres.benchmarks.compile_only import (
     MULTIPROCESSORS,
     SHARED_MEMORY,
     Launch,
     compile_only,
 )
-from fusedres.functional import batch_norm_act
+from fusedres.functional import batch_norm_act, projection_batch_norm_act
 
 pytestmark = pytest.mark.compiler
 
@@ -61,33 +62,71 @@ def test_nothing_spills(architecture, dtype, layout):
     assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("stride", [None, [2, 2]], ids=["full", "strided"])
-@pytest.mark.parametrize("tail", ["add", "dual"])
-def test_the_pass_that_adds_a_second_gradient(tail, stride, dtype, architecture):
-    """At a residual's fork: no spills, and the sum is stored in 128 bits."""
-    n, channels, height, width = FIRST
+def reducing_pass_of_two(tail, shape, stride, dtype, layout, architecture) -> Launch:
+    """The launch that adds a second gradient of a tail's output, which came over a skip connection."""
+    n, channels, height, width = shape
 
     def empty(*spatial):
-        return torch.empty((n, channels, *spatial), dtype=dtype, memory_format=NHWC)
+        return torch.empty((n, channels, *spatial), dtype=dtype, memory_format=layout)
 
     x, residual, dy = (empty(height, width) for _ in range(3))
     skip = empty(height, width) if stride is None else empty(height // 2, width // 2)
     saved, weight = torch.empty(3, channels), torch.empty(channels)
-    bits = torch.empty(x.numel() // 8, dtype=torch.uint8)
+    bits = torch.empty(0 if tail == "relu" else x.numel() // 8, dtype=torch.uint8)
     with fusedres.backend("triton"), compile_only(architecture) as recorded:
         if tail == "dual":
-            torch.ops.fusedres.dual_batch_norm_act_backward(
+            dual.backward_operator(
                 dy, x, residual, weight, weight, weight, weight, saved, saved, bits, True, "relu", [True] * 6,
                 skip, stride,
             )  # fmt: skip
         else:
-            torch.ops.fusedres.batch_norm_act_backward(
-                dy, x, weight, weight, saved, bits, True, "relu", dtype, True, True, True, True, skip, stride
+            residual_dtype = None if tail == "relu" else dtype
+            operators.batch_norm_act_backward(
+                dy, x, weight, weight, saved, bits, True, "relu", residual_dtype, True, tail == "add", True, True,
+                skip, stride,
             )  # fmt: skip
-        code = next(each.code for each in recorded if each.kernel == "bn_grad_reduce_kernel")
+        return next(each for each in recorded if each.kernel == "bn_grad_reduce_kernel")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", [NHWC, NCHW], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("stride", [None, [2, 2]], ids=["full", "strided"])
+@pytest.mark.parametrize("tail", ["add", "relu", "dual"])
+def test_the_pass_that_adds_a_second_gradient(tail, stride, layout, dtype, architecture):
+    """At a residual's fork: no spills, and the sum is stored in 128 bits."""
+    code = reducing_pass_of_two(tail, FIRST, stride, dtype, layout, architecture).code
     assert (code.spills, code.widths["store"][128] > 0) == (0, True)
+
+
+@pytest.mark.parametrize("layout", [NHWC, NCHW], ids=["nhwc", "nchw"])
+def test_a_second_gradient_of_a_large_tensor_has_64_bit_offsets(layout):
+    large, small = (
+        reducing_pass_of_two("relu", (n, 64, 64, 64), [2, 2], torch.bfloat16, layout, 90)
+        for n in (8192, 256)
+    )
+    assert (large.code.spills, large.cubin != small.cubin) == (0, True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "tf32"])
+def test_a_projected_tail_from_product_to_product(dtype, architecture):
+    """The product's moments go into the finalising step: of the two statistics passes one is left."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, memory_format=NHWC).requires_grad_()
+
+    input, shortcut, weight = empty(64, 128, 28, 28), empty(64, 64, 56, 56), empty(128, 64, 1, 1)
+    vectors = [torch.empty(128) for _ in range(8)]
+    with fusedres.backend("triton"), compile_only(architecture) as recorded:
+        output = projection_batch_norm_act(
+            input, shortcut, weight, *vectors, training=True, stride=2
+        )
+        torch.autograd.grad(output, [input, shortcut, weight], torch.empty_like(output))
+        found = list(recorded)
+    assert {each.kernel: each.code.spills for each in found if each.code.spills} == {}
+    names = [each.kernel for each in found]
+    assert (names.count("projection_kernel"), names.count("bn_stats_kernel")) == (2, 1)
 
 
 @pytest.mark.parametrize(
