@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import batching as batching  # its vmap rules register themselves
 from . import fork, operators
+from .dispatch import is_eager
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -165,15 +166,13 @@ def batch_norm_act(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
-    is_eager = (
-        not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
-    )
-    if is_eager and not save:
+    eager = is_eager()
+    if eager and not save:
         return operators.batch_norm_act(
             input, residual, weight, bias, running_mean, running_var,
             training, float(momentum), eps, activation, False,
         )[0]  # fmt: skip
-    function = _Eager if is_eager else BatchNormAct
+    function = _Eager if eager else BatchNormAct
     return function.apply(
         input, residual, weight, bias, running_mean, running_var,
         training, float(momentum), eps, activation, True,

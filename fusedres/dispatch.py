@@ -90,6 +90,11 @@ def wants_triton(on_gpu: bool) -> bool:
     return _backend == "triton" or (_backend == "auto" and (on_gpu or INTERPRET))
 
 
+def is_eager() -> bool:
+    """Whether PyTorch runs what is called as it is called: nothing is being compiled or transformed (torch.func)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+
+
 def goes_to_kernels(input: torch.Tensor) -> bool:
     """Whether an input that may go to the operators does: an empty one need not."""
     if input.numel() == 0:

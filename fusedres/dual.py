@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import fork, operators, reference
+from .autograd import differentiable_gradients
 from .batching import fold, fold_buffers, unfold, write_back
 from .checks import check_batch_norm_act
-from .dispatch import goes_to_kernels, resolve, wants_triton
+from .dispatch import goes_to_kernels, is_eager, resolve, wants_triton
 from .kernels.layout import bits_layout, row_map, row_map_of
 from .operators import LIBRARY, accumulate_dtype
 
@@ -358,8 +359,6 @@ fork.takes_gradients(_Eager)
 
 def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """For `create_graph=True`: the mask as a constant, and PyTorch's own derivative of both BatchNorms."""
-    from .autograd import differentiable_gradients
-
     *tensors, saved, residual_saved, bits = ctx.saved_tensors
     input, residual, weight, bias, residual_weight, residual_bias = tensors
     dz = dy
@@ -383,7 +382,7 @@ def dual_batch_norm_act(*arguments: Any, moments: Tensor | None = None) -> Tenso
     moments: the partial moments of the residual, from whatever wrote it; its own pass over it is saved then.
     """
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if not is_eager():
         return DualBatchNormAct.apply(*arguments, True, moments)[0]
     if not save:
         return forward_operator(*arguments, False, moments)[0]

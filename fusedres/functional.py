@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import autograd, reference
 from .checks import check_batch_norm_act, check_projected_shape, check_projection
 from .dispatch import goes_to_kernels, wants_triton
+from .dual import tail_of_two
+from .projection import project
 
 __all__ = ["batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"]
 
@@ -66,9 +68,7 @@ def batch_norm_act(
                 input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
             )
     if wants_triton(input.is_cuda) and goes_to_kernels(input):
-        from .autograd import batch_norm_act as fused
-
-        return fused(
+        return autograd.batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
         )  # fmt: skip
     return reference.batch_norm_act(
@@ -117,8 +117,6 @@ def dual_batch_norm_act(
 
     After an error the running statistics are what they were.
     """
-    from .dual import tail_of_two
-
     return tail_of_two(
         "dual_batch_norm_act", input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
@@ -158,8 +156,6 @@ def projection(
         ValueError: a weight that is not 1x1, or shapes, devices or values that do not fit.
     """
     steps = check_projection("projection", input, weight, bias, stride, padding, dilation, groups)
-    from .projection import project
-
     return project(input, weight, bias, steps, False)[0]
 
 
@@ -215,9 +211,6 @@ def projection_batch_norm_act(
         name, shortcut, projection_weight, projection_bias, stride, padding, dilation, groups, "shortcut"
     )  # fmt: skip
     check_projected_shape(name, input, shortcut, projection_weight, steps)
-    from .dual import tail_of_two
-    from .projection import project
-
     residual, moments = project(shortcut, projection_weight, projection_bias, steps, training)
     return tail_of_two(
         name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,

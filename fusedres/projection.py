@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import fork, operators
-from .dispatch import INTERPRET, wants_triton, why_not_triton
+from .dispatch import INTERPRET, is_eager, wants_triton, why_not_triton
 from .kernels.layout import GatherMap, gather_map
 from .operators import LIBRARY, accumulate_dtype
 
@@ -334,10 +334,6 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequen
     return _CONVOLUTIONS[len(stride)](input, weight.to(dtype), bias, tuple(stride))
 
 
-def _is_eager() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
-
-
 def project(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], moments: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -345,7 +341,7 @@ def project(
     if why_library(input, weight) is None:
         output, partial = Projection.apply(input, weight, bias, list(stride), moments)
         return output, partial if moments else None
-    if max(stride) > 1 and _is_eager() and fork.source_of(input) is not None:
+    if max(stride) > 1 and is_eager() and fork.source_of(input) is not None:
         return _Library.apply(input, weight, bias, list(stride)), None
     return _convolve(input, weight, bias, stride), None
 

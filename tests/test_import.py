@@ -44,7 +44,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         "torch._inductor",
     )
     assert [name for name in added if name.startswith(heavy)] == []
-    assert [name for name in added if name.startswith(("fusedres.kernels", "fusedres.cli"))] == []
+    kernels = {name for name in added if name.startswith("fusedres.kernels")}
+    assert kernels <= {"fusedres.kernels", "fusedres.kernels.layout"}, "the others need Triton"
+    assert [name for name in added if name.startswith("fusedres.cli")] == []
     # What torch.fx brings in for the matcher is the bulk; a few hundred would be a framework.
     assert len(added) < 200, added
 
@@ -55,6 +57,19 @@ import torch, fusedres
 print(torch.cuda.is_initialized(), torch.get_num_threads() > 0)
 """
     assert run(code).split() == ["False", "True"]
+
+
+def test_import_registers_the_operators():
+    """What a saved program (torch.export) needs in a process that has only imported the package."""
+    code = """
+import torch, fusedres
+for name in ("batch_norm_act", "dual_batch_norm_act", "projection"):
+    print(torch.ops.fusedres.__getattr__(name).default)
+"""
+    assert run(code).split() == [
+        f"fusedres.{name}.default"
+        for name in ("batch_norm_act", "dual_batch_norm_act", "projection")
+    ]
 
 
 def test_import_and_train_without_triton():

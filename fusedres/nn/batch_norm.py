@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
 from ..dispatch import why_not_fused
+from ..dual import tail_of_two
 from ..functional import batch_norm_act
 
 
@@ -104,8 +105,6 @@ def call_dual_batch_norm(
     counters = [call.batches for call in calls if call.batches is not None]
     for batches in counters:
         batches.add_(1)
-    from ..dual import tail_of_two
-
     try:
         return tail_of_two(
             "dual_batch_norm_act", input, residual, a.running_mean, a.running_var, b.running_mean, b.running_var,
@@ -135,20 +134,21 @@ def call_tail(
         and residual.device == input.device
     ):
         return call_batch_norm(norm, input, residual, activation)
-    output = norm(input)
-    if add_in_place:
-        output += residual
-    else:
-        output = output + residual
-    return torch.relu(output) if activation == "relu" else output
+    return plain_call(norm, input, residual, activation, add_in_place)
 
 
 def plain_call(
-    norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str | None
+    norm: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str | None,
+    add_in_place: bool = False,
 ) -> Tensor:
     """The same by calling the module."""
     output = norm(input)
-    if residual is not None:
+    if residual is not None and add_in_place:
+        output += residual
+    elif residual is not None:
         output = output + residual
     return torch.relu(output) if activation == "relu" else output
 

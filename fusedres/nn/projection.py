@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
 from ..dispatch import FUSED_NORMS, why_called, why_not_fused
+from ..projection import project
 from .batch_norm import call_dual_batch_norm, plain_call
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -54,8 +55,6 @@ def call_projection(
         return convolution(input), None  # PyTorch's own error
     if input.shape[1] != weight.shape[1] or weight.device != input.device:
         return convolution(input), None
-    from ..projection import project
-
     return project(input, weight, bias, convolution.stride, moments)
 
 

@@ -19,8 +19,8 @@ _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
 _RELU_METHODS = ("relu", "relu_")
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
-# `a += b` is not among them: on numbers it makes a new one, and Python has rebound the name already.
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# `a += b` is not among them: on numbers it makes a new one, and Python has rebound the name already.
 _RETURN_SELF = (F.relu, torch.relu_, "relu_", "add_")
 
 

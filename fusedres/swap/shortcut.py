@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dispatch import why_called, why_not_fused
 from ..nn.projection import CONVOLUTIONS, why_not_projection
+from ..projection import describe_choice
 from .alias import Effects
 from .record import NotTraceable, Reads
 from .subclass import original_class
@@ -190,8 +191,6 @@ def _written(writer: fx.Node) -> str:
 
 
 def _describe(convolution: nn.Module) -> str:
-    from ..projection import describe_choice
-
     weight: Any = convolution.weight
     architecture = 90
     if weight.is_cuda:
