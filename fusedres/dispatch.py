@@ -14,10 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 BACKENDS = ("auto", "triton", "aten", "off")
-FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -115,38 +113,3 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     from .kernels.chip import why_not_launchable
 
     return why_not_launchable(device.type)
-
-
-def why_called(child: nn.Module) -> str | None:
-    """Why what this child computes cannot be computed without calling it; None when it can."""
-    if (
-        child._forward_hooks
-        or child._forward_pre_hooks
-        or child._backward_hooks
-        or child._backward_pre_hooks
-    ):
-        return "it has hooks, which run only when the module itself is called"
-    if "forward" in child.__dict__:
-        return "its forward was replaced on the instance"
-    return None
-
-
-def why_not_fused(norm: nn.Module) -> str | None:
-    """Why this child cannot be run fused, looked at now; None when it can.
-
-    What a child is may change after a swap (SyncBatchNorm conversion, hooks, sharding), so this is asked at each call.
-    """
-    kind = type(norm)
-    if kind not in FUSED_NORMS:
-        return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
-    if (reason := why_called(norm)) is not None:
-        return reason
-    parameters = norm._parameters
-    if "weight" not in parameters or "bias" not in parameters:
-        return "its parameters are computed (parametrization or weight norm), not stored"
-    tensor_module = sys.modules.get("torch.distributed.tensor")
-    if tensor_module is not None:
-        for tensor in parameters.values():
-            if isinstance(tensor, tensor_module.DTensor):
-                return "its parameters are DTensors"
-    return None

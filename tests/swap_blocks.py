@@ -456,7 +456,10 @@ LEFT_ALONE = {
     residual_statement: ("BN+add+ReLU", "x is added to in place"),
     input_written: ("BN+add+ReLU", "its input may be written to before the site ends, by mul_"),
     input_given_away: ("BN+add+ReLU", "its input may be written to before the site ends, by relu"),
-    residual_rewritten: ("BN+add+ReLU", "the residual may be written to before the ReLU, by zero_"),
+    residual_rewritten: (
+        "BN+add+ReLU",
+        "the residual may be written to before the activation, by zero_",
+    ),
     called_between: ("BN+add+ReLU", "bn1: it is called again before the site ends"),
     statistics_between: ("BN+add+ReLU", "bn1.running_mean is used before the site ends"),
     by_mode: ("unknown", "another one in train and in eval mode"),

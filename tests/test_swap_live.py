@@ -320,7 +320,7 @@ def own_forward(block):
 # what was done: how many of the block's two sites still run fused
 AFTERWARDS = {
     in_eval: 2, frozen: 2, untracked: 2, cumulative: 2, other_conv: 2, other_norm: 2, channels_last: 2,
-    without_norm: 0, group_norm: 0, frozen_batch_norm: 0, sync_batch_norm: 0, norm_hook: 0, norm_pre_hook: 0,
+    without_norm: 0, group_norm: 0, frozen_batch_norm: 2, sync_batch_norm: 2, norm_hook: 0, norm_pre_hook: 0,
     norm_backward_hook: 0, relu_hook: 0, other_relu: 0, leaky_relu_class: 0, relu_forward: 0, norm_forward: 0,
     computed_weight: 0, own_forward: 0,
 }  # fmt: skip

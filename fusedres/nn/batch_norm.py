@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
-from ..dispatch import why_not_fused
 from ..dual import tail_of_two
 from ..functional import batch_norm_act
-
-
-class _Call(NamedTuple):
-    """What one call of an `nn.BatchNorm` reads off it."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    use_batch: bool
-    momentum: float | Tensor
-    batches: Tensor | None
-
-
-def _begin(norm: Any) -> _Call:
-    """Read everything off `norm` at the call: training, momentum (None included), tracked statistics, affine or not."""
-    # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
-    buffers, parameters = norm._buffers, norm._parameters
-    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-    momentum: float | Tensor | None = norm.momentum
-    batches = None
-    if norm.training:
-        use_batch = True
-        if not norm.track_running_stats:
-            running_mean = running_var = None
-        elif (batches := buffers["num_batches_tracked"]) is not None and momentum is None:
-            momentum = 1.0 / (batches + 1)  # this batch included
-    else:
-        use_batch = running_mean is None and running_var is None
-    return _Call(
-        running_mean,
-        running_var,
-        parameters["weight"],
-        parameters["bias"],
-        use_batch,
-        0.0 if momentum is None else momentum,
-        batches,
-    )
+from .norms import activates, begin, promotes, why_not_fused
 
 
 def call_batch_norm(
@@ -56,10 +18,9 @@ def call_batch_norm(
 ) -> Tensor:
     """`activation(norm(input) + residual)` for a real `nn.BatchNorm1d/2d/3d`, fused, without calling the module.
 
-    `num_batches_tracked` counts only calls that succeed. The caller has asked `dispatch.why_not_fused` first.
+    `num_batches_tracked` counts only calls that succeed. The caller has asked `why_not_fused` first.
     """
-    norm._check_input_dim(input)
-    call = _begin(norm)
+    call = begin(norm, input)
     if call.batches is not None:
         call.batches.add_(1)
     try:
@@ -88,9 +49,7 @@ def call_dual_batch_norm(
     Two that cannot run as one (one normalises with the batch and the other does not, a cumulative average, a residual
     that PyTorch would broadcast or promote) run one after the other.
     """
-    norm._check_input_dim(input)
-    residual_norm._check_input_dim(residual)
-    calls = _begin(norm), _begin(residual_norm)
+    calls = begin(norm, input), begin(residual_norm, residual)
     a, b = calls
     if (
         a.use_batch != b.use_batch
@@ -99,8 +58,10 @@ def call_dual_batch_norm(
         or residual.shape != input.shape
         or residual.dtype != input.dtype
         or residual.device != input.device
+        or promotes(norm, input)
+        or promotes(residual_norm, residual)
     ):
-        other = call_batch_norm(residual_norm, residual)
+        other = call_tail(residual_norm, residual)
         return call_tail(norm, input, other, activation, add_in_place)
     counters = [call.batches for call in calls if call.batches is not None]
     for batches in counters:
@@ -120,14 +81,16 @@ def call_dual_batch_norm(
 def call_tail(
     norm: Any,
     input: Tensor,
-    residual: Tensor | None,
-    activation: str | None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
     add_in_place: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual)`, fused where the residual is like the input.
 
-    A residual that PyTorch would broadcast or promote is left to PyTorch.
+    What PyTorch would broadcast or promote is left to PyTorch.
     """
+    if promotes(norm, input):
+        return plain_call(norm, input, residual, activation, add_in_place)
     if residual is None or (
         residual.shape == input.shape
         and residual.dtype == input.dtype
@@ -146,6 +109,8 @@ def plain_call(
 ) -> Tensor:
     """The same by calling the module."""
     output = norm(input)
+    if activation is not None and activates(norm):
+        return output
     if residual is not None and add_in_place:
         output += residual
     elif residual is not None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import ACTIVATIONS
-from ..dispatch import FUSED_NORMS, why_called, why_not_fused
 from ..projection import project
 from .batch_norm import call_dual_batch_norm, plain_call
+from .norms import FUSED_NORMS, why_called, why_not_fused
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -16,6 +16,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..nn.norms import is_frozen
+
 IN_PLACE_OPERATORS = frozenset(
     (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
      operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.imatmul,
@@ -96,7 +98,7 @@ class Effects:
         """The inputs that this node may write to."""
         if node.op == "call_module":
             child = self._modules.get(str(node.target))
-            quiet = isinstance(child, (*_FRESH_MODULES, nn.ReLU)) or type(child) is nn.Identity
+            quiet = _is_fresh_module(child) or type(child) in (nn.ReLU, nn.Identity)
             return [] if quiet and not getattr(child, "inplace", False) else node.all_input_nodes
         if node.op not in ("call_function", "call_method"):
             return []
@@ -108,7 +110,7 @@ class Effects:
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self._modules.get(str(node.target)), _FRESH_MODULES)
+            return _is_fresh_module(self._modules.get(str(node.target)))
         if in_place(node):
             return False
         if node.op == "call_function":
@@ -122,6 +124,10 @@ class Effects:
 
     def _merge(self, a: fx.Node, b: fx.Node) -> None:
         self._group[self._find(a)] = self._find(b)
+
+
+def _is_fresh_module(child: nn.Module | None) -> bool:
+    return isinstance(child, _FRESH_MODULES) or (child is not None and is_frozen(child))
 
 
 def in_place(node: fx.Node) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..dispatch import current_backend
+from ..nn.norms import is_batch_norm
 from .config import FilterFn, FuseConfig, check_arguments, check_model
+from .inline import FILTERED, Traces
 from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_stale
-from .plan import FILTERED, Plan, Site, decide, owned_norms
+from .plan import Plan, Site, decide, owned_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
 from .subclass import original_class
 
@@ -34,17 +36,17 @@ def fuse_(
 ) -> FuseReport:
     """Fuse BatchNorm with the ReLU and the residual add that follow it, in place, wherever they are found.
 
-    Each module that owns BatchNorm children and whose forward holds BN+ReLU, BN+add or BN+add+ReLU gets a rewritten
-    forward. The children stay where they are, with their names, Parameters and buffers: the state_dict, optimizers,
-    hooks, `train()` and `eval()` work as before. At each call a module looks at what its children are, and runs its own
-    forward where the fused one does not fit; `explain` says why. Calling it again changes nothing, or takes in what was
-    changed in the model since.
+    Each module whose forward holds BN+ReLU, BN+add or BN+add+ReLU, the BatchNorm being its own or that of a child which
+    ends in one, gets a rewritten forward. The children stay where they are, with their names, Parameters and buffers:
+    the state_dict, optimizers, hooks, `train()` and `eval()` work as before. At each call a module looks at what its
+    children are, and runs its own forward where the fused one does not fit; `explain` says why. Calling it again
+    changes nothing, or takes in what was changed in the model since.
 
     Args:
         model: any module; only instances inside it are changed, never a class.
         config: which patterns; all by default.
-        filter_fn: `filter_fn(module, fqn) -> bool`, asked for each module that owns a BatchNorm; where it says False
-            the module is left as it is.
+        filter_fn: `filter_fn(module, fqn) -> bool`, asked for each module that owns a BatchNorm or is to be changed;
+            where it says False the module is left as it is.
         strict: raise where a pattern was found and cannot be fused, or could not be looked for.
 
     Returns:
@@ -132,27 +134,53 @@ def _decisions(
 ) -> Iterator[_Owner]:
     """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
     config = check_arguments(caller, model, config, filter_fn)
-    allowed = {
-        name: filter_fn is None or bool(filter_fn(module, name))
-        for name, module in model.named_modules()
-        if owned_norms(module)
-    }
-    for name, module in model.named_modules():
-        if name not in allowed:
-            continue
-        plan = plan_of(module)
-        if not allowed[name]:
-            sites = _excluded(module) if plan is None else plan.sites
+    traces, asked = Traces(), dict[str, bool]()
+
+    def allows(module: nn.Module, name: str) -> bool:
+        if name not in asked:
+            asked[name] = filter_fn is None or bool(filter_fn(module, name))
+        return asked[name]
+
+    for name, module in _candidates(model):
+        plan, owned = plan_of(module), owned_norms(module)
+        if owned and not allows(module, name):
+            sites = _excluded(owned) if plan is None else plan.sites
             yield _Owner(name, module, type(module), plan, sites)
         elif plan is not None and (keep or is_covered(module)):
             yield _Owner(name, module, type(module), plan, plan.sites)
         else:
-            yield _planned(name, module, config, allowed)
+            owner = _planned(name, module, config, traces, allows)
+            if owned or owner.plan is None or allows(module, name):
+                yield owner
 
 
-def _planned(name: str, module: nn.Module, config: FuseConfig, allowed: dict[str, bool]) -> _Owner:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules with a forward that have a BatchNorm below them."""
+    above = {""} if is_batch_norm(model) else set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_batch_norm(module) and name:
+            parts = name.split(".")
+            above.update(".".join(parts[:k]) for k in range(len(parts)))
+    for name, module in model.named_modules():
+        if (
+            name in above
+            and not is_batch_norm(module)
+            and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        ):
+            yield name, module
+
+
+def _planned(
+    name: str,
+    module: nn.Module,
+    config: FuseConfig,
+    traces: Traces,
+    allows: Callable[[nn.Module, str], bool],
+) -> _Owner:
     original, prefix = original_class(module), f"{name}." if name else ""
-    decision = decide(module, original, config, lambda path: allowed.get(prefix + path, True))
+    decision = decide(
+        module, traces, config, lambda path: allows(module.get_submodule(path), prefix + path)
+    )
     if decision.plan is None:
         return _Owner(name, module, original, None, decision.sites)
     try:
@@ -163,27 +191,43 @@ def _planned(name: str, module: nn.Module, config: FuseConfig, allowed: dict[str
     return _Owner(name, module, cls, decision.plan, decision.sites)
 
 
-def _excluded(module: nn.Module) -> tuple[Site, ...]:
-    return tuple(Site(norm, "unknown", FILTERED, excluded=True) for norm in owned_norms(module))
+def _excluded(norms: tuple[str, ...]) -> tuple[Site, ...]:
+    return tuple(Site(norm, "unknown", FILTERED, excluded=True) for norm in norms)
 
 
 def _report(owners: list[_Owner], dry: bool) -> FuseReport:
-    rows: list[Row] = []
-    told_by: dict[str, _Owner] = {}
+    """A row for each BatchNorm, told by the module in whose forward it is fused, or by who can say most about it."""
+    told: dict[str, tuple[_Owner, list[Site]]] = {}
     for owner in owners:
-        stale = None if owner.plan is None else _why_not_now(owner.module, owner.plan)
-        active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
+        sites: dict[str, list[Site]] = {}
         for site in owner.sites:
-            where = f"{owner.name}.{site.norm}" if owner.name else site.norm
-            if told_by.setdefault(where, owner) is not owner:
-                continue  # on a shortcut, told with the block that takes it in
-            reason = site.reason or ""
-            status = EXCLUDED if site.excluded else ALONE if reason else active
-            if stale is not None and status == FUSED:
-                status, reason = FALLBACK, stale
-            block, note = original_class(owner.module).__name__, "" if reason else site.note
-            rows.append(Row(where, block, site.pattern, status, reason, note))
+            sites.setdefault(f"{owner.name}.{site.norm}" if owner.name else site.norm, []).append(
+                site
+            )
+        for where, found in sites.items():
+            if where not in told or _tells(owner, found) > _tells(*told[where]):
+                told[where] = owner, found
+    stale = {
+        owner.name: _why_not_now(owner.module, owner.plan)
+        for owner in owners
+        if owner.plan is not None
+    }
+    rows = []
+    for where, owner, site in ((w, o, site) for w, (o, found) in told.items() for site in found):
+        reason, why_own = site.reason or "", stale.get(owner.name)
+        active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
+        status = EXCLUDED if site.excluded else ALONE if reason else active
+        if why_own is not None and status == FUSED:
+            status, reason = FALLBACK, why_own
+        block, note = original_class(owner.module).__name__, "" if reason else site.note
+        rows.append(Row(where, block, site.pattern, status, reason, note))
     return FuseReport(tuple(rows), fallback_note(current_backend()))
+
+
+def _tells(owner: _Owner, sites: list[Site]) -> int:
+    if owner.plan is not None and any(site.reason is None for site in sites):
+        return 2
+    return int(any(site.excluded or site.pattern not in ("BN", "unknown") for site in sites))
 
 
 def _why_not_now(module: nn.Module, plan: Plan) -> str | None:

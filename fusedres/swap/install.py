@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ..dispatch import current_backend, why_not_fused
-from .match import why_not_skipped
+from ..dispatch import current_backend
+from ..nn.norms import why_not_fused
+from .nodes import why_not_skipped
 from .plan import Plan
 from .record import child_at, how_reads_differ
 from .rewrite import compile_source, fingerprint
@@ -131,9 +132,9 @@ def why_plan_is_stale(module: nn.Module, plan: Plan) -> str | None:
         norm = child_at(module, path)
         if norm is None or (reason := why_not_fused(norm)) is not None:
             return f"{'.'.join(path)}: {'it was removed' if norm is None else reason}"
-    for path, kind in plan.skipped:
-        if (reason := why_not_skipped(child_at(module, path), kind)) is not None:
-            return f"{'.'.join(path)}: {reason}"
+    for skipped in plan.skipped:
+        if (reason := why_not_skipped(child_at(module, skipped.path), skipped)) is not None:
+            return f"{'.'.join(skipped.path)}: {reason}"
     return None
 
 

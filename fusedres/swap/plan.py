@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import fx, nn
 
+from ..nn.norms import is_batch_norm
 from .config import FuseConfig
+from .inline import Traces, inline
 from .match import Match, find_matches
+from .nodes import Skipped, skipped
 from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
-from .trace import trace
-
-FILTERED = "filter_fn said no to its owner"
+from .subclass import original_class
+from .trace import copy_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Plan:
     defaults: tuple[tuple[str, Any], ...]
     reads: tuple[Reads, ...]
     norms: tuple[Path, ...]
-    skipped: tuple[tuple[Path, type[nn.Module]], ...]
+    skipped: tuple[Skipped, ...]
     sites: tuple[Site, ...]
     fingerprint: str
 
@@ -81,52 +82,57 @@ def _norms_below(module: nn.Module, prefix: str):
     for name, child in module._modules.items():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _norms_below(child, f"{prefix}{name}.")
-        elif isinstance(child, _BatchNorm) or "BatchNorm" in type(child).__name__:
+        elif is_batch_norm(child):
             yield prefix + name
 
 
 def decide(
     module: nn.Module,
-    original: type[nn.Module],
+    traces: Traces,
     config: FuseConfig,
     allows: Callable[[str], bool] = lambda path: True,
 ) -> Decision:
     """What can be fused in `module`; changes nothing. `allows(path)`: whether a child below it may be changed."""
     norms = owned_norms(module)
     try:
-        traced = trace(module, original)
+        traced = traces.of(module)
     except NotTraceable as error:
         return Decision(None, tuple(Site(norm, "unknown", str(error)) for norm in norms))
     modules = dict(module.named_modules(remove_duplicate=False))
-    matches = find_matches(traced.graph, modules, norms)
-    sites, chosen = _sites(matches, norms, config, allows)
+    graph = copy_of(traced.graph)
+    inlined = inline(graph, modules, traces, allows)
+    matches = find_matches(graph, modules, inlined.refused)
+    sites, chosen = _sites(matches, norms, config)
     if not chosen:
         return Decision(None, sites)
+    inlined.fold({node for match in chosen for node in _norms_of(match)})
+    shortcuts = [match.projected for match in chosen if match.projected is not None]
+    left_out = tuple(dict.fromkeys((*inlined.skipped, *_skipped(chosen, modules))))
     try:
-        source, imports = rewrite(traced.graph, chosen)
+        source, imports = rewrite(graph, chosen)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
-    shortcuts = [match.projected for match in chosen if match.projected is not None]
-    skipped = _skipped(chosen, modules)
     plan = Plan(
         source=source,
         imports=imports,
         inputs=traced.inputs,
         defaults=traced.defaults,
-        reads=(*traced.reads, *(reads for shortcut in shortcuts for reads in shortcut.reads)),
+        reads=(*traced.reads, *inlined.reads),
         norms=_paths((*(str(match.norm.target) for match in chosen), *(s.norm for s in shortcuts))),
-        skipped=skipped,
+        skipped=left_out,
         sites=sites,
-        fingerprint=fingerprint(original, skipped),
+        fingerprint=fingerprint(original_class(module), left_out),
     )
     return Decision(plan, sites)
 
 
-def _sites(
-    matches: list[Match], norms: tuple[str, ...], config: FuseConfig, allows: Callable[[str], bool]
-):
+def _norms_of(match: Match) -> Iterable[fx.Node]:
+    return (match.norm,) if match.projected is None else (match.norm, match.projected.node)
+
+
+def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     for match in matches:
-        _limit_shortcut(match, config, allows)
+        _limit_shortcut(match, config)
     residuals = {match.shortcut.node for match in matches if match.shortcut is not None}
     sites, chosen = [], []
     for match in matches:
@@ -148,32 +154,26 @@ def _sites(
     return tuple(sites), chosen
 
 
-def _limit_shortcut(match: Match, config: FuseConfig, allows: Callable[[str], bool]) -> None:
+def _limit_shortcut(match: Match, config: FuseConfig) -> None:
     """Leave the shortcut out of the site where the user wants it so."""
-    if (shortcut := match.projected) is None:
-        return
-    if match.pattern not in config.patterns:
+    if (shortcut := match.projected) is not None and match.pattern not in config.patterns:
         match.shortcut = replace(shortcut, reason=_left_out(match.pattern), excluded=True)
-    elif shortcut.shell is not None and not allows(shortcut.shell):
-        match.shortcut = replace(shortcut, reason=FILTERED, excluded=True)
 
 
 def _left_out(pattern: str) -> str:
     return f"config.patterns leaves out {pattern}"
 
 
-def _skipped(
-    chosen: list[Match], modules: Mapping[str, nn.Module]
-) -> tuple[tuple[Path, type[nn.Module]], ...]:
-    """The children that no match calls, apart from the BatchNorms, and what they have to be."""
-    found: list[tuple[str, type[nn.Module]]] = []
+def _skipped(chosen: list[Match], modules: Mapping[str, nn.Module]) -> list[Skipped]:
+    """The children of the sites that are not called any more, apart from the BatchNorms."""
+    found: list[Skipped] = []
     for match in chosen:
-        found.extend((str(node.target), type(modules[str(node.target)])) for node in match.passed)
-        if match.relu is not None and match.relu.op == "call_module":
-            found.append((str(match.relu.target), nn.ReLU))
+        called = (*match.passed, match.act)
+        names = [str(n.target) for n in called if n is not None and n.op == "call_module"]
+        found.extend(skipped(name, modules[name]) for name in names)
         if match.projected is not None:
             found.extend(match.projected.skipped)
-    return tuple(dict.fromkeys((tuple(path.split(".")), kind) for path, kind in found))
+    return found
 
 
 def _paths(names: Iterable[str]) -> tuple[Path, ...]:

@@ -15,7 +15,8 @@ from ..nn.batch_norm import call_tail
 from ..nn.projection import call_projected_tail
 from .alias import in_place
 from .match import Match
-from .record import NotTraceable, Path
+from .nodes import Skipped
+from .record import NotTraceable
 
 Imports = tuple[tuple[str, str, str], ...]
 
@@ -43,7 +44,7 @@ def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
 
 
 def _replace(graph: fx.Graph, match: Match) -> None:
-    activation = "relu" if match.relu is not None else None
+    activation = match.activation
     add_in_place = match.add is not None and in_place(match.add)
     input, shortcut = match.norm.all_input_nodes[0], match.projected
     obsolete = {*match.nodes}
@@ -54,10 +55,6 @@ def _replace(graph: fx.Graph, match: Match) -> None:
                 call_tail, (norm, input, match.residual, activation, add_in_place)
             )
     else:
-        source = shortcut.source
-        with graph.inserting_before(shortcut.node):
-            for path in shortcut.lead:
-                source = graph.create_node("call_module", path, (source,))
         with graph.inserting_before(match.end):
             norms = [
                 graph.create_node("get_attr", path) for path in (match.norm.target, shortcut.norm)
@@ -67,9 +64,9 @@ def _replace(graph: fx.Graph, match: Match) -> None:
                 convolution = graph.create_node("get_attr", shortcut.convolution)
             site = graph.call_function(
                 call_projected_tail,
-                (norms[0], input, norms[1], convolution, source, activation, add_in_place),
+                (norms[0], input, norms[1], convolution, shortcut.source, activation, add_in_place),
             )
-        obsolete |= {shortcut.node, *shortcut.inner}
+        obsolete.update(shortcut.nodes)
     match.end.replace_all_uses_with(site)
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
@@ -113,12 +110,10 @@ def compile_source(source: str, imports: Imports) -> types.FunctionType:
     return _FUNCTIONS[key]
 
 
-def fingerprint(
-    cls: type[nn.Module], skipped: tuple[tuple[Path, type[nn.Module]], ...] = ()
-) -> str:
+def fingerprint(cls: type[nn.Module], skipped: tuple[Skipped, ...] = ()) -> str:
     """A digest of the code of a class's own methods, down to nn.Module, and of children that are walked through."""
     digest = hashlib.sha256()
-    for base in (*cls.__mro__, *(base for _, kind in skipped for base in kind.__mro__)):
+    for base in (*cls.__mro__, *(base for each in skipped for base in each.kind.__mro__)):
         if base in (nn.Module, object):
             continue
         for name, value in sorted(vars(base).items()):

@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..dispatch import why_called, why_not_fused
+from ..nn.norms import is_batch_norm, why_not_fused
 from ..nn.projection import CONVOLUTIONS, why_not_projection
 from ..projection import describe_choice
 from .alias import Effects
-from .record import NotTraceable, Reads
-from .subclass import original_class
-from .trace import trace
+from .inline import FILTERED
+from .nodes import Modules, Skipped, gives_back, name_of, skipped
 
-Skipped = tuple[tuple[str, type[nn.Module]], ...]
+Refused = dict[fx.Node, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A residual `norm(convolution(...lead(source)))`, every part a child of the site's owner.
+    """A residual `norm(convolution(source))`.
 
     Args:
-        node: the residual in the graph.
+        node: the call of the BatchNorm.
         source: what the first of the parts is given.
-        lead: children that are called, in this order.
-        convolution: the 1x1 convolution that runs together with the BatchNorm; None where there is none.
         norm: the BatchNorm.
-        shell: the child that holds the parts; None where they are the owner's own.
+        convolution: the 1x1 convolution that runs together with the BatchNorm; None where there is none.
+        inner: nodes in front of `node` that belong to it. passed: such behind it, which give back what they are given.
         skipped: children that are not called any more, apart from the BatchNorm, and what class they must be of.
-        inner: nodes in front of `node` that belong to it.
-        reads: what the forward of the child that holds the parts depends on.
         note: which implementation runs the convolution, for the report.
         reason: why it is left as it is; None where the tail takes it in. `excluded`: it is since the user said so.
     """
 
     node: fx.Node
     source: fx.Node
-    lead: tuple[str, ...]
-    convolution: str | None
     norm: str
-    shell: str | None = None
-    skipped: Skipped = ()
+    convolution: str | None = None
     inner: tuple[fx.Node, ...] = ()
-    reads: tuple[Reads, ...] = ()
+    passed: tuple[fx.Node, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
     note: str = ""
     reason: str | None = None
     excluded: bool = False
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes that belong to it."""
+        return (*self.inner, self.node, *self.passed)
 
 
 def find_shortcut(
@@ -58,88 +56,52 @@ def find_shortcut(
     main: str,
     site: Iterable[fx.Node | None],
     end: fx.Node,
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     effects: Effects,
+    refused: Refused,
 ) -> Shortcut | None:
     """The projected shortcut that a residual is, None where it is none.
 
-    main, site, end: the other BatchNorm of the tail, the tail's nodes and the last of them.
+    main, site, end: the other BatchNorm of the tail, the tail's nodes and the last of them. refused: calls of children
+    that end in a BatchNorm and stay, with its name and the reason.
     """
+    if residual in refused:
+        norm, reason = refused[residual]
+        return Shortcut(residual, residual, norm, reason=reason, excluded=reason == FILTERED)
+    passed: list[fx.Node] = []
+    while gives_back(residual, modules) and len(residual.users) == 1:
+        passed.append(residual)
+        residual = residual.all_input_nodes[0]
     if (
         residual.op != "call_module"
-        or residual.kwargs
+        or not is_batch_norm(modules[str(residual.target)])
         or len(residual.args) != 1
+        or residual.kwargs
         or not residual.all_input_nodes
     ):
         return None
-    child = modules[str(residual.target)]
-    is_norm = isinstance(child, _BatchNorm)
-    found = _of_the_owner(residual, modules) if is_norm else _of_a_child(residual, child)
-    if found is None:
-        return None
-    if found.reason is None:
-        found = replace(found, reason=_why_left(found, main, modules))
-    if found.reason is None:
-        found = _settled(found, site, end, modules, effects)
-    return found
+    found = _with_convolution(residual, modules)
+    if passed:
+        left_out = tuple(skipped(str(node.target), modules[str(node.target)]) for node in passed)
+        found = replace(found, passed=tuple(passed), skipped=left_out)
+    if (reason := _why_left(found, main, modules)) is not None:
+        return replace(found, reason=reason)
+    return _settled(found, site, end, modules, effects)
 
 
-def _of_the_owner(norm: fx.Node, modules: Mapping[str, nn.Module]) -> Shortcut:
-    """The owner calls the BatchNorm itself, and perhaps the convolution in front of it."""
+def _with_convolution(norm: fx.Node, modules: Modules) -> Shortcut:
+    """The BatchNorm and the convolution in front of it, where there is one that nothing else reads."""
     before = norm.all_input_nodes[0]
-    shortcut = Shortcut(norm, before, (), None, str(norm.target))
     is_convolution = (
         before.op == "call_module" and type(modules[str(before.target)]) in CONVOLUTIONS
     )
     if is_convolution and len(before.users) == 1 and len(before.args) == 1 and not before.kwargs:
         source = before.all_input_nodes[0]
-        return replace(shortcut, source=source, convolution=str(before.target), inner=(before,))
-    return shortcut
+        return Shortcut(norm, source, str(norm.target), str(before.target), (before,))
+    return Shortcut(norm, before, str(norm.target))
 
 
-def _of_a_child(node: fx.Node, child: nn.Module) -> Shortcut | None:
-    """A child (nn.Sequential, or one with a forward of its own) calls them one after the other."""
-    cls, prefix = original_class(child), str(node.target)
-    if not any(isinstance(part, _BatchNorm) for part in child._modules.values()):
-        return None
-    try:
-        traced = trace(child, cls)
-    except NotTraceable:
-        return None
-    parts = _chain(traced.graph)
-    if not parts or not isinstance(_part(child, parts[-1]), _BatchNorm):
-        return None
-    *lead, norm = (f"{prefix}.{part}" for part in parts)
-    found = Shortcut(
-        node, node.all_input_nodes[0], tuple(lead), None, norm,
-        shell=prefix, skipped=((prefix, cls),),
-        reads=tuple(replace(r, path=(*prefix.split("."), *r.path)) for r in traced.reads),
-    )  # fmt: skip
-    if any(isinstance(_part(child, part), _BatchNorm) for part in parts[:-1]):
-        return replace(found, reason=f"{prefix} holds another BatchNorm in front of it")
-    if (obstacle := why_called(child)) is not None:
-        return replace(found, reason=f"{prefix}: {obstacle}")
-    if lead and type(_part(child, parts[-2])) in CONVOLUTIONS:
-        return replace(found, lead=tuple(lead[:-1]), convolution=lead[-1])
-    return found
-
-
-def _chain(graph: fx.Graph) -> list[str]:
-    """The children that a forward calls one after the other; nothing where it does anything else."""
-    first, *calls, output = graph.nodes
-    if first.op != "placeholder" or output.args != (calls[-1] if calls else first,):
-        return []
-    for before, node in zip((first, *calls), calls, strict=False):
-        if node.op != "call_module" or node.args != (before,) or node.kwargs:
-            return []
-    return [str(node.target) for node in calls]
-
-
-def _part(child: nn.Module, path: str) -> nn.Module:
-    return child.get_submodule(path)
-
-
-def _why_left(shortcut: Shortcut, main: str, modules: Mapping[str, nn.Module]) -> str | None:
+def _why_left(shortcut: Shortcut, main: str, modules: Modules) -> str | None:
     if len(shortcut.node.users) != 1:
         return "its output is used elsewhere too"
     norm = modules[shortcut.norm]
@@ -155,11 +117,11 @@ def _settled(
     shortcut: Shortcut,
     site: Iterable[fx.Node | None],
     end: fx.Node,
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     effects: Effects,
 ) -> Shortcut:
     """With the convolution where it is a 1x1 that may wait; and refused where the BatchNorm may not wait either."""
-    own = {*site, shortcut.node, *shortcut.inner}
+    own = {*site, *shortcut.nodes}
     first = shortcut.inner[0] if shortcut.inner else shortcut.node
     waiting = [node for node in effects.between(first, end) if node not in own]
     if (reason := effects.why_state_is_used(waiting, shortcut.norm)) is not None:
@@ -172,13 +134,9 @@ def _settled(
     convolution = modules[shortcut.convolution]
     obstacle = why_not_projection(convolution) or (writer and _written(writer))
     if obstacle is None:
-        skipped = (*shortcut.skipped, (shortcut.convolution, type(convolution)))
-        note = _describe(convolution)
-        return replace(shortcut, skipped=skipped, note=note)
+        left_out = (*shortcut.skipped, skipped(shortcut.convolution, convolution))
+        return replace(shortcut, skipped=left_out, note=_describe(convolution))
     note = f"{shortcut.convolution} is called: {obstacle}"
-    if not shortcut.inner:
-        lead = (*shortcut.lead, shortcut.convolution)
-        return replace(shortcut, lead=lead, convolution=None, note=note)
     called = shortcut.inner[0]
     if (writer := effects.writer(waiting, called)) is not None:
         return replace(shortcut, reason=_written(writer))
@@ -186,8 +144,7 @@ def _settled(
 
 
 def _written(writer: fx.Node) -> str:
-    name = writer.target if isinstance(writer.target, str) else writer.target.__name__
-    return f"its input may be written to before the site ends, by {name}"
+    return f"its input may be written to before the site ends, by {name_of(writer)}"
 
 
 def _describe(convolution: nn.Module) -> str:

@@ -60,6 +60,14 @@ def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
     return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more, *containers))))
 
 
+def copy_of(graph: fx.Graph) -> fx.Graph:
+    """The same graph, to be changed."""
+    copy, copies = fx.Graph(), {}
+    result = copy.graph_copy(graph, copies)
+    copy.output(result)
+    return copy
+
+
 def _containers(graph: fx.Graph, modules: dict[str, nn.Module]) -> tuple[Reads, ...]:
     """That a container which forward walked through still has the same children, no more and no fewer."""
     parents = dict.fromkeys(

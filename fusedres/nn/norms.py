@@ -1,0 +1,146 @@
+"""What counts as a BatchNorm, whether one may be run without calling it, and what a call of it reads off it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TIMM = "timm.layers.norm_act"
+# By name, since neither package need be installed: the statistics and the affine are buffers that nothing changes.
+_FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d"), (_TIMM, "FrozenBatchNormAct2d")}
+# These call children of their own, `drop` and `act`, on what they have normalised.
+_WITH_PARTS = {(_TIMM, name) for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")}  # fmt: skip
+
+
+def _name(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether this is a BatchNorm of some kind, one that cannot be fused included."""
+    return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether this is a BatchNorm whose statistics and affine are buffers that nothing changes."""
+    return _name(type(module)) in _FROZEN
+
+
+def parts_inside(norm: nn.Module) -> tuple[str, ...]:
+    """The children that a BatchNorm calls on what it has normalised, in order."""
+    if _name(type(norm)) not in _WITH_PARTS:
+        return ()
+    return tuple(name for name in ("drop", "act") if norm._modules.get(name) is not None)
+
+
+def activates(norm: nn.Module) -> bool:
+    """Whether the activation is inside: nothing is added in front of it then."""
+    return "act" in parts_inside(norm) and not isinstance(norm._modules["act"], nn.Identity)
+
+
+def why_called(child: nn.Module) -> str | None:
+    """Why what this child computes cannot be computed without calling it; None when it can."""
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return "it has hooks, which run only when the module itself is called"
+    if "forward" in child.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def why_not_fused(norm: nn.Module) -> str | None:
+    """Why this child cannot be run fused, looked at now; None when it can.
+
+    What a child is may change after a swap (SyncBatchNorm conversion, hooks, sharding), so this is asked at each call.
+    """
+    kind = type(norm)
+    if kind not in FUSED_NORMS and (reason := _why_not_of_kind(kind, norm)) is not None:
+        return reason
+    if (reason := why_called(norm)) is not None:
+        return reason
+    state = norm._buffers if is_frozen(norm) else norm._parameters
+    if "weight" not in state or "bias" not in state:
+        return "its parameters are computed (parametrization or weight norm), not stored"
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    if tensor_module is not None:
+        for tensor in norm._parameters.values():
+            if isinstance(tensor, tensor_module.DTensor):
+                return "its parameters are DTensors"
+    return None
+
+
+def _why_not_of_kind(kind: type, norm: Any) -> str | None:
+    if kind is nn.SyncBatchNorm or _name(kind) == (_TIMM, "SyncBatchNormAct"):
+        processes = _processes(norm)
+        return f"it shares its statistics among {processes} processes" if processes > 1 else None
+    if is_frozen(norm) or _name(kind) in _WITH_PARTS:
+        return None
+    return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
+
+
+def _processes(norm: nn.SyncBatchNorm) -> int:
+    """Among how many a SyncBatchNorm shares the statistics of this call."""
+    distributed = torch.distributed
+    if not norm.training or not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size(norm.process_group)
+
+
+class Call(NamedTuple):
+    """What one call of a BatchNorm reads off it."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    use_batch: bool
+    momentum: float | Tensor
+    batches: Tensor | None
+
+
+def begin(norm: Any, input: Tensor) -> Call:
+    """Read everything off `norm` at the call: training, momentum (None included), tracked statistics, affine or not.
+
+    Raises:
+        ValueError: an input of a rank that it does not take.
+    """
+    # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
+    buffers, parameters = norm._buffers, norm._parameters
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    if "weight" in buffers:
+        return Call(running_mean, running_var, buffers["weight"], buffers["bias"], False, 0.0, None)
+    norm._check_input_dim(input)
+    momentum: float | Tensor | None = norm.momentum
+    batches = None
+    if norm.training:
+        use_batch = True
+        if not norm.track_running_stats:
+            running_mean = running_var = None
+        elif (batches := buffers["num_batches_tracked"]) is not None and momentum is None:
+            momentum = 1.0 / (batches + 1)  # this batch included
+    else:
+        use_batch = running_mean is None and running_var is None
+    return Call(
+        running_mean,
+        running_var,
+        parameters["weight"],
+        parameters["bias"],
+        use_batch,
+        0.0 if momentum is None else momentum,
+        batches,
+    )
+
+
+def promotes(norm: nn.Module, input: Tensor) -> bool:
+    """Whether PyTorch gives the output of this BatchNorm another dtype than its input's (a frozen one multiplies)."""
+    weight = norm._buffers.get("weight")
+    return weight is not None and weight.dtype != input.dtype

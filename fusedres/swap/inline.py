@@ -1,0 +1,189 @@
+"""Children whose forward ends in a BatchNorm that the caller goes on from, put into the caller's graph.
+
+A block often calls its main path or its shortcut as one child (`self.f(x)`, `self.downsample(x)`): an nn.Sequential, a
+convolution with its BatchNorm, a module with a forward of its own. What follows stands in the block, so the BatchNorm
+is brought there: the child's own traced graph takes the place of the call. A BatchNorm with an activation inside
+(timm's BatchNormAct2d) is told apart into both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import fx, nn
+
+from ..nn.norms import is_batch_norm, parts_inside, why_called, why_not_fused
+from .nodes import (
+    Modules,
+    Skipped,
+    activation_in,
+    activation_of,
+    gives_back,
+    is_add,
+    is_identity_kind,
+    skipped,
+    why_not_skipped,
+)
+from .record import NotTraceable, Reads
+from .subclass import original_class
+from .trace import Trace, trace
+
+
+class Traces:
+    """The traced forwards of modules, each traced once while one `fuse_` looks at a model."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[nn.Module, Trace | NotTraceable]] = {}
+
+    def of(self, module: nn.Module) -> Trace:
+        """Its trace.
+
+        Raises:
+            NotTraceable: as `trace` does.
+        """
+        if id(module) not in self._found:
+            try:
+                found: Trace | NotTraceable = trace(module, original_class(module))
+            except NotTraceable as error:
+                found = error
+            # With the module, whose id may not be used again meanwhile.
+            self._found[id(module)] = module, found
+        found = self._found[id(module)][1]
+        if isinstance(found, NotTraceable):
+            raise found
+        return found
+
+
+FILTERED = "filter_fn said no to its owner"
+
+
+@dataclass
+class Inlined:
+    """What became of a graph.
+
+    Args:
+        skipped: children that are not called any more, and what class they must be of.
+        reads: what their forwards depend on.
+        refused: calls of children that end in a BatchNorm and stay: its name, and why.
+        inside: for each BatchNorm with an activation inside, the calls of its parts, which `fold` takes back.
+    """
+
+    skipped: list[Skipped] = field(default_factory=list)
+    reads: list[Reads] = field(default_factory=list)
+    refused: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
+    inside: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+
+    def fold(self, taken: set[fx.Node]) -> None:
+        """Take the parts back into the call of the whole where the BatchNorm is in no site that is fused."""
+        for norm, parts in self.inside.items():
+            if norm not in taken:
+                parts[-1].replace_all_uses_with(norm)
+                for part in reversed(parts):
+                    part.graph.erase_node(part)
+
+
+def inline(
+    graph: fx.Graph, modules: Modules, traces: Traces, allows: Callable[[str], bool]
+) -> Inlined:
+    """Change the graph of a module; `modules`: its children by name; `allows(name)`: whether one may be changed."""
+    found = Inlined()
+    nodes = list(graph.nodes)
+    while nodes:
+        node = nodes.pop(0)
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            continue
+        child = modules[str(node.target)]
+        if is_batch_norm(child):
+            _tell_apart(node, child, found)
+        elif _goes_on(node, modules) and (norm := _ends_in(child, str(node.target), traces)):
+            if not allows(str(node.target)):
+                found.refused[node] = norm, FILTERED
+            elif (obstacle := why_called(child)) is not None:
+                found.refused[node] = norm, f"{node.target}: {obstacle}"
+            else:
+                nodes[:0] = _put_in(node, child, traces, found)
+    return found
+
+
+def _tell_apart(node: fx.Node, norm: nn.Module, found: Inlined) -> None:
+    """Let the parts inside a BatchNorm follow its call, which then stands for what it does before them."""
+    parts = parts_inside(norm)
+    if not parts or why_not_fused(norm) is not None:
+        return
+    for name in parts:
+        part = norm.get_submodule(name)
+        is_known = is_identity_kind(type(part)) or activation_of(part) is not None
+        if not is_known or why_not_skipped(part, skipped(name, part)) is not None:
+            return
+    calls, users, last = [], list(node.users), node
+    with node.graph.inserting_after(node):
+        for name in reversed(parts):
+            calls.insert(0, node.graph.create_node("call_module", f"{node.target}.{name}", (node,)))
+    for call in calls:
+        call.args = (last,)
+        last = call
+    for user in users:
+        user.replace_input_with(node, last)
+    found.inside[node] = calls
+
+
+def _goes_on(node: fx.Node, modules: Modules) -> bool:
+    """Whether something that can be fused with a BatchNorm follows."""
+    for user in node.users:
+        if is_add(user) or activation_in(user, modules) is not None:
+            return True
+        if gives_back(user, modules) and _goes_on(user, modules):
+            return True
+    return False
+
+
+def _ends_in(child: nn.Module, path: str, traces: Traces) -> str | None:
+    """The name of the BatchNorm whose output a child gives back; None where it gives something else."""
+    if is_batch_norm(child):
+        return (
+            path
+            if all(is_identity_kind(type(getattr(child, p))) for p in parts_inside(child))
+            else None
+        )
+    if not any(is_batch_norm(below) for below in child.modules()):
+        return None
+    try:
+        traced = traces.of(child)
+    except NotTraceable:
+        return None
+    modules = dict(child.named_modules(remove_duplicate=False))
+    last = _result(traced.graph)
+    while last is not None and gives_back(last, modules) and len(last.users) == 1:
+        last = last.all_input_nodes[0] if last.all_input_nodes else None
+    if last is None or last.op != "call_module" or len(last.users) != 1 or len(traced.inputs) != 1:
+        return None
+    return _ends_in(modules[str(last.target)], f"{path}.{last.target}", traces)
+
+
+def _result(graph: fx.Graph) -> fx.Node | None:
+    value = next(iter(reversed(graph.nodes))).args[0]
+    return value if isinstance(value, fx.Node) else None
+
+
+def _put_in(node: fx.Node, child: nn.Module, traces: Traces, found: Inlined) -> list[fx.Node]:
+    """The graph of a child in place of its call; the new nodes."""
+    traced, prefix = traces.of(child), str(node.target)
+    copies: dict[fx.Node, fx.Node] = {}
+    with node.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                copies[inner] = node.all_input_nodes[0]
+            elif inner.op != "output":
+                copies[inner] = node.graph.node_copy(inner, copies.__getitem__)
+                if inner.op in ("call_module", "get_attr"):
+                    copies[inner].target = f"{prefix}.{inner.target}"
+    result = _result(traced.graph)
+    if result is not None:
+        node.replace_all_uses_with(copies[result])
+    node.graph.erase_node(node)
+    found.skipped.append(skipped(prefix, child))
+    found.reads.extend(
+        replace(reads, path=(*prefix.split("."), *reads.path)) for reads in traced.reads
+    )
+    return [copy for inner, copy in copies.items() if inner.op != "placeholder"]

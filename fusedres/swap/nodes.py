@@ -1,0 +1,151 @@
+"""What the nodes of a traced forward are: an activation, an addition, a child that gives back what it is given."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from ..nn.norms import why_called
+from .record import Path
+from .subclass import original_class
+
+Modules = Mapping[str, nn.Module]
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
+_RELU_METHODS = ("relu", "relu_")
+_TITLES = {"relu": "ReLU"}
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_ADD_METHODS = ("add", "add_")
+
+
+class Skipped(NamedTuple):
+    """A child that is not called any more: where, what class it must be of, and the activation that it must compute."""
+
+    path: Path
+    kind: type[nn.Module]
+    activation: str | None = None
+
+
+def skipped(path: str, child: nn.Module) -> Skipped:
+    """The child as it is now."""
+    return Skipped(tuple(path.split(".")), original_class(child), activation_of(child))
+
+
+def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
+    """Why this child cannot be left out; None when it can. Looked at again at each call."""
+    if child is None:
+        return "it was removed"
+    kind = expected.kind
+    if original_class(child) is not kind:
+        name = kind.__name__
+        package = "nn." if kind.__module__.startswith("torch.nn.") else ""
+        return f"it is a {type(child).__name__}, not an {package}{name}"
+    if is_identity_kind(kind) and (share := _dropped_share(child)) != 0:
+        return f"it drops a share of {share}"
+    if expected.activation is not None and (now := activation_of(child)) != expected.activation:
+        return f"it computes {now}, not {expected.activation}"
+    return why_called(child)
+
+
+def title(activation: str) -> str:
+    """An activation as patterns name it."""
+    return _TITLES[activation.partition("(")[0]]
+
+
+def activation_of(child: nn.Module) -> str | None:
+    """The name of the activation that this child is; None where it is none that the kernels know."""
+    return "relu" if type(child) is nn.ReLU else None
+
+
+def is_identity_kind(kind: type[nn.Module]) -> bool:
+    """Whether instances give back what they are given: those that drop something, as long as it is nothing."""
+    return kind in (nn.Identity, *_DROPOUTS) or _is_drop_path(kind)
+
+
+def _is_drop_path(kind: type[nn.Module]) -> bool:
+    return kind.__name__ == "DropPath" and kind.__module__.startswith("timm.")
+
+
+def _dropped_share(child: Any) -> Any:
+    if type(child) in _DROPOUTS:
+        return child.p
+    return (child.drop_prob or 0) if _is_drop_path(type(child)) else 0
+
+
+def gives_back(node: fx.Node, modules: Modules) -> bool:
+    """Whether this is a call of a child that gives back what it is given."""
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return False
+    child = modules[str(node.target)]
+    return is_identity_kind(type(child)) and why_not_skipped(child, skipped("", child)) is None
+
+
+def past_identities(
+    node: fx.Node, modules: Modules
+) -> tuple[fx.Node | None, tuple[fx.Node, ...], str | None]:
+    """(the only user of a node, the children in between that give back what they are given, why there is no user)."""
+    passed: list[fx.Node] = []
+    user, reason = _only_user(node)
+    while user is not None and gives_back(user, modules):
+        passed.append(user)
+        user, reason = _only_user(user)
+    return user, tuple(passed), reason
+
+
+def _only_user(node: fx.Node) -> tuple[fx.Node | None, str | None]:
+    users = list(node.users)
+    if len(users) != 1:
+        uses = f"{len(users)} times" if users else "nowhere"
+        return None, f"its output is used {uses}, so it cannot be left out"
+    if users[0].op == "output":
+        return None, "nothing to fuse follows it: its output is returned"
+    return users[0], None
+
+
+def activation_in(node: fx.Node, modules: Modules) -> str | None:
+    """The activation that a node computes of its one tensor; None where it is none that the kernels know."""
+    if node.op == "call_module":
+        child = modules.get(str(node.target))
+        return None if child is None or len(node.args) != 1 else activation_of(child)
+    if node.op == "call_function":
+        is_relu = node.target in _RELU_FUNCTIONS and set(node.kwargs) <= {"input", "inplace"}
+    else:
+        is_relu = node.op == "call_method" and node.target in _RELU_METHODS
+    return "relu" if is_relu else None
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether a node adds two values."""
+    if node.op == "call_function":
+        return node.target in _ADD_FUNCTIONS
+    return node.op == "call_method" and node.target in _ADD_METHODS
+
+
+def operands(add: fx.Node) -> list[fx.Node] | None:
+    """Both operands of a plain sum of two values; None for anything else."""
+    options = dict(add.kwargs)
+    values = [*add.args, *(options.pop(k) for k in ("input", "other") if k in options)]
+    if options.pop("alpha", 1) != 1 or options or len(values) != 2:
+        return None
+    found = [value for value in values if isinstance(value, fx.Node)]
+    return found if len(found) == 2 else None
+
+
+def describe(node: fx.Node, modules: Modules) -> str:
+    """A node as the report names it."""
+    if node.op == "call_module":
+        return f"{node.target} ({type(modules[str(node.target)]).__name__})"
+    return name_of(node)
+
+
+def name_of(node: fx.Node) -> str:
+    """What a node calls, by name."""
+    if node.op == "call_function":
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
