@@ -6,6 +6,7 @@ in the stage where it weighs most; whole networks.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,13 +66,21 @@ def _five(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:2], 0, *shape[2:]) if len(shape) == 4 else shape
 
 
+_ACTIVATIONS: dict[str | None, Callable[[], nn.Module]] = {
+    None: nn.Identity,
+    "relu": functools.partial(nn.ReLU, inplace=True),
+    "silu": functools.partial(nn.SiLU, inplace=True),
+}
+
+
 class Tail(nn.Module):
     """The end of a ResNet's block in plain PyTorch, spelled as torchvision spells it."""
 
     def __init__(self, channels: int, residual: bool, activation: str | None) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True) if activation == "relu" else None
+        self.activation = activation
+        self.act = _ACTIVATIONS[activation]()
         self.residual = residual
         nn.init.uniform_(self.bn.weight, 0.5, 1.5)
         nn.init.normal_(self.bn.bias)
@@ -80,7 +89,7 @@ class Tail(nn.Module):
         out = self.bn(x)
         if residual is not None:
             out += residual
-        return out if self.relu is None else self.relu(out)
+        return self.act(out)
 
 
 class DualTail(Tail):

@@ -55,6 +55,11 @@ OPERATORS = {
     "bn_add_relu_fork2": Operator(True, "relu", 4, 6.25, 1, 1, skip=2),
     "bn_bn_add_relu_known": Operator(True, "relu", 4, 8, 1, 2, residual_norm=True, moments=True),
     "bn_bn_add_relu_fork": Operator(True, "relu", 5, 10, 1, 1, residual_norm=True, skip=1),
+    # An activation whose derivative takes more than two values has no mask: the residual is read again, twice.
+    "bn_silu": Operator(False, "silu", 3, 5),
+    "bn_add_silu": Operator(True, "silu", 4, 8),
+    "bn_add_silu_fork": Operator(True, "silu", 4, 8, skip=1),
+    "bn_bn_add_silu": Operator(True, "silu", 5, 8, residual_norm=True),
     "bn_bn_add_relu_fork2": Operator(True, "relu", 5, 9.25, 1, 1, residual_norm=True, skip=2),
 }
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedres
 
+from ..activations import is_piecewise
 from .compile_only import compile_only
 from .traffic import Site, Traffic
 
@@ -98,7 +99,9 @@ def _kernel_of(name: str, arguments) -> str:
     is_dual = name.startswith("dual")
     residual = given.get("residual") if "residual_dtype" not in given else given["residual_dtype"]
     kernel = "bn" + "_bn" * is_dual + "_add" * (residual is not None)
-    kernel += f"_{activation}" * (activation is not None)
+    if activation is not None:
+        # What is moved depends on no more than whether a bit tells the derivative.
+        kernel += "_relu" if is_piecewise(activation) else "_silu"
     kernel += "_known" * (given.get("residual_moments") is not None)
     if given.get("skip") is not None:
         kernel += "_fork" if skip is None else f"_fork{skip[0]}"

@@ -73,8 +73,7 @@ class FusedTail(nn.Module):
 
     def __init__(self, tail: Tail) -> None:
         super().__init__()
-        activation = None if tail.relu is None else "relu"
-        self.bn = fusedres.nn.BatchNormAct2d(tail.bn.num_features, activation=activation)
+        self.bn = fusedres.nn.BatchNormAct2d(tail.bn.num_features, activation=tail.activation)
         self.bn.bn = tail.bn
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -88,7 +87,7 @@ class FusedDualTail(nn.Module):
         super().__init__()
         self.bn: Any = tail.bn
         self.shortcut: Any = tail.shortcut
-        self.activation = None if tail.relu is None else "relu"
+        self.activation = tail.activation
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         for norm in (self.bn, self.shortcut):
@@ -118,9 +117,8 @@ class _Peer(nn.Module):
 
 class _Attorch(_Peer):
     def make(self, tail: Tail) -> nn.Module:
-        activation = None if tail.relu is None else "relu"
         package = importlib.import_module("attorch")
-        return package.BatchNorm2d(tail.bn.num_features, act_func=activation)
+        return package.BatchNorm2d(tail.bn.num_features, act_func=tail.activation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.bn(x, residual)
@@ -130,10 +128,12 @@ class _Apex(_Peer):
     """apex's group BatchNorm, which takes [N, H, W, C]."""
 
     def make(self, tail: Tail) -> nn.Module:
-        if tail.residual and tail.relu is None:
+        if tail.residual and tail.activation is None:
             raise Unfit("it has no add without ReLU")
+        if tail.activation not in (None, "relu"):
+            raise Unfit(f"it has no {tail.activation}")
         package = importlib.import_module("apex.contrib.groupbn.batch_norm")
-        return package.BatchNorm2d_NHWC(tail.bn.num_features, fuse_relu=tail.relu is not None)
+        return package.BatchNorm2d_NHWC(tail.bn.num_features, fuse_relu=tail.activation == "relu")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dtype != torch.float16 or not x.is_contiguous(memory_format=torch.channels_last):
@@ -146,7 +146,7 @@ class _InPlaceABN(_Peer):
     """It overwrites its input, so it is given a copy of it, which is timed with it; it has no ReLU and no add."""
 
     def make(self, tail: Tail) -> nn.Module:
-        if tail.residual or tail.relu is not None:
+        if tail.residual or tail.activation is not None:
             raise Unfit("it has no ReLU and no add")
         package = importlib.import_module("inplace_abn")
         return package.InPlaceABN(tail.bn.num_features, activation="identity")

@@ -27,6 +27,7 @@ import fusedres
 
 from ..cli.errors import CommandError, require
 from ..cli.models import TIMM, build_model
+from ..nn.norms import is_batch_norm
 from .record import first_line
 
 IMAGE = (3, 224, 224)
@@ -85,7 +86,7 @@ def sweep(name: str, build: Callable[[], nn.Module]) -> Swept | None:
         model = _built(build)
     except Exception as error:  # foreign code: what it raises is the finding
         return Swept(name, reason=f"not built: {first_line(error)}")
-    if not any("BatchNorm" in type(module).__name__ for module in model.modules()):
+    if not any(is_batch_norm(module) for module in model.modules()):
         return None
     sizes, obstacle = _sizes(model.eval())
     rows = fusedres.fuse_(model.train()).rows
@@ -123,7 +124,7 @@ def _sizes(model: nn.Module) -> tuple[dict[str, int], str]:
     handles = [
         module.register_forward_hook(note(name))
         for name, module in model.named_modules()
-        if "BatchNorm" in type(module).__name__
+        if is_batch_norm(module)
     ]
     shape = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
     try:

@@ -124,7 +124,8 @@ def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: 
     stride = operator.skip or 1
     steps = [stride, stride] if stride > 1 else None
     node: Any = output.grad_fn
-    common = (gradient, *node.saved_tensors, operator.training, operator.activation)
+    saved = node.saved_tensors if operator.residual_norm else node.saved_tensors[:5]
+    common = (gradient, *saved, operator.training, operator.activation)
     if operator.residual_norm:
         torch.ops.fusedres.dual_batch_norm_act_backward(*common, [True] * 6, skip, steps)
     else:

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from . import batching as batching  # its vmap rules register themselves
 from . import fork, operators
+from .activations import activate, is_piecewise, keep_passing
 from .dispatch import is_eager
 
 
 class BatchNormAct(torch.autograd.Function):
     """`act(batch_norm(input) + residual)` on the operators `fusedres::batch_norm_act` and `..._backward`.
 
-    Saved for backward: the input, weight and bias, three values a channel, and for a tail one bit an element; never
-    the running statistics (two forwards before a backward would trip their version counter).
+    Saved for backward: the input, weight and bias, three values a channel, and for a tail one bit an element (its
+    residual, where the activation is smooth); never the running statistics (two forwards before a backward would trip
+    their version counter).
     """
 
     generate_vmap_rule = True
@@ -44,7 +46,8 @@ class BatchNormAct(torch.autograd.Function):
         _, saved, bits = output
         ctx.mark_non_differentiable(saved, bits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, saved, bits)
+        recomputes = activation is not None and not is_piecewise(activation)
+        ctx.save_for_backward(input, weight, bias, saved, bits, residual if recomputes else None)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
 
@@ -60,17 +63,19 @@ def _backward(
     rest = (None,) * 7
     if dy is None and skip is None:
         return None, None, None, None, *rest
-    input, weight, bias, saved, bits = ctx.saved_tensors
+    input, weight, bias, saved, bits, residual = ctx.saved_tensors
     if dy is None and skip is not None:
         dy, skip = operators.spread_skip(skip, stride, input), None
     needs = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return *_differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs), *rest
+        return *_differentiable_backward(
+            ctx, dy, input, weight, bias, saved, bits, residual, needs
+        ), *rest
     # Without an activation dz is dy itself, which no kernel need write again.
     passed_on = needs[1] and ctx.activation is None and skip is None
     dx, dresidual, dweight, dbias = operators.batch_norm_act_backward(
         dy, input, weight, bias, saved, bits, ctx.training, ctx.activation, ctx.residual_dtype,
-        needs[0], needs[1] and not passed_on, needs[2], needs[3], skip, stride,
+        needs[0], needs[1] and not passed_on, needs[2], needs[3], skip, stride, residual,
     )  # fmt: skip
     if passed_on:
         dresidual = dy.to(ctx.residual_dtype)
@@ -103,53 +108,64 @@ class _Eager(torch.autograd.Function):
 fork.takes_gradients(_Eager)
 
 
-def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, needs):
+def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, residual, needs):
     """The same gradients as a graph of PyTorch's own operations, for `create_graph=True`.
 
-    The activation's derivative is a constant almost everywhere, so it enters as a mask; BatchNorm's own derivative is
+    The derivative of a piecewise activation is a constant almost everywhere, so it enters as a mask; all others are
     taken by PyTorch, whose double backward is known to be right.
     """
-    dz = dy
-    if ctx.activation is not None:
-        with torch.no_grad():
-            mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
-        dz = torch.where(mask, dy, 0.0)
-    wanted = [needs[0], needs[2], needs[3]]
-    dx, dweight, dbias = differentiable_gradients(
-        dz, input, weight, bias, saved, ctx.training, ctx.eps, wanted
-    )
-    return [dx, dz.to(ctx.residual_dtype) if needs[1] else None, dweight, dbias]
+    activation, dz = ctx.activation, dy
+    y, leaves = normalized_graph(input, weight, bias, saved, ctx.training, ctx.eps)
+    order = (0, 2, 3)  # of input, weight and bias in `needs`, with the residual at 1
+    if activation is not None and not is_piecewise(activation):
+        # Aliased, as the others are.
+        added = None if residual is None else residual.view_as(residual)
+        y = activate(y if added is None else y + added.to(y.dtype), activation)
+        leaves, order = [*leaves, added], (*order, 1)
+        dresidual = None
+    else:
+        if activation is not None:
+            with torch.no_grad():
+                mask = operators.gradient_mask(input, weight, bias, saved, bits, activation)
+            dz = keep_passing(dy, mask, activation)
+        dresidual = dz.to(ctx.residual_dtype) if needs[1] else None
+    found = graph_gradients(y, leaves, [needs[k] for k in order], dz)
+    dx, dweight, dbias = found[:3]
+    return [dx, found[3] if len(found) > 3 else dresidual, dweight, dbias]
 
 
-def differentiable_gradients(
-    dz: Tensor,
+def normalized_graph(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     saved: Tensor,
     training: bool,
     eps: float,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """dx, dweight, dbias of a BatchNorm (None where not needed) as a graph, given the gradient of its output."""
-    # Aliases, so that a weight that was itself computed from the input is not walked through twice.
+) -> tuple[Tensor, list[Any]]:
+    """A BatchNorm's output in the dtype of its arithmetic, as a graph, and what to ask for the gradients of input,
+    weight and bias: aliases, so that a weight that was itself computed from the input is not walked through twice."""
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in (input, weight, bias)]
     wide = saved.dtype
     w, b = (None if t is None else t.to(wide) for t in aliases[1:])
     x = aliases[0].to(wide)
     if training:
-        y = F.batch_norm(x, None, None, w, b, True, 0.0, eps)
-    else:
-        # Not F.batch_norm, which under vmap asks for a derivative by the running statistics.
-        mean, low, invstd = (operators._per_channel(row, x) for row in saved.detach().unbind(0))
-        y = (x - mean - low) * invstd
-        y = y if w is None else y * operators._per_channel(w, x)
-        y = y if b is None else y + operators._per_channel(b, x)
-    wanted = [k for k in range(3) if needs[k]]
-    gradients: list[Tensor | None] = [None, None, None]
+        return F.batch_norm(x, None, None, w, b, True, 0.0, eps), aliases
+    # Not F.batch_norm, which under vmap asks for a derivative by the running statistics.
+    mean, low, invstd = (operators._per_channel(row, x) for row in saved.detach().unbind(0))
+    y = (x - mean - low) * invstd
+    y = y if w is None else y * operators._per_channel(w, x)
+    return y if b is None else y + operators._per_channel(b, x), aliases
+
+
+def graph_gradients(
+    y: Tensor, leaves: list[Any], needs: list[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """The gradients of the leaves that need one (None for the others), as a graph."""
+    wanted = [k for k, need in enumerate(needs) if need]
+    gradients: list[Tensor | None] = [None] * len(leaves)
     if wanted:
         found = torch.autograd.grad(
-            y, [aliases[k] for k in wanted], dz.to(wide), create_graph=True, allow_unused=True
+            y, [leaves[k] for k in wanted], dy.to(y.dtype), create_graph=True, allow_unused=True
         )
         for k, gradient in zip(wanted, found, strict=True):
             gradients[k] = gradient

@@ -84,7 +84,7 @@ def _batch_norm_act(info: Any, in_dims: tuple, *args: Any) -> tuple:
 
 
 def _batch_norm_act_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    dy, input, weight, bias, saved, bits, *rest = args
+    dy, input, weight, bias, saved, bits, *rest, residual = args
     size = info.batch_size
     if in_dims[4] is None:
         # The forward was not mapped (only gradients are, as in a Jacobian), so the bits are not of a folded tensor.
@@ -106,6 +106,7 @@ def _batch_norm_act_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
         fold(saved, in_dims[4], size, 1),
         bits,
         *rest,
+        fold(residual, in_dims[-1], size, 1),
     )
     found = [unfold(t, size, p) for t, p in zip(outputs, (1, 1, 0, 0), strict=True)]
     return tuple(t for t, _ in found), tuple(dim for _, dim in found)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .activations import check_activation
 from .dispatch import DTYPES
 
-ACTIVATIONS = (None, "relu")
 _VECTORS = ("running_mean", "running_var", "weight", "bias")
 
 
@@ -46,10 +46,7 @@ def check_batch_norm_act(
         raise ValueError(
             f"{name}: input has shape {_shape(input)}, expected at least 2 dimensions [N, C, ...]"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{name}: unknown activation {activation!r}; choose one of {', '.join(map(repr, ACTIVATIONS))}"
-        )
+    check_activation(name, activation)
     channels = shape[1]
     vectors = (running_mean, running_var, weight, bias)
     for tensor in vectors:

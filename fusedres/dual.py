@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import fork, operators, reference
-from .autograd import differentiable_gradients
+from .activations import activate, is_piecewise, keep_passing, parse
+from .autograd import graph_gradients, normalized_graph
 from .batching import fold, fold_buffers, unfold, write_back
 from .checks import check_batch_norm_act
 from .dispatch import goes_to_kernels, is_eager, resolve, wants_triton
@@ -60,7 +61,7 @@ def _forward(
         input.new_empty((3, rows.channels) if keeps else (0,), dtype=wide) for _ in range(2)
     )
     pack_channels, n_bytes, bits_stride = bits_layout(rows)
-    has_bits = save and activation is not None
+    has_bits = save and activation is not None and is_piecewise(activation)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
     if training:
         operators._statistics(k, input, rows, saved, (mean, var), momentum, eps)
@@ -79,7 +80,7 @@ def _forward(
         None if training else dense(mean), None if training else dense(var),
         saved if keeps else None, norm, output, bits if has_bits else None,
         rows, bits_stride, pack_channels, k.tile(rows, input.element_size(), k.APPLYING, k.chip(), k.DUAL_SHARE),
-        eps, activation, k.dtype[wide], k.offset[rows.needs_int64],
+        eps, *parse(activation), k.dtype[wide], k.offset[rows.needs_int64],
     )  # fmt: skip
     return output, saved, residual_saved, bits
 
@@ -107,7 +108,9 @@ def _backward(
     pack_channels, _, bits_stride = bits_layout(rows)
     mask = bits if bits.numel() else None
     vectors = _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs)
-    weight, residual_weight = operators._dense(weight), operators._dense(residual_weight)
+    weight, residual_weight, bias, residual_bias = (
+        operators._dense(vector) for vector in (weight, residual_weight, bias, residual_bias)
+    )
     both: list[Tensor | None] = [None, None]
     dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
     if reduces:
@@ -117,9 +120,10 @@ def _backward(
             saved.new_empty(shape, dtype=operators._partial_dtype(input.dtype)) for _ in range(2)
         ]
         k.grad_reduce(
-            dy, input, mask, weight, None, saved, partials[0], residual, residual_saved, partials[1],
+            dy, input, mask, weight, bias, saved, partials[0],
+            residual, residual_weight, residual_bias, residual_saved, partials[1],
             operators._skip(k, rows, dx, skip, skip_stride, dz),
-            rows, bits_stride, pack_channels, tile, activation, offset,
+            rows, bits_stride, pack_channels, tile, *parse(activation), offset,
         )  # fmt: skip
         if training:
             both = [saved.new_empty((2, channels)) if need else None for need in needs[:2]]
@@ -134,11 +138,11 @@ def _backward(
         mask = activation = None
     if any(needs[:2]):
         k.grad_apply(
-            dy, input, mask, weight, None, saved, both[0],
+            dy, input, mask, weight, bias, saved, both[0],
             dx if needs[0] else None, dresidual if needs[1] else None,
-            residual, residual_weight, residual_saved, both[1],
+            residual, residual_weight, residual_bias, residual_saved, both[1],
             rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, k.DUAL_SHARE),
-            activation, k.dtype[saved.dtype], offset,
+            *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
     none = dx.new_empty(0)
     return (dx if needs[0] else none, dresidual if needs[1] else none, *vectors)
@@ -189,8 +193,12 @@ def _backward_aten(
     training, activation, needs,
 ):  # fmt: skip
     dz = dy.to(saved.dtype)
-    if activation is not None:
-        dz = torch.where(operators._unpack(bits, input), dz, 0.0)
+    if activation is not None and is_piecewise(activation):
+        dz = keep_passing(dz, operators._unpack(bits, input), activation)
+    elif activation is not None:
+        z = operators._normalized(input, weight, bias, saved)
+        z = z + operators._normalized(residual, residual_weight, residual_bias, residual_saved)
+        dz = operators.smooth_gradient(dz, z, activation)
     none = bits.new_empty(0)
     found = []
     for k, (x, w, b, moments) in enumerate(
@@ -225,7 +233,7 @@ def _(
 ):  # fmt: skip
     output = torch.empty_like(input)
     n_bytes: Any = 0
-    if save and activation is not None:
+    if save and activation is not None and is_piecewise(activation):
         # Past the cache: while shapes are symbols they cannot be hashed.
         n_bytes = bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
     shape = (3, input.shape[1]) if training or save else (0,)
@@ -358,22 +366,26 @@ fork.takes_gradients(_Eager)
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """For `create_graph=True`: the mask as a constant, and PyTorch's own derivative of both BatchNorms."""
+    """For `create_graph=True`: as that of `autograd`, for both BatchNorms."""
     *tensors, saved, residual_saved, bits = ctx.saved_tensors
     input, residual, weight, bias, residual_weight, residual_bias = tensors
-    dz = dy
-    if ctx.activation is not None:
+    activation, dz = ctx.activation, dy
+    y, leaves = normalized_graph(input, weight, bias, saved, ctx.training, ctx.eps[0])
+    other, more = normalized_graph(
+        residual, residual_weight, residual_bias, residual_saved, ctx.training, ctx.eps[1]
+    )
+    if activation is not None and is_piecewise(activation):
         with torch.no_grad():
-            mask = operators.gradient_mask(input, weight, bias, saved, bits, ctx.activation)
-        dz = torch.where(mask, dy, 0.0)
-    a, c = (
-        differentiable_gradients(dz, x, w, b, moments, ctx.training, eps, [needs[k], *needs[2 + 2 * k : 4 + 2 * k]])
-        for k, (x, w, b, moments, eps) in enumerate((
-            (input, weight, bias, saved, ctx.eps[0]),
-            (residual, residual_weight, residual_bias, residual_saved, ctx.eps[1]),
-        ))
-    )  # fmt: skip
-    return [a[0], c[0], a[1], a[2], c[1], c[2]]
+            mask = operators.gradient_mask(input, weight, bias, saved, bits, activation)
+        dz = keep_passing(dy, mask, activation)
+    y = (
+        y + other
+        if activation is None or is_piecewise(activation)
+        else activate(y + other, activation)
+    )
+    order = (0, 2, 3, 1, 4, 5)
+    found = graph_gradients(y, [*leaves, *more], [needs[k] for k in order], dz)
+    return [found[order.index(k)] for k in range(6)]
 
 
 def dual_batch_norm_act(*arguments: Any, moments: Tensor | None = None) -> Tensor:

@@ -6,8 +6,9 @@
 
 `skip` is a second gradient of the output, to be added to dy, which came over a skip connection (module `fork`); with
 `skip_stride` it holds every stride-th position only. An output that was not asked for is an empty tensor, so that the
-arity is fixed. Which implementation runs is decided when the operator runs, by `dispatch.resolve`; both write the same
-`saved` and `bits`, so a backward may use the other.
+arity is fixed. The backward is given the residual where act' cannot be told from one bit (`activations.SMOOTH`). Which
+implementation runs is decided when the operator runs, by `dispatch.resolve`; both write the same `saved` and `bits`, so
+a backward may use the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import activations, reference
+from .activations import is_piecewise
 from .dispatch import resolve
 from .kernels.layout import RowMap, Strides, bits_layout, row_map, row_map_of
 
@@ -33,7 +35,7 @@ LIBRARY.define(
 LIBRARY.define(
     "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
     "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
-    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None) "
+    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None, Tensor? residual=None) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 LIBRARY.define(
@@ -56,7 +58,7 @@ def _partial_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _needs_bits(residual: object, activation: str | None, save: bool) -> bool:
     # Without a residual the backward recomputes the mask from the input, which it reads anyway.
-    return save and residual is not None and activation is not None
+    return save and residual is not None and activation is not None and is_piecewise(activation)
 
 
 Buffers = tuple[Tensor | None, Tensor | None]
@@ -190,7 +192,7 @@ def _batch_norm_act(
         pack_channels,
         k.tile(rows, size, k.APPLYING, chip),
         eps,
-        activation,
+        *activations.parse(activation),
         k.dtype[wide],
         offset,
     )
@@ -241,11 +243,12 @@ def _batch_norm_act_backward(
     need_bias: bool,
     skip: Tensor | None = None,
     skip_stride: list[int] | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if resolve(input.device, input.dtype)[0] != "triton":
         return _batch_norm_act_backward_aten(
             dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-            need_input, need_residual, need_weight, need_bias, skip, skip_stride,
+            need_input, need_residual, need_weight, need_bias, skip, skip_stride, residual,
         )  # fmt: skip
     k = _kernels()
     chip = k.chip()
@@ -254,12 +257,16 @@ def _batch_norm_act_backward(
     reduces = need_weight or need_bias or (training and need_input)
     if skip is not None and not reduces:
         dy, skip = add_skip(dy, skip, skip_stride), None
-    rows, (input, dy) = _common_rows(dx, input, dy)
+    rows, (input, dy, *others) = _common_rows(
+        dx, input, dy, *([] if residual is None else [residual])
+    )
+    residual = others[0] if others else None
     channels, wide = rows.channels, saved.dtype
     offset = k.offset[rows.needs_int64]
     pack_channels, _, bits_stride = bits_layout(rows)
     mask = bits if bits.numel() else None
     size = input.element_size()
+    share = 1 if residual is None else k.DUAL_SHARE
     # With a second gradient the first pass writes dz, which is the residual's gradient, and the other pass reads it.
     dz = torch.empty_like(dx) if skip is not None and (need_input or need_residual) else None
     if dz is not None and need_residual and residual_dtype == dz.dtype:
@@ -271,12 +278,12 @@ def _batch_norm_act_backward(
     dbias = _empty_gradient(bias, need_bias, saved)
     coefficients = None
     if reduces:
-        tile = k.tile(rows, size, k.REDUCING, chip)
+        tile = k.tile(rows, size, k.REDUCING, chip, share)
         partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
         k.grad_reduce(
-            dy, input, mask, weight, bias, saved, partial, None, None, None,
+            dy, input, mask, weight, bias, saved, partial, residual, None, None, None, None,
             _skip(k, rows, dx, skip, skip_stride, dz),
-            rows, bits_stride, pack_channels, tile, activation, offset,
+            rows, bits_stride, pack_channels, tile, *activations.parse(activation), offset,
         )  # fmt: skip
         if training and need_input:
             coefficients = saved.new_empty((2, channels))
@@ -291,7 +298,7 @@ def _batch_norm_act_backward(
         )
     if dz is not None:
         rows, (input, dy) = _common_rows(dx, input, dz)
-        mask = activation = None
+        mask = activation = residual = None
     if need_input or writes_residual:
         k.grad_apply(
             dy,
@@ -303,6 +310,7 @@ def _batch_norm_act_backward(
             coefficients,
             dx if need_input else None,
             dresidual if writes_residual else None,
+            residual,
             None,
             None,
             None,
@@ -310,8 +318,8 @@ def _batch_norm_act_backward(
             rows,
             bits_stride,
             pack_channels,
-            k.tile(rows, size, k.APPLYING, chip),
-            activation,
+            k.tile(rows, size, k.APPLYING, chip, share),
+            *activations.parse(activation),
             k.dtype[wide],
             offset,
         )
@@ -415,14 +423,24 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
 
 
 def _gradient_mask(input, weight, bias, saved, bits, activation) -> Tensor:
-    """Where the activation lets the gradient pass, as a boolean tensor; in plain PyTorch on every backend."""
+    """Where a piecewise activation lets the gradient pass, as a boolean tensor; in plain PyTorch on every backend."""
     if bits.numel():
         return _unpack(bits, input)
+    return activations.passes(_normalized(input, weight, bias, saved), activation)
+
+
+def _normalized(input, weight, bias, saved) -> Tensor:
     scale = saved[2] if weight is None else saved[2] * weight
     z = _centered(input, saved) * _per_channel(scale, input)
-    if bias is not None:
-        z = z + _per_channel(bias, input)
-    return ~(z <= 0)
+    return z if bias is None else z + _per_channel(bias, input)
+
+
+def smooth_gradient(dy: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dy * act'(z), by PyTorch's own derivative."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        output = activations.activate(z, activation)
+    return torch.autograd.grad(output, z, dy.to(output.dtype))[0]
 
 
 def _centered(input: Tensor, saved: Tensor) -> Tensor:
@@ -443,21 +461,29 @@ def _batch_norm_act_aten(
         saved.copy_(torch.stack([mean, torch.zeros_like(mean), (var + eps).rsqrt()]))
     result = reference.batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps,
-        residual=residual, activation=activation,
+        residual=residual, activation=None,
     )  # fmt: skip
-    output = torch.empty_like(input).copy_(result)
+    output = torch.empty_like(input).copy_(activations.activate(result, activation))
     if _needs_bits(residual, activation, save):
-        return output, saved, _pack(~(output <= 0))
+        # Laid out as the output, which the kernels are.
+        mask = torch.empty_like(input, dtype=torch.bool).copy_(
+            activations.passes(result, activation)
+        )
+        return output, saved, _pack(mask)
     return output, saved, input.new_empty(0, dtype=torch.uint8)
 
 
 def _batch_norm_act_backward_aten(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None,
 ):  # fmt: skip
     dz = (dy if skip is None else add_skip(dy, skip, skip_stride)).to(saved.dtype)
-    if activation is not None:
-        dz = torch.where(_gradient_mask(input, weight, bias, saved, bits, activation), dz, 0.0)
+    if activation is not None and is_piecewise(activation):
+        mask = _gradient_mask(input, weight, bias, saved, bits, activation)
+        dz = activations.keep_passing(dz, mask, activation)
+    elif activation is not None:
+        z = _normalized(input, weight, bias, saved)
+        dz = smooth_gradient(dz, z if residual is None else z + residual, activation)
     dims = [0, *range(2, input.dim())]
     centered = _centered(input, saved)
     dbias, dot = dz.sum(dims), (dz * centered).sum(dims)
@@ -531,7 +557,7 @@ def _(input, weight, bias, saved, bits, activation):
 @torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
 def _(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None,
 ):  # fmt: skip
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .activations import activate
+
 _BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
@@ -26,8 +28,9 @@ def batch_norm_act(
 ) -> Tensor:
     """`act(batch_norm(input) + residual)`; shapes and dtypes as in `fusedres.functional.batch_norm_act`, unchecked.
 
-    The add and the activation work in place on BatchNorm's own output, which nothing else has seen: what autograd
-    saves is the input and the output, as for the same three calls in a ResNet.
+    The add and (where its derivative can be told from its output) the activation work in place on BatchNorm's own
+    output, which nothing else has seen: autograd saves the input and the output, as for the same three calls in a
+    ResNet.
     """
     output = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     in_place = not _is_transformed()
@@ -36,9 +39,7 @@ def batch_norm_act(
             output.add_(residual)
         else:
             output = (output + residual).to(input.dtype)
-    if activation == "relu":
-        output = torch.relu_(output) if in_place else torch.relu(output)
-    return output
+    return activate(output, activation, in_place)
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):

@@ -52,6 +52,7 @@ def bn_apply_kernel(
     residual_eps: "fp64",
     NORMALIZE_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
@@ -88,7 +89,8 @@ def bn_apply_kernel(
                 b_residual = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
             b_z += b_residual
         o_y = tile_offsets(o_outer, o_inner, o_channel, y_stride)
-        tl.store(p_y + o_y, activate(b_z, ACTIVATION).to(p_y.dtype.element_ty), mask=m)
+        b_y = activate(b_z, ACTIVATION, SLOPE)
+        tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
         if p_bits is not None:
             o_byte, m_byte = byte_tile(
                 i_tile, outer, inner, channels, tiles_inner, bits_stride,
@@ -129,6 +131,7 @@ def launch_bn_apply(
     tile: Tile,
     eps: float,
     activation: str | None,
+    slope: float,
     accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
@@ -169,6 +172,7 @@ def launch_bn_apply(
         {
             "NORMALIZE_RESIDUAL": residual_norm is not None,
             "ACTIVATION": activation,
+            "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
             "OFFSET": offset,

@@ -1,4 +1,4 @@
-"""What both passes of the backward begin with: dz = dy where the activation let its input through.
+"""What both passes of the backward begin with: dz = dy * act'(z).
 
 Of two gradients of the same output (the second came over the skip connection) dy is the sum, rounded as a tensor of its
 dtype is: what autograd's own addition would have stored.
@@ -7,7 +7,7 @@ dtype is: what autograd's own addition would have stored.
 import triton
 import triton.language as tl
 
-from .activation import passes
+from .activation import keep_passing, through
 from .bits import byte_tile, unpack
 from .moments import normalize
 from .tile import tile_offsets
@@ -29,13 +29,14 @@ def visited_rows(o_row, place):
 
 
 @triton.jit
-def masked_gradient(
+def load_dz(
     p_dy,
     p_skip,
     p_bits,
     b_centered,
     b_scale,
     b_bias,
+    b_residual,
     o_outer,
     o_inner,
     o_channel,
@@ -50,6 +51,7 @@ def masked_gradient(
     skip_place,
     bits_stride,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
@@ -57,7 +59,7 @@ def masked_gradient(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """dz [rows, channels]. A tail's mask is read; without one (no residual) it is recomputed from x."""
+    """dz [rows, channels]. A tail's mask is read; without one z is computed again, from x (and the residual)."""
     o_dy = tile_offsets(o_outer, o_inner, o_channel, dy_stride)
     b_dz = tl.load(p_dy + o_dy, mask=m, other=0.0).to(ACC)
     if p_skip is not None:
@@ -74,8 +76,10 @@ def masked_gradient(
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
-        b_dz = tl.where(unpack(b_byte, PACK_CHANNELS), b_dz, 0.0)
+        b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
     elif ACTIVATION is not None:
         b_z = normalize(b_centered, b_scale, b_bias)
-        b_dz = tl.where(passes(b_z, ACTIVATION), b_dz, 0.0)
+        if b_residual is not None:
+            b_z += b_residual
+        b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)
     return b_dz

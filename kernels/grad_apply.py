@@ -3,19 +3,19 @@
     dx = scale * dz + slope * (x - mean) + level,  dresidual = dz          scale = invstd * weight
 
 A residual that has a BatchNorm of its own gets its gradient as x does. slope and level [C] come from
-`bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent
-and dx = scale * dz. Reads dy, x (and a tail's mask), writes dx and dresidual, each at most once. Parallel over row
-programs and channel blocks; no reduction. Tiles run in the reverse order of the reducing pass.
+`bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent and dx = scale * dz. Reads dy, x
+(and a tail's mask, or its residual), writes dx and dresidual, each at most once. Parallel over row programs and channel
+blocks; no reduction. Tiles run in the reverse order of the reducing pass.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import masked_gradient
+from .grad import load_dz
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import center
+from .moments import center, normalize
 from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
@@ -33,6 +33,7 @@ def bn_grad_apply_kernel(
     p_dresidual,
     p_residual,
     p_residual_weight,
+    p_residual_bias,
     p_residual_saved,
     p_residual_coefficients,
     dy_stride,
@@ -47,6 +48,7 @@ def bn_grad_apply_kernel(
     tiles,
     programs,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
@@ -69,11 +71,14 @@ def bn_grad_apply_kernel(
     if p_residual_saved is not None:
         b_rscale = load_vector(p_residual_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
         b_rscale = b_rscale * load_vector(p_residual_weight, o_channel, m_channel, 1.0, ACC)
-    if p_residual_coefficients is not None:
         b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
         b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_rbias = load_vector(p_residual_bias, o_channel, m_channel, 0.0, ACC)
+    if p_residual_coefficients is not None:
         b_rslope = load_vector(p_residual_coefficients, o_channel, m_channel, 0.0, ACC)
         b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+    # Where z is computed again the residual is part of it.
+    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
@@ -86,10 +91,19 @@ def bn_grad_apply_kernel(
             b_centered = center(tl.load(p_x + o_x, mask=m, other=0.0).to(ACC), b_mean, b_low)
         else:
             b_centered = tl.zeros([BLOCK_OUTER * BLOCK_INNER, BLOCK_CHANNELS], ACC)
-        b_dz = masked_gradient(
-            p_dy, None, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+        if IN_Z or p_residual_coefficients is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+        if IN_Z:
+            b_added = b_residual
+            if p_residual_saved is not None:
+                b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
+        else:
+            b_added = None
+        b_dz = load_dz(
+            p_dy, None, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_channel, m, i_tile,
             outer, inner, channels, tiles_inner, dy_stride, None, None, bits_stride,
-            ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
         if p_dx is not None:
@@ -101,8 +115,6 @@ def bn_grad_apply_kernel(
             if p_residual_saved is not None:
                 b_dz = b_rscale[None, :] * b_dz
             if p_residual_coefficients is not None:
-                o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
-                b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
                 b_centered = center(b_residual, b_rmean, b_rlow)
                 b_dz += b_rslope[None, :] * b_centered + b_rlevel[None, :]
             tl.store(p_dresidual + o_out, b_dz.to(p_dresidual.dtype.element_ty), mask=m)
@@ -120,6 +132,7 @@ def launch_bn_grad_apply(
     dresidual: Tensor | None,
     residual: Tensor | None,
     residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
     residual_saved: Tensor | None,
     residual_coefficients: Tensor | None,
     rows: RowMap,
@@ -127,6 +140,7 @@ def launch_bn_grad_apply(
     pack_channels: bool,
     tile: Tile,
     activation: str | None,
+    slope: float,
     accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
@@ -146,6 +160,7 @@ def launch_bn_grad_apply(
             dresidual,
             residual,
             residual_weight,
+            residual_bias,
             residual_saved,
             residual_coefficients,
         ),
@@ -165,6 +180,7 @@ def launch_bn_grad_apply(
         (),
         {
             "ACTIVATION": activation,
+            "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
             "OFFSET": offset,

@@ -2,11 +2,12 @@
 
     dbias = sum(dz),  sum(dz * (x - mean)) = dweight / invstd          dz = dy * act'(z)
 
-Reads dy and x once (and a tail's mask, one bit an element), writes 2 values a channel and program. A residual that has
-a BatchNorm of its own is read once too, for its own sums. So is a second gradient of the output, which came over the
-skip connection: dy is the sum of both then, and dz is written, for the second pass to read instead. Parallel and
-deterministic as the statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are
-double on a CPU); 16-bit tensors have fewer digits to lose and less time a byte. The last sum is in float64.
+Reads dy and x once (and a tail's mask, one bit an element, or its residual where act' takes more than two values),
+writes 2 values a channel and program. A residual that has a BatchNorm of its own is read once too, for its own sums. So
+is a second gradient of the output, which came over the skip connection: dy is the sum of both then, and dz is written,
+for the second pass to read instead. Parallel and deterministic as the statistics pass is. Sums over the tiles of
+float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits to lose and less
+time a byte. The last sum is in float64.
 """
 
 from typing import NamedTuple
@@ -15,10 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import masked_gradient
+from .grad import load_dz
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import add_compensated, add_product, center, center_remainder, sum_rows
+from .moments import (
+    add_compensated,
+    add_product,
+    center,
+    center_remainder,
+    normalize,
+    sum_rows,
+)
 from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
@@ -62,6 +70,8 @@ def bn_grad_reduce_kernel(
     p_saved,
     p_partial,
     p_residual,
+    p_residual_weight,
+    p_residual_bias,
     p_residual_saved,
     p_residual_partial,
     p_dz,
@@ -79,6 +89,7 @@ def bn_grad_reduce_kernel(
     tiles,
     programs,
     ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
@@ -102,9 +113,14 @@ def bn_grad_reduce_kernel(
     b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_sum_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_dot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    if p_residual is not None:
+    # The residual is part of z, where z is computed again; with a BatchNorm of its own it has sums of its own too.
+    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
+    if p_residual_saved is not None:
         b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
         b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_rscale = load_vector(p_residual_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+        b_rscale = b_rscale * load_vector(p_residual_weight, o_channel, m_channel, 1.0, ACC)
+        b_rbias = load_vector(p_residual_bias, o_channel, m_channel, 0.0, ACC)
         b_rdot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
         b_rdot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
@@ -115,10 +131,18 @@ def bn_grad_reduce_kernel(
         o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
         b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
         b_centered = tl.where(m, center(b_x, b_mean, b_low), 0.0)
-        b_dz = masked_gradient(
-            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, o_outer, o_inner, o_channel, m, i_tile,
+        if IN_Z:
+            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+            b_added = b_residual
+            if p_residual_saved is not None:
+                b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
+        else:
+            b_added = None
+        b_dz = load_dz(
+            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_channel, m, i_tile,
             outer, inner, channels, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            ACTIVATION, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         if p_dz is not None:
             o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
@@ -130,9 +154,10 @@ def bn_grad_reduce_kernel(
         b_dot, b_dot_low = add_dot(
             b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSATED
         )
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
-            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+        if p_residual_saved is not None:
+            if not IN_Z:
+                o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+                b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
             b_centered = tl.where(m, center(b_residual, b_rmean, b_rlow), 0.0)
             b_rdot, b_rdot_low = add_dot(
                 b_rdot, b_rdot_low, b_dz, b_residual, b_centered, b_rmean, b_rlow, m, COMPENSATED
@@ -143,7 +168,7 @@ def bn_grad_reduce_kernel(
     p_row = p_partial + i_program * 2 * channels + o_channel
     tl.store(p_row, b_sum, mask=m_channel)
     tl.store(p_row + channels, sum_rows(b_dot, b_dot_low).to(PARTIAL), mask=m_channel)
-    if p_residual is not None:
+    if p_residual_saved is not None:
         p_row = p_residual_partial + i_program * 2 * channels + o_channel
         tl.store(p_row, b_sum, mask=m_channel)
         tl.store(p_row + channels, sum_rows(b_rdot, b_rdot_low).to(PARTIAL), mask=m_channel)
@@ -158,6 +183,8 @@ def launch_bn_grad_reduce(
     saved: Tensor,
     partial: Tensor,
     residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
     residual_saved: Tensor | None,
     residual_partial: Tensor | None,
     skip: Skip | None,
@@ -166,6 +193,7 @@ def launch_bn_grad_reduce(
     pack_channels: bool,
     tile: Tile,
     activation: str | None,
+    slope: float,
     offset: tl.dtype,
 ) -> None:
     """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
@@ -183,6 +211,8 @@ def launch_bn_grad_reduce(
             saved,
             partial,
             residual,
+            residual_weight,
+            residual_bias,
             residual_saved,
             residual_partial,
             skip.dz,
@@ -203,6 +233,11 @@ def launch_bn_grad_reduce(
             tile.programs,
         ),
         (),
-        {"ACTIVATION": activation, "PACK_CHANNELS": pack_channels, "OFFSET": offset},
+        {
+            "ACTIVATION": activation,
+            "SLOPE": slope,
+            "PACK_CHANNELS": pack_channels,
+            "OFFSET": offset,
+        },
         tile.options,
     )

@@ -15,7 +15,8 @@ TILE_BYTES = 8192  # of a tensor: two 16-byte accesses a thread with 8 warps
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
-# The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90.
+# The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90. So do, on sm_100,
+# those that compute the input of an activation again from a residual.
 DUAL_SHARE = 2
 # Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
 REDUCING, APPLYING = 4, 16

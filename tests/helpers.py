@@ -8,6 +8,7 @@ sides only differ in the order in which they add, eager's error of a sum is the 
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, field, replace
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import fusedres.functional
 from fusedres import reference
+from fusedres.activations import parse
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed")
 DTYPES = {
@@ -164,11 +166,11 @@ def run_oracle(case: Case) -> dict[str, np.ndarray]:
     xhat = (x - spread(mean)) * spread(invstd)
     z = xhat * spread(w) + spread(b)
     z = z if residual is None else z + residual
-    passes = z > 0 if case.activation == "relu" else np.ones_like(z, bool)
-    dz = np.where(passes, dy, 0)
+    value, slope = oracle_activation(z, case.activation)
+    dz = dy * slope
     dbias, dweight = dz.sum(axes), (dz * xhat).sum(axes)
     dx = dz - spread(dbias / n) - xhat * spread(dweight / n) if case.training else dz
-    results = {"output": np.where(passes, z, 0), "grad_input": dx * spread(w * invstd)}
+    results = {"output": value, "grad_input": dx * spread(w * invstd)}
     if residual is not None:
         results["grad_residual"] = dz
     if weight is not None:
@@ -180,6 +182,36 @@ def run_oracle(case: Case) -> dict[str, np.ndarray]:
             results["running_mean"] = (1 - m) * running_mean + m * mean
             results["running_var"] = (1 - m) * running_var + m * var * n / (n - 1)
     return results
+
+
+def oracle_activation(z: np.ndarray, activation: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """act(z) and act'(z) by the formulas of their papers; where the derivative jumps, PyTorch's choice."""
+    name, share = parse(activation)
+    one = np.ones_like(z)
+    if name is None:
+        return z, one
+    if name in ("relu", "relu6", "leaky_relu"):
+        top = 6 if name == "relu6" else np.inf
+        inside = (z > 0) & (z < top)
+        return np.where(inside, z, np.where(z > 0, top, share * z)), np.where(inside, one, share)
+    if name == "hardswish":
+        gate = np.clip(z + 3, 0, 6) / 6
+        return z * gate, np.where(z <= -3, 0 * z, np.where(z < 3, z / 3 + one / 2, one))
+    sigmoid = 1 / (1 + np.exp(-z))
+    if name == "silu":
+        return z * sigmoid, sigmoid * (1 + z * (1 - sigmoid))
+    if name == "mish":
+        tanh = np.tanh(np.log1p(np.exp(z)))
+        return z * tanh, tanh + z * (1 - tanh**2) * sigmoid
+    pi = 4 * np.arctan(np.longdouble(1))
+    if name == "gelu":
+        # In double: numpy has no erf of its own.
+        cdf = np.vectorize(lambda v: (1 + math.erf(v / math.sqrt(2))) / 2)(z.astype(np.float64))
+        return z * cdf, cdf + z * np.exp(-(z**2) / 2) / np.sqrt(2 * pi)
+    k = np.longdouble("0.044715")
+    tanh = np.tanh(np.sqrt(2 / pi) * (z + k * z**3))
+    slope = (1 + tanh) / 2 + z / 2 * (1 - tanh**2) * np.sqrt(2 / pi) * (1 + 3 * k * z**2)
+    return z * (1 + tanh) / 2, slope
 
 
 def error(actual: Tensor, oracle: np.ndarray) -> float:

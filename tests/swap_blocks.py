@@ -229,6 +229,12 @@ def pre_activation(self, x):
     return self.conv2(F.relu(self.bn2(out))) + x
 
 
+def residual_made_here(self, x):
+    y = self.identity(self.conv2(x))
+    y += self.bn1(self.conv1(x))
+    return self.relu(y)
+
+
 def broadcast_residual(self, x):
     return self.relu(self.bn1(self.conv1(x)) + x.mean((2, 3), keepdim=True))
 
@@ -281,6 +287,7 @@ SPELLINGS = {
     tail_with_identities: ["BN+add+ReLU"],
     identity_returned: ["BN+add"],
     pre_activation: ["BN+ReLU", "BN+ReLU"],
+    residual_made_here: ["BN+add+ReLU"],
     broadcast_residual: ["BN+add+ReLU"],
     broadcast_residual_in_place: ["BN+add+ReLU"],
     shared_norm: ["BN+ReLU", "BN+ReLU"],
@@ -297,7 +304,7 @@ def plain(self, x):
 
 
 def other_activation(self, x):
-    return F.silu(self.bn1(self.conv1(x)))
+    return F.hardtanh(self.bn1(self.conv1(x)))
 
 
 def dropped(self, x):
@@ -327,12 +334,6 @@ def scaled(self, x):
     return torch.add(x, self.bn1(self.conv1(x)), alpha=2)
 
 
-def residual_written(self, x):
-    x = self.conv2(x)
-    x += self.bn1(self.conv1(x))
-    return x
-
-
 def residual_statement(self, x):
     x.add_(self.bn1(self.conv1(x)))
     return self.relu(x)
@@ -349,6 +350,13 @@ def input_given_away(self, x):
     y = self.conv1(x)
     out = self.bn1(y)
     return F.relu(out + self.relu(y))
+
+
+def residual_read_later(self, x):
+    y = self.conv2(x)
+    z = self.identity(y)
+    y += self.bn1(self.conv1(x))
+    return self.relu(y) * z
 
 
 def residual_rewritten(self, x):
@@ -444,15 +452,10 @@ def keyword_only(self, x, *, must=1.0, **rest):
 
 # forward: (the row's pattern, a part of its reason)
 LEFT_ALONE = {
-    plain: ("BN", "nothing to fuse follows it: its output is returned"),
-    other_activation: ("BN", "nothing to fuse follows it: its output goes to silu"),
-    dropped: ("BN", "nothing to fuse follows it: its output goes to dropout (Dropout)"),
-    identity_used_twice: ("BN", "its output is used 2 times"),
-    used_twice: ("BN", "its output is used 2 times"),
-    added_to_itself: ("BN", "added to a constant, scaled"),
-    constant: ("BN", "added to a constant, scaled"),
-    scaled: ("BN", "added to a constant, scaled"),
-    residual_written: ("BN+add", "is added to in place, and somebody else may hold it"),
+    residual_read_later: (
+        "BN+add+ReLU",
+        "conv2 is added to in place, and somebody else may hold it",
+    ),
     residual_statement: ("BN+add+ReLU", "x is added to in place"),
     input_written: ("BN+add+ReLU", "its input may be written to before the site ends, by mul_"),
     input_given_away: ("BN+add+ReLU", "its input may be written to before the site ends, by relu"),
@@ -476,5 +479,17 @@ LEFT_ALONE = {
     calls_forward: ("unknown", "its forward calls self.conv2.forward, not the child itself"),
     calls_a_method: ("unknown", "its forward calls self.conv1._conv_forward, not the child itself"),
     makes_a_constant: ("unknown", "makes a constant tensor"),
-    keyword_only: ("BN", "added to a constant, scaled"),
+}
+
+# forward: a part of the note that says why its BatchNorm runs by itself
+BY_ITSELF = {
+    plain: "nothing to fuse follows it: its output is returned",
+    other_activation: "nothing to fuse follows it: its output goes to hardtanh",
+    dropped: "nothing to fuse follows it: its output goes to dropout (Dropout)",
+    identity_used_twice: "its output is used 2 times",
+    used_twice: "its output is used 2 times",
+    added_to_itself: "added to a constant, scaled",
+    constant: "added to a constant, scaled",
+    scaled: "added to a constant, scaled",
+    keyword_only: "added to a constant, scaled",
 }

@@ -243,7 +243,7 @@ def test_machine_code(layout, dtype, architecture):
         ({"residual_running_var": None}, ValueError, "of the residual: running_var is None and running_mean is not"),
         ({"weight": torch.zeros(8, dtype=torch.float16)}, TypeError, "weight has dtype torch.float16"),
         ({"residual_momentum": torch.tensor(0.1)}, TypeError, "residual_momentum is a Tensor, expected a number"),
-        ({"activation": "gelu"}, ValueError, "unknown activation 'gelu'"),
+        ({"activation": "tanh"}, ValueError, "unknown activation 'tanh'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -125,8 +125,8 @@ class TestErrors:
 
     def test_activation(self):
         _, joined = pair()
-        joined.activation = "gelu"
-        with pytest.raises(ValueError, match=r"Projection.join: unknown activation 'gelu'; choose"):
+        joined.activation = "tanh"
+        with pytest.raises(ValueError, match=r"Projection.join: unknown activation 'tanh'; choose"):
             joined(images(*SHAPES[2]))
 
     def test_a_stride_that_does_not_fit_leaves_the_counters(self):

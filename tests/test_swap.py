@@ -250,7 +250,7 @@ class TestErrors:
             function(make(tail), {"patterns": ("BN+ReLU",)})
 
     def test_unknown_pattern(self):
-        expected = r"unknown pattern 'BN\+GELU' in patterns; choose from 'BN\+ReLU', 'BN\+add', 'BN\+add\+ReLU'"
+        expected = r"unknown pattern 'BN\+GELU' in patterns; choose from 'BN', 'BN\+ReLU', 'BN\+add', 'BN\+add\+ReLU'"
         with pytest.raises(ValueError, match=expected):
             fusedres.FuseConfig(patterns=("BN+GELU",))
 

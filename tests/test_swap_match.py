@@ -12,6 +12,7 @@ import fusedres
 
 from .swap_blocks import (
     ALLOWED,
+    BY_ITSELF,
     LEFT_ALONE,
     SPELLINGS,
     added_to_itself,
@@ -22,6 +23,7 @@ from .swap_blocks import (
     images,
     make,
     optional_argument,
+    plain,
     relu_after_no_dropout,
     spy_on_sites,
     tail,
@@ -71,6 +73,28 @@ def test_left_alone_computes_the_same(forward, training):
     expected = {"output": block(x), "input": x, **block.state_dict()}
     torch.manual_seed(5)
     assert difference(expected, {"output": fused(y), "input": y, **fused.state_dict()}) == 0
+
+
+@pytest.mark.parametrize("forward", BY_ITSELF, ids=lambda f: f.__name__)
+def test_a_batch_norm_that_nothing_follows_runs_by_itself(forward):
+    row = fusedres.fuse_(make(forward)).rows[0]
+    assert (row.pattern, row.status) == ("BN", "fused")
+    assert BY_ITSELF[forward] in row.note
+
+
+@MODES
+@pytest.mark.parametrize("forward", BY_ITSELF, ids=lambda f: f.__name__)
+def test_by_itself_it_computes_the_same(forward, training):
+    block, x = make(forward).train(training), images(3, 4, 6, 5)
+    block.dropout.p = 0.0 if training else 0.5
+    assert excess(block, fused_copy(block), x, steps=2) <= ALLOWED
+
+
+@torch.no_grad()
+def test_by_itself_it_is_left_to_torch_compile(fused_calls):
+    block = fused_copy(make(plain))
+    torch.compile(block, backend="eager")(images(2, 4, 5, 5))
+    assert fused_calls == []
 
 
 def test_looking_draws_nothing_from_the_generators():

@@ -112,7 +112,7 @@ PROJECTIONS = {
         lambda: Tail(norm_of(nn.ConstantPad2d(-1, 0.0), nn.Conv2d(4, 8, 1, padding=1)), 1),
         "shortcut.2", "shortcut.1 is called: it pads by (1, 1)",
     ),
-    "own last": (lambda: Ours(False), "bn1", "conv1 is called: its kernel is 3x3"),
+    "own last": (lambda: Ours(False), "bn_s", MEMORY),
     "pool alone": (
         lambda: Tail(norm_of(nn.Conv2d(4, 8, 1, 2), nn.AvgPool2d(1))), "shortcut.2", "a pass of their own",
     ),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import ACTIVATIONS
+from ..activations import activate, check_activation
 from ..dual import tail_of_two
 from ..functional import batch_norm_act
 from .norms import activates, begin, promotes, why_not_fused
@@ -40,7 +40,7 @@ def call_dual_batch_norm(
     residual_norm: Any,
     residual: Tensor,
     activation: str | None = None,
-    add_in_place: bool = False,
+    into: str | None = None,
     moments: Tensor | None = None,
 ) -> Tensor:
     """`activation(norm(input) + residual_norm(residual))` for two real BatchNorms, as `call_batch_norm`.
@@ -62,7 +62,7 @@ def call_dual_batch_norm(
         or promotes(residual_norm, residual)
     ):
         other = call_tail(residual_norm, residual)
-        return call_tail(norm, input, other, activation, add_in_place)
+        return call_tail(norm, input, other, activation, into)
     counters = [call.batches for call in calls if call.batches is not None]
     for batches in counters:
         batches.add_(1)
@@ -83,21 +83,23 @@ def call_tail(
     input: Tensor,
     residual: Tensor | None = None,
     activation: str | None = None,
-    add_in_place: bool = False,
+    into: str | None = None,
 ) -> Tensor:
     """`activation(norm(input) + residual)`, fused where the residual is like the input.
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
-    if promotes(norm, input):
-        return plain_call(norm, input, residual, activation, add_in_place)
+    # By itself, a BatchNorm is better left to what torch.compile fuses it with.
+    is_alone = residual is None and activation is None
+    if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
+        return plain_call(norm, input, residual, activation, into)
     if residual is None or (
         residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
     ):
         return call_batch_norm(norm, input, residual, activation)
-    return plain_call(norm, input, residual, activation, add_in_place)
+    return plain_call(norm, input, residual, activation, into)
 
 
 def plain_call(
@@ -105,17 +107,20 @@ def plain_call(
     input: Tensor,
     residual: Tensor | None,
     activation: str | None,
-    add_in_place: bool = False,
+    into: str | None = None,
 ) -> Tensor:
-    """The same by calling the module."""
+    """The same by calling the module; `into`: the operand that the add is written to, "output" or "residual"."""
     output = norm(input)
     if activation is not None and activates(norm):
         return output
-    if residual is not None and add_in_place:
+    if residual is not None and into == "output":
         output += residual
+    elif residual is not None and into == "residual":
+        residual += output
+        output = residual
     elif residual is not None:
         output = output + residual
-    return torch.relu(output) if activation == "relu" else output
+    return activate(output, activation)
 
 
 class _BatchNormAct(nn.Module):
@@ -143,11 +148,7 @@ class _BatchNormAct(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"{type(self).__name__}: unknown activation {activation!r}; "
-                f"choose one of {', '.join(map(repr, ACTIVATIONS))}"
-            )
+        check_activation(type(self).__name__, activation)
         self.activation = activation
         self.bn = self._norm(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype

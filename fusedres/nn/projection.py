@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import ACTIVATIONS
+from ..activations import check_activation
 from ..projection import project
 from .batch_norm import call_dual_batch_norm, plain_call
 from .norms import FUSED_NORMS, why_called, why_not_fused
@@ -72,16 +72,14 @@ def call_projected_tail(
     convolution: Any,
     shortcut: Tensor,
     activation: str | None = None,
-    add_in_place: bool = False,
+    into: str | None = None,
 ) -> Tensor:
     """`activation(norm(input) + shortcut_norm(convolution(shortcut)))`; a convolution of None has been run already."""
     moments = None
     if convolution is not None:
         wanted = shortcut_norm.training or shortcut_norm.running_mean is None
         shortcut, moments = call_projection(convolution, shortcut, wanted)
-    return call_dual_batch_norm(
-        norm, input, shortcut_norm, shortcut, activation, add_in_place, moments
-    )
+    return call_dual_batch_norm(norm, input, shortcut_norm, shortcut, activation, into, moments)
 
 
 class Projection(nn.Sequential):
@@ -145,11 +143,7 @@ class Projection(nn.Sequential):
 
         Where a child has hooks, was replaced or converted (SyncBatchNorm), the modules are called one by one.
         """
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Projection.join: unknown activation {activation!r}; "
-                f"choose one of {', '.join(map(repr, ACTIVATIONS))}"
-            )
+        check_activation("Projection.join", activation)
         children: Any = list(self)
         if (
             len(children) != 2

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..nn.norms import is_frozen
+from .nodes import gives_back
 
 IN_PLACE_OPERATORS = frozenset(
     (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -25,6 +26,8 @@ IN_PLACE_OPERATORS = frozenset(
 )  # fmt: skip
 # Their result is always new memory, and they only read their inputs.
 _FRESH_MODULES = (_ConvNd, nn.Linear, _NormBase)
+# They only read their input where they are not told to work in place.
+_QUIET = (nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish)
 _FRESH_FUNCTIONS = frozenset(
     (operator.add, operator.sub, operator.mul, torch.add, torch.sub, torch.mul, torch.relu, F.relu, torch.cat,
      F.conv1d, F.conv2d, F.conv3d, F.batch_norm, F.max_pool2d, F.avg_pool2d, F.linear, torch.sigmoid)
@@ -67,6 +70,16 @@ class Effects:
                 return node
         return None
 
+    def is_private(self, read: fx.Node, last: fx.Node) -> bool:
+        """Whether the memory of `read` was made in this forward, and is seen by nobody after `last`."""
+        group = [node for node in self._order if self._find(node) is self._find(read)]
+        before = [node for node in group if self._order[node] < self._order[last]]
+        return all(
+            (self._is_fresh(node) or in_place(node) or gives_back(node, self._modules))
+            and all(self._order[user] <= self._order[last] for user in node.users)
+            for node in before
+        )
+
     def why_state_is_used(self, nodes: Iterable[fx.Node], name: str) -> str | None:
         """Why one of `nodes` would see whether the BatchNorm `name` has run: it calls it, or reads its statistics.
 
@@ -98,7 +111,7 @@ class Effects:
         """The inputs that this node may write to."""
         if node.op == "call_module":
             child = self._modules.get(str(node.target))
-            quiet = _is_fresh_module(child) or type(child) in (nn.ReLU, nn.Identity)
+            quiet = _is_fresh_module(child) or type(child) in _QUIET
             return [] if quiet and not getattr(child, "inplace", False) else node.all_input_nodes
         if node.op not in ("call_function", "call_method"):
             return []

@@ -225,9 +225,11 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
 
 
 def _tells(owner: _Owner, sites: list[Site]) -> int:
-    if owner.plan is not None and any(site.reason is None for site in sites):
-        return 2
-    return int(any(site.excluded or site.pattern not in ("BN", "unknown") for site in sites))
+    """More for a pattern that is fused, then for one that is not, then for a BatchNorm that runs by itself."""
+    is_fused = owner.plan is not None and any(site.reason is None for site in sites)
+    if all(site.pattern in ("BN", "unknown") and not site.excluded for site in sites):
+        return int(is_fused)
+    return 3 if is_fused else 2
 
 
 def _why_not_now(module: nn.Module, plan: Plan) -> str | None:

@@ -8,43 +8,57 @@ from typing import Any
 
 from torch import nn
 
+from ..activations import NAMES
+
 # The longest pattern that a BatchNorm stands in is the one that is fused.
-PATTERNS = ("BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU")
+PATTERNS = ("BN", "BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU")
 
 FilterFn = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
 class FuseConfig:
-    """Which patterns `fuse_` fuses.
+    """What `fuse_` fuses.
 
     Args:
-        patterns: any of "BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU"; all of them by default. A
-            site of a pattern that is not listed is left to the module's own forward, and the report says so. The last
-            two take the BatchNorm (and the 1x1 convolution) of a projected shortcut into the tail; where they are not
-            listed, the shortcut is left as it is and the tail is one of the two before.
+        patterns: any of "BN", "BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add" and "BN+BN+add+ReLU", where "ReLU" stands
+            for any activation; all of them by default. A site of a pattern that is not listed is left to the module's
+            own forward, and the report says so. The last two take the BatchNorm (and the 1x1 convolution) of a
+            projected shortcut into the tail; where they are not listed, the shortcut is left as it is and the tail is
+            one of the two before.
+        activations: any of "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" and "mish"; all of
+            them by default.
+        min_elements: a block that is called with an input of fewer elements runs its own forward; 0 by default, which
+            fuses inputs of any size. Kernels pay by the byte: on small inputs there is little to gain.
 
     Raises:
-        TypeError: `patterns` is not a collection of strings.
-        ValueError: an unknown pattern.
+        TypeError: `patterns` or `activations` is not a collection of strings, `min_elements` no whole number.
+        ValueError: an unknown pattern or activation, a negative number.
     """
 
     patterns: tuple[str, ...] = PATTERNS
+    activations: tuple[str, ...] = NAMES
+    min_elements: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.patterns, str) or not isinstance(
-            self.patterns, (tuple, list, set, frozenset)
-        ):
-            raise TypeError(
-                f"FuseConfig: patterns is {self.patterns!r}, expected a tuple of names; "
-                f"choose from {_quoted(PATTERNS)}"
-            )
-        for pattern in self.patterns:
-            if pattern not in PATTERNS:
-                raise ValueError(
-                    f"FuseConfig: unknown pattern {pattern!r} in patterns; choose from {_quoted(PATTERNS)}"
+        for field, names in (("patterns", PATTERNS), ("activations", NAMES)):
+            given = getattr(self, field)
+            if isinstance(given, str) or not isinstance(given, (tuple, list, set, frozenset)):
+                raise TypeError(
+                    f"FuseConfig: {field} is {given!r}, expected a tuple of names; choose from {_quoted(names)}"
                 )
-        object.__setattr__(self, "patterns", tuple(p for p in PATTERNS if p in self.patterns))
+            for name in given:
+                if name not in names:
+                    raise ValueError(
+                        f"FuseConfig: unknown {field[:-1]} {name!r} in {field}; choose from {_quoted(names)}"
+                    )
+            object.__setattr__(self, field, tuple(name for name in names if name in given))
+        if type(self.min_elements) is not int:
+            raise TypeError(
+                f"FuseConfig: min_elements is {self.min_elements!r}, expected a whole number of elements"
+            )
+        if self.min_elements < 0:
+            raise ValueError(f"FuseConfig: min_elements is {self.min_elements}, expected 0 or more")
 
 
 def check_arguments(name: str, model: Any, config: Any, filter_fn: Any) -> FuseConfig:

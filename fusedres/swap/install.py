@@ -65,7 +65,7 @@ def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
 def _make_forward(original: type[nn.Module], plan: Plan):
     fused = compile_source(plan.source, plan.imports)
     traced = original.forward
-    count = len(plan.inputs)
+    count, smallest = len(plan.inputs), plan.min_elements
 
     @functools.wraps(traced)
     def forward(self, *args, **kwargs):
@@ -77,6 +77,7 @@ def _make_forward(original: type[nn.Module], plan: Plan):
             or original.forward is not traced
             or why_own_forward(self, plan) is not None
             or not _are_plain_tensors(args)
+            or (smallest and any(arg.numel() < smallest for arg in args))
         ):
             return original.forward(self, *args, **kwargs)
         return fused(self, *args)

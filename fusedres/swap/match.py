@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
-from ..nn.norms import is_batch_norm, why_not_fused
+from ..nn.norms import is_batch_norm, parts_inside, why_not_fused
 from .alias import Effects, in_place
+from .inline import Inlined
 from .nodes import (
     Modules,
     activation_in,
@@ -22,7 +23,7 @@ from .nodes import (
     title,
     why_not_skipped,
 )
-from .shortcut import Refused, Shortcut, find_shortcut
+from .shortcut import Shortcut, find_shortcut, is_rather_the_shortcut
 
 # `a += b` is not among them: on numbers it makes a new one, and Python has rebound the name already.
 _RETURN_SELF = (F.relu, torch.relu_, "relu_", "add_")
@@ -34,7 +35,8 @@ class Match:
 
     The nodes of the site are `norm`, `add` and `act`, the last two None where there is none, and `passed`: children in
     between that give back what they are given. `activation` is the name of what `act` computes, `residual` the other
-    operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself.
+    operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
+    that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual").
     """
 
     norm: fx.Node
@@ -45,6 +47,8 @@ class Match:
     shortcut: Shortcut | None = None
     reason: str | None = None
     passed: tuple[fx.Node, ...] = ()
+    note: str = ""
+    into: str | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -77,11 +81,11 @@ class Match:
         return self.act or self.add or self.norm
 
 
-def find_matches(graph: fx.Graph, modules: Modules, refused: Refused) -> list[Match]:
+def find_matches(graph: fx.Graph, modules: Modules, inlined: Inlined) -> list[Match]:
     """What follows each call of a BatchNorm, in the order of the calls.
 
-    Of two BatchNorms that are added, the one computed last is the main path and the other its residual. `refused`:
-    calls of children that end in a BatchNorm and are left as they are.
+    Of two BatchNorms that are added, the one computed last is the main path and the other its residual, unless it is
+    the one with a projection. `inlined`: what became of the graph before.
     """
     _follow_in_place(graph)
     effects = Effects(graph, modules)
@@ -89,7 +93,7 @@ def find_matches(graph: fx.Graph, modules: Modules, refused: Refused) -> list[Ma
     matches = []
     for node in reversed(list(graph.nodes)):
         if node.op == "call_module" and is_batch_norm(modules[str(node.target)]):
-            match = _match(node, modules, effects, taken, refused)
+            match = _match(node, modules, effects, taken, inlined)
             if match.reason is None:
                 taken.update(match.nodes[1:])
             matches.append(match)
@@ -106,15 +110,20 @@ def _follow_in_place(graph: fx.Graph) -> None:
 
 
 def _match(
-    norm: fx.Node, modules: Modules, effects: Effects, taken: set[fx.Node], refused: Refused
+    norm: fx.Node, modules: Modules, effects: Effects, taken: set[fx.Node], inlined: Inlined
 ) -> Match:
     match = Match(norm)
-    reason = _follow(match, modules, taken)
-    if match.end is norm:
-        match.reason = reason
-        return match
+    reason = _follow(match, modules, effects, taken)
     child = modules[str(norm.target)]
-    if (obstacle := why_not_fused(child)) is not None:
+    if match.end is norm:
+        match.passed, match.note = (), reason or ""
+        if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
+            match.reason = "it is called with more than one argument"
+        elif (obstacle := why_not_fused(child)) is not None:
+            match.reason = f"{norm.target}: {obstacle}"
+        elif parts_inside(child) and norm not in inlined.inside:
+            match.reason = f"{norm.target}: what it calls itself ({_inside(child)}) is not known"
+    elif (obstacle := why_not_fused(child)) is not None:
         match.reason = f"{norm.target}: {obstacle}"
     elif match.act is not None and (obstacle := _why_act_not_skipped(match.act, modules)):
         match.reason = obstacle
@@ -122,16 +131,14 @@ def _match(
         match.reason = reason or _hazard(match, effects)
     if match.reason is None and match.residual is not None:
         match.shortcut = find_shortcut(
-            match.residual, str(norm.target), match.nodes, match.end, modules, effects, refused
+            match.residual, str(norm.target), match.nodes, match.end, modules, effects, inlined.refused
         )  # fmt: skip
     return match
 
 
-def _follow(match: Match, modules: Modules, taken: set[fx.Node]) -> str | None:
+def _follow(match: Match, modules: Modules, effects: Effects, taken: set[fx.Node]) -> str | None:
     """Walk on from the BatchNorm as far as a pattern goes; a reason against it, None when there is none."""
     norm = match.norm
-    if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
-        return "it is called with more than one argument"
     user, passed, reason = past_identities(norm, modules)
     if user is None:
         return reason
@@ -151,7 +158,11 @@ def _follow(match: Match, modules: Modules, taken: set[fx.Node]) -> str | None:
     if following is not None and (activation := activation_in(following, modules)) is not None:
         match.act, match.activation = following, activation
         match.passed = (*match.passed, *passed)
-    if in_place(user) and summands[0] is not output:
+    if in_place(user):
+        match.into = "output" if summands[0] is output else "residual"
+    if is_rather_the_shortcut(norm, match.residual, modules, match.into == "residual"):
+        return "its block's main path takes it in"
+    if match.into == "residual" and not effects.is_private(match.residual, user):
         return (
             f"{name_of(match.residual)} is added to in place, and somebody else may hold it; "
             "write `a = a + b` or `b += a`"
@@ -174,6 +185,10 @@ def _hazard(match: Match, effects: Effects) -> str | None:
         if (writer := effects.writer(after, match.residual)) is not None:
             return f"the residual may be written to before the activation, by {name_of(writer)}"
     return None
+
+
+def _inside(norm: nn.Module) -> str:
+    return ", ".join(type(norm.get_submodule(name)).__name__ for name in parts_inside(norm))
 
 
 def _why_act_not_skipped(act: fx.Node, modules: Modules) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..activations import SLOPE
 from ..nn.norms import why_called
 from .record import Path
 from .subclass import original_class
@@ -17,9 +18,48 @@ from .subclass import original_class
 Modules = Mapping[str, nn.Module]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_)
-_RELU_METHODS = ("relu", "relu_")
-_TITLES = {"relu": "ReLU"}
+_TITLES = {
+    "relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "silu": "SiLU", "gelu": "GELU",
+    "gelu_tanh": "GELU", "hardswish": "Hardswish", "mish": "Mish",
+}  # fmt: skip
+
+
+def _leaky(slope: float) -> str:
+    return "leaky_relu" if slope == SLOPE else f"leaky_relu({slope!r})"
+
+
+def _gelu(approximate: str) -> str:
+    return "gelu_tanh" if approximate == "tanh" else "gelu"
+
+
+# By class, and by name for classes of a package that need not be installed.
+_MODULES: dict[Any, Callable[[Any], str]] = {
+    nn.ReLU: lambda child: "relu",
+    nn.ReLU6: lambda child: "relu6" if (child.min_val, child.max_val) == (0, 6) else "",
+    nn.LeakyReLU: lambda child: _leaky(child.negative_slope),
+    nn.SiLU: lambda child: "silu",
+    nn.GELU: lambda child: _gelu(child.approximate),
+    nn.Hardswish: lambda child: "hardswish",
+    nn.Mish: lambda child: "mish",
+    ("timm.layers.activations", "GELU"): lambda child: "gelu",
+    ("timm.layers.activations", "GELUTanh"): lambda child: "gelu_tanh",
+}
+# What a function or a method is given besides its tensor, by position, and which activation that makes it.
+_FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., str]]] = {
+    F.relu: (("inplace",), lambda inplace=False: "relu"),
+    torch.relu: ((), lambda: "relu"),
+    torch.relu_: ((), lambda: "relu"),
+    "relu": ((), lambda: "relu"),
+    "relu_": ((), lambda: "relu"),
+    F.relu6: (("inplace",), lambda inplace=False: "relu6"),
+    F.leaky_relu: (
+        ("negative_slope", "inplace"), lambda negative_slope=SLOPE, inplace=False: _leaky(negative_slope),
+    ),
+    F.silu: (("inplace",), lambda inplace=False: "silu"),
+    F.gelu: (("approximate",), lambda approximate="none": _gelu(approximate)),
+    F.hardswish: (("inplace",), lambda inplace=False: "hardswish"),
+    F.mish: (("inplace",), lambda inplace=False: "mish"),
+}  # fmt: skip
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _ADD_METHODS = ("add", "add_")
 
@@ -60,7 +100,9 @@ def title(activation: str) -> str:
 
 def activation_of(child: nn.Module) -> str | None:
     """The name of the activation that this child is; None where it is none that the kernels know."""
-    return "relu" if type(child) is nn.ReLU else None
+    kind = type(child)
+    name = _MODULES.get(kind) or _MODULES.get((kind.__module__, kind.__qualname__))
+    return (name(child) or None) if name is not None else None
 
 
 def is_identity_kind(kind: type[nn.Module]) -> bool:
@@ -113,11 +155,17 @@ def activation_in(node: fx.Node, modules: Modules) -> str | None:
     if node.op == "call_module":
         child = modules.get(str(node.target))
         return None if child is None or len(node.args) != 1 else activation_of(child)
-    if node.op == "call_function":
-        is_relu = node.target in _RELU_FUNCTIONS and set(node.kwargs) <= {"input", "inplace"}
-    else:
-        is_relu = node.op == "call_method" and node.target in _RELU_METHODS
-    return "relu" if is_relu else None
+    # Nodes are hashable, their targets need not be.
+    is_call = node.op in ("call_function", "call_method") and isinstance(node.target, Hashable)
+    found = _FUNCTIONS.get(node.target) if is_call else None
+    if found is None or len(node.all_input_nodes) != 1:
+        return None
+    names, name = found
+    options = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    options.pop("input", None)
+    if len(node.args) - 1 > len(names) or not set(options) <= set(names):
+        return None
+    return name(**options)
 
 
 def is_add(node: fx.Node) -> bool:

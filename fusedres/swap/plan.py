@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..activations import parse
 from ..nn.norms import is_batch_norm
 from .config import FuseConfig
 from .inline import Traces, inline
 from .match import Match, find_matches
-from .nodes import Skipped, skipped
+from .nodes import Skipped, skipped, title
 from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
 from .subclass import original_class
@@ -39,7 +40,7 @@ class Plan:
 
     imports: (name, module, attribute) for each global of the source. norms, skipped: the children that the source does
     not call, and the class that the latter have. fingerprint: of the code that was traced; another release of it is not
-    replayed from a pickle.
+    replayed from a pickle. min_elements: of an input that is to run fused.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Plan:
     skipped: tuple[Skipped, ...]
     sites: tuple[Site, ...]
     fingerprint: str
+    min_elements: int = 0
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self
@@ -101,13 +103,20 @@ def decide(
     modules = dict(module.named_modules(remove_duplicate=False))
     graph = copy_of(traced.graph)
     inlined = inline(graph, modules, traces, allows)
-    matches = find_matches(graph, modules, inlined.refused)
+    matches = find_matches(graph, modules, inlined)
     sites, chosen = _sites(matches, norms, config)
     if not chosen:
         return Decision(None, sites)
-    inlined.fold({node for match in chosen for node in _norms_of(match)})
+    norms_taken = {node for match in chosen for node in _norms_of(match)}
+    inlined.fold(norms_taken)
+    inside = [
+        skipped(str(part.target), modules[str(part.target)])
+        for norm, parts in inlined.inside.items()
+        if norm in norms_taken
+        for part in parts
+    ]
     shortcuts = [match.projected for match in chosen if match.projected is not None]
-    left_out = tuple(dict.fromkeys((*inlined.skipped, *_skipped(chosen, modules))))
+    left_out = tuple(dict.fromkeys((*inlined.skipped, *inside, *_skipped(chosen, modules))))
     try:
         source, imports = rewrite(graph, chosen)
     except NotTraceable as error:
@@ -122,6 +131,7 @@ def decide(
         skipped=left_out,
         sites=sites,
         fingerprint=fingerprint(original_class(module), left_out),
+        min_elements=config.min_elements,
     )
     return Decision(plan, sites)
 
@@ -138,13 +148,20 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     for match in matches:
         if match.norm in residuals:
             continue
-        excluded = match.reason is None and match.pattern not in config.patterns
-        reason = _left_out(match.pattern) if excluded else match.reason
-        sites.append(Site(str(match.norm.target), match.pattern, reason, excluded))
+        left_out = _why_left_out(match, config) if match.reason is None else None
+        excluded, reason = left_out is not None, left_out or match.reason
+        sites.append(Site(str(match.norm.target), match.pattern, reason, excluded, match.note))
         if (shortcut := match.shortcut) is not None:
             refused = shortcut.reason if reason is None else reason
-            left_out = excluded or shortcut.excluded
-            sites.append(Site(shortcut.norm, match.whole_pattern, refused, left_out, shortcut.note))
+            sites.append(
+                Site(
+                    shortcut.norm,
+                    match.whole_pattern,
+                    refused,
+                    excluded or shortcut.excluded,
+                    shortcut.note,
+                )
+            )
         if reason is None:
             chosen.append(match)
     called = {site.norm for site in sites}
@@ -156,12 +173,20 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
 
 def _limit_shortcut(match: Match, config: FuseConfig) -> None:
     """Leave the shortcut out of the site where the user wants it so."""
-    if (shortcut := match.projected) is not None and match.pattern not in config.patterns:
-        match.shortcut = replace(shortcut, reason=_left_out(match.pattern), excluded=True)
+    shortcut = match.projected
+    if shortcut is not None and (reason := _why_left_out(match, config)) is not None:
+        match.shortcut = replace(shortcut, reason=reason, excluded=True)
 
 
-def _left_out(pattern: str) -> str:
-    return f"config.patterns leaves out {pattern}"
+def _why_left_out(match: Match, config: FuseConfig) -> str | None:
+    """Why the user does not want this site; None when they do."""
+    activation = parse(match.activation).name
+    if activation is not None and activation not in config.activations:
+        return f"config.activations leaves out {activation}"
+    # In the names of patterns ReLU stands for any activation.
+    end = "" if activation is None else title(activation)
+    family = match.pattern.removesuffix(end) + ("ReLU" if end else "")
+    return None if family in config.patterns else f"config.patterns leaves out {family}"
 
 
 def _skipped(chosen: list[Match], modules: Mapping[str, nn.Module]) -> list[Skipped]:

@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from ..nn.batch_norm import call_tail
 from ..nn.projection import call_projected_tail
-from .alias import in_place
 from .match import Match
 from .nodes import Skipped
 from .record import NotTraceable
@@ -29,9 +28,16 @@ def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
     Raises:
         NotTraceable: the source would need an object that cannot be imported by name.
     """
+    # What stands now where an earlier match ended.
+    now: dict[fx.Node, fx.Node] = {}
     for match in matches:
-        _replace(graph, match)
-    graph.lint()
+        now[match.end] = _replace(graph, match, now)
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise NotTraceable(
+            f"its rewritten forward is not valid, please report it: {error}"
+        ) from error
     code = graph.python_code("self")
     imports = []
     for name, value in code.globals.items():
@@ -43,33 +49,33 @@ def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
     return code.src.strip() + "\n", tuple(imports)
 
 
-def _replace(graph: fx.Graph, match: Match) -> None:
+def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Put the call that runs a site in its place; that call."""
     activation = match.activation
-    add_in_place = match.add is not None and in_place(match.add)
     input, shortcut = match.norm.all_input_nodes[0], match.projected
+    residual = None if match.residual is None else now.get(match.residual, match.residual)
     obsolete = {*match.nodes}
     if shortcut is None:
         with graph.inserting_before(match.end):
             norm = graph.create_node("get_attr", match.norm.target)
-            site = graph.call_function(
-                call_tail, (norm, input, match.residual, activation, add_in_place)
-            )
+            site = graph.call_function(call_tail, (norm, input, residual, activation, match.into))
     else:
         with graph.inserting_before(match.end):
             norms = [
                 graph.create_node("get_attr", path) for path in (match.norm.target, shortcut.norm)
             ]
-            convolution = None
+            convolution, source = None, now.get(shortcut.source, shortcut.source)
             if shortcut.convolution is not None:
                 convolution = graph.create_node("get_attr", shortcut.convolution)
             site = graph.call_function(
                 call_projected_tail,
-                (norms[0], input, norms[1], convolution, shortcut.source, activation, add_in_place),
+                (norms[0], input, norms[1], convolution, source, activation, match.into),
             )
         obsolete.update(shortcut.nodes)
     match.end.replace_all_uses_with(site)
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
+    return site
 
 
 def _import_of(value: Any) -> tuple[str, str] | None:

@@ -89,6 +89,28 @@ def find_shortcut(
     return _settled(found, site, end, modules, effects)
 
 
+def is_rather_the_shortcut(norm: fx.Node, other: fx.Node, modules: Modules, added_to: bool) -> bool:
+    """Whether of two BatchNorms that are added this one has the projection that could run with the tail.
+
+    added_to: the other is written to, as a block does with its main path; it decides where the projections do not.
+    """
+    if other.op != "call_module" or not is_batch_norm(modules[str(other.target)]):
+        return False
+    if why_not_fused(modules[str(other.target)]) is not None:
+        return False
+    own, others = _projects(norm, modules), _projects(other, modules)
+    return own > others or (own == others and added_to)
+
+
+def _projects(norm: fx.Node, modules: Modules) -> int:
+    """0 without a 1x1 convolution, more with one, most where it changes the size."""
+    found = _with_convolution(norm, modules).convolution if norm.all_input_nodes else None
+    if found is None or why_not_projection(modules[found]) is not None:
+        return 0
+    convolution: Any = modules[found]
+    return 2 if max(convolution.stride) > 1 else 1
+
+
 def _with_convolution(norm: fx.Node, modules: Modules) -> Shortcut:
     """The BatchNorm and the convolution in front of it, where there is one that nothing else reads."""
     before = norm.all_input_nodes[0]
