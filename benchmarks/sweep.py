@@ -28,6 +28,7 @@ import fusedres
 from ..cli.errors import CommandError, require
 from ..cli.models import TIMM, build_model
 from ..nn.norms import is_batch_norm
+from ..swap.estimate import norm_outputs
 from .record import first_line
 
 IMAGE = (3, 224, 224)
@@ -113,29 +114,12 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 def _sizes(model: nn.Module) -> tuple[dict[str, int], str]:
     """How many elements each BatchNorm puts out for one image, by name; or why the model does not run."""
-    sizes: Counter[str] = Counter()
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            sizes[name] += output.numel()
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(note(name))
-        for name, module in model.named_modules()
-        if is_batch_norm(module)
-    ]
     shape = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
     try:
-        with torch.no_grad():
-            model(torch.empty(1, *shape, device="meta"))
-    except Exception as error:  # as above
-        return {}, f"not run: {first_line(error)}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    return dict(sizes), ""
+        outputs = norm_outputs(model, (1, *shape), "sweep")
+    except ValueError as error:
+        return {}, f"not run: {error}"
+    return {name: count for name, (count, _) in outputs.items()}, ""
 
 
 def _in_general(reason: str) -> str:

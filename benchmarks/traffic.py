@@ -124,14 +124,15 @@ def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: 
     stride = operator.skip or 1
     steps = [stride, stride] if stride > 1 else None
     node: Any = output.grad_fn
-    saved = node.saved_tensors if operator.residual_norm else node.saved_tensors[:5]
-    common = (gradient, *saved, operator.training, operator.activation)
     if operator.residual_norm:
+        common = (gradient, *node.saved_tensors, operator.training, operator.activation)
         torch.ops.fusedres.dual_batch_norm_act_backward(*common, [True] * 6, skip, steps)
     else:
+        *saved, residual = node.saved_tensors
         torch.ops.fusedres.batch_norm_act_backward(
-            *common, output.dtype, True, True, True, True, skip, steps
-        )
+            gradient, *saved, operator.training, operator.activation, output.dtype, True, True, True, True,
+            skip, steps, residual,
+        )  # fmt: skip
 
 
 def count(site: Site) -> Traffic:

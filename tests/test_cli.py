@@ -240,6 +240,22 @@ def test_explain_in_three_forms(capsys):
     assert json.loads(capsys.readouterr().out)["rows"]
 
 
+def test_explain_with_an_input_tells_the_bytes(capsys):
+    assert main(["explain", "timm:resnet50d", "--input", "256,3,224,224"]) == 0
+    assert "moves 66.1 GB less of 167.9 GB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ("256,4,224,224", "does not take a tensor of shape [256, 4, 224, 224]"),
+        ("256x3", "'256x3' is no shape; write it as 256,3,224,224"),
+    ],
+)
+def test_explain_refuses_an_input_that_does_not_fit(capsys, shape, text):
+    assert text in refusal(capsys, "explain", "resnet18", "--input", shape)
+
+
 def test_explain_downloads_nothing_for_a_model_with_a_backbone(capsys, monkeypatch):
     def no_network(*arguments, **keywords):
         raise AssertionError("a download was tried")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..activations import SLOPE
+from ..activations import SLOPE, is_piecewise
 from ..nn.norms import why_called
 from .record import Path
 from .subclass import original_class
@@ -96,6 +96,15 @@ def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
 def title(activation: str) -> str:
     """An activation as patterns name it."""
     return _TITLES[activation.partition("(")[0]]
+
+
+def family_of(pattern: str) -> tuple[str, bool]:
+    """(a pattern with "ReLU" for whatever activation it has, whether a bit tells that activation's derivative)."""
+    start, _, end = pattern.rpartition("+")
+    name = next((name for name, text in _TITLES.items() if text == end), None)
+    if pattern == "unknown":
+        return "BN", False
+    return (pattern, False) if name is None else (f"{start}+ReLU", is_piecewise(name))
 
 
 def activation_of(child: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from ..nn.norms import is_batch_norm
 from .config import FuseConfig
 from .inline import Traces, inline
 from .match import Match, find_matches
-from .nodes import Skipped, skipped, title
+from .nodes import Skipped, family_of, skipped
 from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
 from .subclass import original_class
@@ -183,9 +183,7 @@ def _why_left_out(match: Match, config: FuseConfig) -> str | None:
     activation = parse(match.activation).name
     if activation is not None and activation not in config.activations:
         return f"config.activations leaves out {activation}"
-    # In the names of patterns ReLU stands for any activation.
-    end = "" if activation is None else title(activation)
-    family = match.pattern.removesuffix(end) + ("ReLU" if end else "")
+    family, _ = family_of(match.pattern)
     return None if family in config.patterns else f"config.patterns leaves out {family}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ FUSED, FUSABLE, ALONE = "fused", "fusable", "left alone"
 EXCLUDED, FALLBACK = "excluded", "own forward"
 # The last one holds the reason against, or the note on what was done.
 _COLUMNS = ("where", "n", "block", "pattern", "status", "reason")
+_ESTIMATE = "saves"
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,17 @@ class Row:
     Args:
         where: the BatchNorm's name in the model, for example "layer1.0.bn3".
         block: the class of the module in whose forward it is fused; of its owner where it is not.
-        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU"; "BN+BN+add" and "BN+BN+add+ReLU" of the two BatchNorms of a block
-            whose shortcut is projected; "BN" where nothing to fuse follows; "unknown" where the
-            owner's forward cannot be traced.
+        pattern: "BN+ReLU", "BN+add", "BN+add+ReLU", with the activation that it is; "BN+BN+add" and "BN+BN+add+ReLU" of
+            the two BatchNorms of a block whose shortcut is projected; "BN" of one that runs by itself; "unknown" where
+            the owner's forward cannot be traced.
         status: "fused"; "fusable" (in a dry run); "left alone"; "excluded" by filter_fn or config; "own forward"
             (fused, but something changed since, so that the block falls back).
         reason: why it is not fused; empty where it is.
-        note: of a fused one, what else runs with it: how the 1x1 convolution of a shortcut is computed.
+        note: of a fused one, what else runs with it (how the 1x1 convolution of a shortcut is computed), or why nothing
+            does.
+        moves: bytes that the site moves unfused in a training step, where an input shape was given. Of a site with two
+            BatchNorms each has a half.
+        saves: bytes of these that the fused site does not move.
     """
 
     where: str
@@ -35,6 +41,8 @@ class Row:
     status: str
     reason: str = ""
     note: str = ""
+    moves: int | None = None
+    saves: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,12 @@ class FuseReport:
     Args:
         rows: one for each BatchNorm, in the model's order.
         note: a line about the whole, for example that the backend is off.
+        input_shape: the input that the bytes are estimated for; None where none was given.
     """
 
     rows: tuple[Row, ...]
     note: str = ""
+    input_shape: tuple[int, ...] | None = None
 
     @property
     def n_fused(self) -> int:
@@ -59,6 +69,21 @@ class FuseReport:
         """The number of sites that are fused or would be."""
         return self._count(FUSED) + self._count(FUSABLE)
 
+    @property
+    def bytes_saved(self) -> int | None:
+        """Bytes that the fused sites do not move in a training step; None where no input shape was given."""
+        return self._sum("saves")
+
+    @property
+    def bytes_moved(self) -> int | None:
+        """Bytes that all BatchNorms, with what follows them, move unfused; None where no input shape was given."""
+        return self._sum("moves")
+
+    def _sum(self, field: str) -> int | None:
+        if self.input_shape is None:
+            return None
+        return sum(getattr(row, field) or 0 for row in self.rows)
+
     def _count(self, status: str) -> int:
         return sum(row.status == status for row in self.rows)
 
@@ -66,8 +91,9 @@ class FuseReport:
         lines = [self._headline()]
         if self.rows:
             table = self._grouped()
-            widths = [max(map(len, column)) for column in zip(_COLUMNS, *table, strict=True)]
-            for line in (_COLUMNS, tuple("-" * width for width in widths), *table):
+            columns = self._columns()
+            widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
+            for line in (columns, tuple("-" * width for width in widths), *table):
                 cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
                 lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
@@ -78,6 +104,9 @@ class FuseReport:
             {
                 "n_fused": self.n_fused,
                 "note": self.note,
+                "input_shape": self.input_shape,
+                "bytes_moved": self.bytes_moved,
+                "bytes_saved": self.bytes_saved,
                 "rows": [asdict(row) for row in self.rows],
             },
             indent=2,
@@ -88,9 +117,26 @@ class FuseReport:
         """The table in Markdown; also written to `path` when one is given."""
         lines = [self._headline(), ""]
         if self.rows:
-            for line in (_COLUMNS, ("---",) * len(_COLUMNS), *self._grouped()):
+            columns = self._columns()
+            for line in (columns, ("---",) * len(columns), *self._grouped()):
                 lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |")
         return _written("\n".join(lines) + "\n", path)
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        lines = [f"<p>{html.escape(self._headline())}</p>"]
+        if self.rows:
+            for tag, table in (("th", [self._columns()]), ("td", self._grouped())):
+                for line in table:
+                    cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
+                    lines.append(f"<tr>{cells}</tr>")
+            lines[1:] = ["<table>", *lines[1:], "</table>"]
+        return "\n".join(lines)
+
+    def _columns(self) -> tuple[str, ...]:
+        if self.input_shape is None:
+            return _COLUMNS
+        return (*_COLUMNS[:-1], _ESTIMATE, _COLUMNS[-1])
 
     def _headline(self) -> str:
         if not self.rows:
@@ -102,10 +148,13 @@ class FuseReport:
             }
             told = [f"{n} {status}" for status, n in counts.items() if n]
             text = f"fusedres: {len(self.rows)} BatchNorm: {', '.join(told)}"
+            if self.input_shape is not None:
+                saved, moved = _size(self.bytes_saved or 0), _size(self.bytes_moved or 0)
+                text += f"; with an input of {list(self.input_shape)} a training step moves {saved} less of {moved}"
         return f"{text} ({self.note})" if self.note else text
 
     def _grouped(self) -> list[tuple[str, ...]]:
-        groups: dict[tuple[str, ...], list[str]] = {}
+        groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             local = row.where.rpartition(".")[2]
             # Numbered children (layers.0, layers.1) are alike; bn1 and bn2 are told apart.
@@ -118,11 +167,13 @@ class FuseReport:
                 row.status,
                 row.reason or row.note,
             )
-            groups.setdefault(key, []).append(row.where)
-        return [
-            (_span(where), str(len(where)), block, pattern, status, reason)
-            for (_, _, block, pattern, status, reason), where in groups.items()
-        ]
+            groups.setdefault(key, []).append(row)
+        table = []
+        for (_, _, block, pattern, status, reason), rows in groups.items():
+            saves = [_size(sum(row.saves or 0 for row in rows))] if self.input_shape else []
+            where = _span([row.where for row in rows])
+            table.append((where, str(len(rows)), block, pattern, status, *saves, reason))
+        return table
 
 
 def fallback_note(backend: str) -> str:
@@ -134,6 +185,15 @@ def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
+
+
+def _size(count: float) -> str:
+    """Bytes as a person reads them: 26.9 GB, 310 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
 
 
 def _skeleton(where: str) -> str:
