@@ -23,7 +23,7 @@ class Activation(NamedTuple):
     slope: float = 0.0
 
 
-_PARSED = {
+_PARSED: dict[str | None, Activation] = {
     None: Activation(None),
     **{name: Activation(name, SLOPE if name == "leaky_relu" else 0.0) for name in NAMES},
 }

@@ -116,7 +116,8 @@ def _tell_apart(node: fx.Node, norm: nn.Module, found: Inlined) -> None:
         is_known = is_identity_kind(type(part)) or activation_of(part) is not None
         if not is_known or why_not_skipped(part, skipped(name, part)) is not None:
             return
-    calls, users, last = [], list(node.users), node
+    calls: list[fx.Node] = []
+    users, last = list(node.users), node
     with node.graph.inserting_after(node):
         for name in reversed(parts):
             calls.insert(0, node.graph.create_node("call_module", f"{node.target}.{name}", (node,)))

@@ -84,7 +84,7 @@ def _norms_below(module: nn.Module, prefix: str):
     for name, child in module._modules.items():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from _norms_below(child, f"{prefix}{name}.")
-        elif is_batch_norm(child):
+        elif child is not None and is_batch_norm(child):
             yield prefix + name
 
 

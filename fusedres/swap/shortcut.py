@@ -66,8 +66,8 @@ def find_shortcut(
     that end in a BatchNorm and stay, with its name and the reason.
     """
     if residual in refused:
-        norm, reason = refused[residual]
-        return Shortcut(residual, residual, norm, reason=reason, excluded=reason == FILTERED)
+        norm, why = refused[residual]
+        return Shortcut(residual, residual, norm, reason=why, excluded=why == FILTERED)
     passed: list[fx.Node] = []
     while gives_back(residual, modules) and len(residual.users) == 1:
         passed.append(residual)

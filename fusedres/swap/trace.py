@@ -62,7 +62,8 @@ def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
     """The same graph, to be changed."""
-    copy, copies = fx.Graph(), {}
+    copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     result = copy.graph_copy(graph, copies)
     copy.output(result)
     return copy
