@@ -66,51 +66,6 @@ def fused_copy(model: nn.Module, **options) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, x: Tensor, steps: int = 1) -> dict[str, Tensor]:
-    """Everything that training leaves behind: outputs, the input's gradient, gradients, parameters and buffers."""
-    model, x = copy.deepcopy(model), x.clone().requires_grad_()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    found = {}
-    for step in range(steps):
-        optimizer.zero_grad()
-        # A product keeps the block's input from being a leaf that an in-place ReLU may not touch.
-        output = model(x * 1)
-        weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-        (output * weight).sum().backward()
-        found[f"output {step}"] = output.detach()
-        found |= {
-            f"grad {n} {step}": p.grad for n, p in model.named_parameters() if p.grad is not None
-        }
-        optimizer.step()
-    found["grad of the input"] = x.grad
-    return {**found, **model.state_dict()}
-
-
-def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference between two runs, each tensor relative to its largest value."""
-    assert a.keys() == b.keys()
-    largest = 0.0
-    for name, value in a.items():
-        value, other = value.detach().double(), b[name].detach().double()
-        size = float(value.abs().max())
-        largest = max(largest, float((value - other).abs().max()) / (size or 1.0))
-    return largest
-
-
-def excess(original: nn.Module, fused: nn.Module, x: Tensor, steps: int = 1) -> float:
-    """How many times the fused model's difference is what one ulp in the input makes of the original; 0 when equal."""
-    exact = run(original, x, steps)
-    found = difference(exact, run(fused, x, steps))
-    if found == 0:
-        return 0.0
-    noise = difference(exact, run(original, x * (1 + torch.finfo(x.dtype).eps), steps))
-    return found / (noise + torch.finfo(x.dtype).eps)
-
-
-# Two summations in float64 that differ in order; the original against itself one ulp away is the unit.
-ALLOWED = 32.0
-
-
 # --- how a block may be spelled ----------------------------------------------------------------------------------
 
 

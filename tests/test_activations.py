@@ -13,10 +13,11 @@ from torch import nn
 import fusedres
 from fusedres.activations import NAMES, PIECEWISE, SMOOTH, activate
 from fusedres.benchmarks.compile_only import compile_only
+from fusedres.benchmarks.steps import ALLOWED, excess
 from fusedres.functional import batch_norm_act, dual_batch_norm_act
 
 from .helpers import DTYPES, Case, over_budget, run, run_eager
-from .swap_blocks import ALLOWED, excess, fused_copy, images, make
+from .swap_blocks import fused_copy, images, make
 from .test_dual import draw, off
 
 OTHERS = (*(name for name in NAMES if name != "relu"), "leaky_relu(0.2)", "leaky_relu(-0.5)")

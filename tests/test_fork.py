@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedres
 from fusedres import dual, fork, operators
+from fusedres.benchmarks.steps import ALLOWED, difference, excess
 
-from .swap_blocks import ALLOWED, difference, excess, fused_copy, images
+from .swap_blocks import fused_copy, images
 
 pytestmark = pytest.mark.interpreter
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}

@@ -10,9 +10,10 @@ import torchvision
 from torch import nn
 
 import fusedres
+from fusedres.benchmarks.steps import ALLOWED, excess
 from fusedres.nn import Projection
 
-from .swap_blocks import ALLOWED, excess, fused_copy, images, spy_on_sites
+from .swap_blocks import fused_copy, images, spy_on_sites
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 SHAPES = {1: (3, 4, 7), 2: (3, 4, 7, 6), 3: (2, 4, 3, 5, 4)}

@@ -10,20 +10,9 @@ import torchvision
 from torch import nn
 
 import fusedres
+from fusedres.benchmarks.steps import ALLOWED, difference, excess, run
 
-from .swap_blocks import (
-    ALLOWED,
-    LEFT_ALONE,
-    difference,
-    excess,
-    fused_copy,
-    images,
-    make,
-    run,
-    spy_on_sites,
-    tail,
-    used_twice,
-)
+from .swap_blocks import LEFT_ALONE, fused_copy, images, make, spy_on_sites, tail, used_twice
 
 # All of them are fused.
 COUNTS = {

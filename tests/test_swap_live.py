@@ -17,20 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
+from fusedres.benchmarks.steps import ALLOWED, difference, excess, run
 
-from .swap_blocks import (
-    ALLOWED,
-    difference,
-    excess,
-    fused_copy,
-    images,
-    make,
-    relu_child,
-    relu_functional,
-    run,
-    spy_on_sites,
-    tail,
-)
+from .swap_blocks import fused_copy, images, make, relu_child, relu_functional, spy_on_sites, tail
 
 pytestmark = pytest.mark.once
 X = images(2, 3, 32, 32)
@@ -514,3 +503,116 @@ def test_a_module_with_slots_is_left_as_it_is():
     report = fusedres.fuse_(block)
     assert {row.status for row in report.rows} == {"left alone"}
     assert type(block) is Slotted
+
+
+# --- what people do to timm's models -----------------------------------------------------------------------------
+
+
+def timm_pair(name="resnet10t", **options) -> tuple[nn.Module, nn.Module]:
+    """A small timm model in float64 and its fused copy."""
+    import timm
+
+    torch.manual_seed(0)
+    plain = timm.create_model(name, **options).double()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return plain, fused_copy(plain)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "regnetx_002", "mobilenetv3_small_050"])
+def test_timm_features_only(name):
+    plain, fused = timm_pair(name, features_only=True)
+    x = images(2, 3, 64, 64)
+    assert fusedres.is_fused(fused)
+    for one, other in zip(plain.eval()(x), fused.eval()(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_timm_gradient_checkpointing(reentrant, monkeypatch):
+    monkeypatch.setenv("TIMM_REENTRANT_CKPT", str(int(reentrant)))
+    plain, fused = timm_pair("regnetx_002", num_classes=4)
+    for each in (plain, fused):
+        each.set_grad_checkpointing(True)
+    assert excess(plain, fused, images(2, 3, 64, 64)) <= ALLOWED
+
+
+def test_timm_forward_intermediates():
+    plain, fused = timm_pair()
+    x = images(2, 3, 64, 64)
+    found = [
+        each.eval().forward_intermediates(x, intermediates_only=True) for each in (plain, fused)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+# --- what people do to any model ---------------------------------------------------------------------------------
+
+
+def freeze_all(model):
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+
+
+def initialise(model):
+    def each(module):
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 0.7)
+
+    model.apply(each)
+
+
+def freeze_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def fold_batch_norms(model):
+    """Convolution and BatchNorm in one, child by child, as for inference."""
+    model.eval()
+    for block in model.modules():
+        if isinstance(block, torchvision.models.resnet.BasicBlock):
+            for k in (1, 2):
+                folded = torch.nn.utils.fusion.fuse_conv_bn_eval(
+                    getattr(block, f"conv{k}"), getattr(block, f"bn{k}")
+                )
+                setattr(block, f"conv{k}", folded)
+                setattr(block, f"bn{k}", nn.Identity())
+
+
+def convert(model):
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+
+
+def load(model):
+    other = torchvision.models.resnet.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5
+    )
+    model.load_state_dict({name: t * 0.9 for name, t in other.state_dict().items()})
+
+
+def new_head(model):
+    model.fc = nn.Linear(512, 3, dtype=torch.float64)
+
+
+DONE_TO_IT = (
+    freeze_all,
+    initialise,
+    freeze_norms,
+    fold_batch_norms,
+    convert,
+    load,
+    new_head,
+)
+
+
+@pytest.mark.parametrize("done", DONE_TO_IT, ids=lambda f: f.__name__)
+def test_done_to_a_fused_model_as_to_any(plain, fused, done):
+    models = [copy.deepcopy(plain), fused]
+    for model in models:
+        torch.manual_seed(1)
+        done(model)
+    assert excess(*models, X) <= ALLOWED

@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 import fusedres
+from fusedres.benchmarks.steps import ALLOWED, difference, excess
 
 from .swap_blocks import (
-    ALLOWED,
     BY_ITSELF,
     LEFT_ALONE,
     SPELLINGS,
     added_to_itself,
     by_chance,
-    difference,
-    excess,
     fused_copy,
     images,
     make,

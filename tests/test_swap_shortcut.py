@@ -12,9 +12,10 @@ import torchvision
 from torch import nn
 
 import fusedres
+from fusedres.benchmarks.steps import ALLOWED, difference, excess, run
 from fusedres.nn import projection as nn_projection
 
-from .swap_blocks import ALLOWED, difference, excess, fused_copy, images, run
+from .swap_blocks import fused_copy, images
 
 X = images(2, 4, 7, 6)
 TAIL, PROJECTED = "BN+add+ReLU", "BN+BN+add+ReLU"
@@ -382,7 +383,7 @@ def test_autocast_gives_what_it_gave(dtype):
     for each in (block.float(), fused.float()):
         with torch.autocast("cpu", dtype):
             found.append(run(each, X.float()))
-    assert found[0]["output 0"].dtype == found[1]["output 0"].dtype
+    assert found[0]["output 0 0"].dtype == found[1]["output 0 0"].dtype
     assert difference(*found) <= 2 * torch.finfo(dtype).eps
 
 

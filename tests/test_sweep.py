@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from fusedres.benchmarks.steps import ALLOWED
 from fusedres.benchmarks.sweep import Swept, architectures, main, sweep, table
 
 pytestmark = pytest.mark.once
@@ -18,7 +19,43 @@ pytestmark = pytest.mark.once
 )
 def test_a_relu_resnet_is_fused_whole(name, norms, tails):
     found = sweep(name, architectures((name,))[name])
-    assert found == Swept(name, norms, norms, 1.0, tails, "")
+    assert found == Swept(name, norms, norms, 1.0, tails)
+
+
+# name: (BatchNorms, tails): small ones of several families, trained a little beside their untouched copies
+SAMPLE = {
+    "timm:resnet10t": (14, 7),
+    "timm:regnetx_002": (44, 17),
+    "timm:mobilenetv3_small_050": (34, 7),
+    "timm:legacy_seresnet18": (20, 3),
+    "mnasnet0_5": (52, 10),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_is_fused_whole_and_trains_as_before(name):
+    found = sweep(name, architectures((name,))[name], parity=True)
+    assert (found.norms, found.fused, found.share, found.tails) == (
+        SAMPLE[name][0], SAMPLE[name][0], 1.0, SAMPLE[name][1],
+    )  # fmt: skip
+    assert found.parity <= ALLOWED
+
+
+def test_parity_that_was_not_looked_at_says_why():
+    def build():
+        return nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
+
+    assert sweep("narrow", build, parity=True).reason.startswith("not run: ")
+
+
+def test_parity_sees_a_model_that_computes_something_else(monkeypatch):
+    monkeypatch.setattr("fusedres.nn.batch_norm.activate", lambda output, *_: output * 1.001)
+    monkeypatch.setattr("fusedres.reference.activate", lambda output, *_: output * 1.001)
+
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
+
+    assert sweep("wrong", build, parity=True).parity > ALLOWED
 
 
 def test_what_is_left_alone_is_told_with_its_reason():
@@ -74,11 +111,11 @@ def test_table_and_files(tmp_path, capsys):
     assert main(["resnet18", "densenet121", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "sweep.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out == text
-    assert "| resnet18 | 20 | 20 | 100 % | 11 |  |" in text
+    assert "| resnet18 | 20 | 20 | 100 % | 11 |  |  |" in text
     assert text.splitlines()[-1].startswith(
         "2 architectures with BatchNorm; 1 whose residual tails"
     )
 
 
 def test_a_share_that_is_not_known():
-    assert "| x | 0 | 0 | ? | 0 | not run |" in table([Swept("x", reason="not run")])
+    assert "| x | 0 | 0 | ? | 0 |  | not run |" in table([Swept("x", reason="not run")])
