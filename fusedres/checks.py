@@ -34,19 +34,8 @@ def check_batch_norm_act(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit; a single value per channel in training.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input is a {type(input).__name__}, expected a torch.Tensor")
+    _check_input(name, input, activation)
     dtype, device, shape = input.dtype, input.device, input.shape
-    if dtype not in DTYPES:
-        raise TypeError(
-            f"{name}: input has dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}; "
-            "convert it first, for example with input.float()"
-        )
-    if len(shape) < 2:
-        raise ValueError(
-            f"{name}: input has shape {_shape(input)}, expected at least 2 dimensions [N, C, ...]"
-        )
-    check_activation(name, activation)
     channels = shape[1]
     vectors = (running_mean, running_var, weight, bias)
     for tensor in vectors:
@@ -79,6 +68,36 @@ def check_batch_norm_act(
         )
     if training and channels > 0:
         _check_values_per_channel(shape)
+
+
+def _check_input(name, input, activation) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input is a {type(input).__name__}, expected a torch.Tensor")
+    if input.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: input has dtype {input.dtype}, expected one of {', '.join(map(str, DTYPES))}; "
+            "convert it first, for example with input.float()"
+        )
+    if input.dim() < 2:
+        raise ValueError(
+            f"{name}: input has shape {_shape(input)}, expected at least 2 dimensions [N, C, ...]"
+        )
+    check_activation(name, activation)
+
+
+def check_add_act(name, input, residual, activation) -> None:
+    """Refuse what `act(input + residual)` is not defined for.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+    """
+    _check_input(name, input, activation)
+    _check_residual(name, residual, input)
+    if residual.dtype != input.dtype:
+        raise TypeError(
+            f"{name}: residual has dtype {residual.dtype}, expected the input's {input.dtype}; convert one of them"
+        )
 
 
 def _refuse_vector(name, argument, tensor, input) -> None:

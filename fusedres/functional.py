@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, reference
-from .checks import check_batch_norm_act, check_projected_shape, check_projection
-from .dispatch import goes_to_kernels, wants_triton
+from . import add, autograd, reference
+from .activations import activate
+from .checks import check_add_act, check_batch_norm_act, check_projected_shape, check_projection
+from .dispatch import goes_to_kernels, is_eager, wants_triton
 from .dual import tail_of_two
 from .projection import project
 
-__all__ = ["batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"]
+__all__ = [
+    "add_act",
+    "batch_norm_act",
+    "dual_batch_norm_act",
+    "projection",
+    "projection_batch_norm_act",
+]
 
 
 def batch_norm_act(
@@ -217,6 +224,32 @@ def projection_batch_norm_act(
         weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
         activation, moments,
     )  # fmt: skip
+
+
+def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu") -> Tensor:
+    """`activation(input + residual)`: the end of a block that scales what its last BatchNorm gave.
+
+    Args:
+        input, residual: of one shape [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or float64.
+        activation: as for `batch_norm_act`.
+
+    Returns:
+        A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the triton backend was asked for and cannot run there.
+    """
+    check_add_act("add_act", input, residual, activation)
+    if (
+        activation is not None
+        and is_eager()
+        and wants_triton(input.is_cuda)
+        and goes_to_kernels(input)
+    ):
+        return add.add_act(input, residual, activation)
+    return activate(input + residual, activation, in_place=is_eager())
 
 
 def _with_tensor_momentum(

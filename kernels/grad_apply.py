@@ -60,9 +60,14 @@ def bn_grad_apply_kernel(
     """dx and dresidual (each where given) <- dy, x."""
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
-    b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
-    b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    if p_saved is None:  # no BatchNorm: x and the gradient as they are
+        b_mean = tl.zeros(o_channel.shape, ACC)
+        b_low = tl.zeros(o_channel.shape, ACC)
+        b_scale = tl.full(o_channel.shape, 1.0, ACC)
+    else:
+        b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
+        b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     b_scale = b_scale * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
     if p_coefficients is not None:
@@ -126,7 +131,7 @@ def launch_bn_grad_apply(
     bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     coefficients: Tensor | None,
     dx: Tensor | None,
     dresidual: Tensor | None,

@@ -23,7 +23,8 @@ def load_norm(
 ):
     """(mean, mean_low, scale, bias), each [BLOCK_CHANNELS]; scale = invstd * weight.
 
-    With running statistics: from those, and they are left in saved [3, C] (where given); else saved is read.
+    With running statistics: from those, and they are left in saved [3, C] (where given); else saved is read. With
+    neither there is no BatchNorm: the values as they are.
     """
     if p_running_mean is not None:
         b_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, ACC)
@@ -34,6 +35,10 @@ def load_norm(
             tl.store(p_saved + o_channel, b_mean, mask=m_channel)
             tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
             tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+    elif p_saved is None:
+        b_mean = tl.zeros(o_channel.shape, ACC)
+        b_low = tl.zeros(o_channel.shape, ACC)
+        b_invstd = tl.full(o_channel.shape, 1.0, ACC)
     else:
         b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
         b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)

@@ -22,6 +22,7 @@ FLOORS = (
         "fork",
         "autograd",
         "dual",
+        "add",
         "projection",
         "functional",
     ),

@@ -16,8 +16,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from ..nn.norms import is_frozen
-from .nodes import gives_back
+from ..nn.norms import is_frozen, why_called
 
 IN_PLACE_OPERATORS = frozenset(
     (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -50,7 +49,9 @@ class Effects:
         for node in graph.nodes:
             self._group[node] = node
             if not self._is_fresh(node):
-                for source in node.all_input_nodes:
+                # What works in place gives back its first argument.
+                is_first = in_place(node) and isinstance(node.args[0], fx.Node)
+                for source in node.args[:1] if is_first else node.all_input_nodes:
                     self._merge(node, source)
 
     def between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
@@ -71,14 +72,22 @@ class Effects:
         return None
 
     def is_private(self, read: fx.Node, last: fx.Node) -> bool:
-        """Whether the memory of `read` was made in this forward, and is seen by nobody after `last`."""
+        """Whether the memory of `read` was made in this forward, and is seen by nobody after `last`.
+
+        A child is trusted not to keep what it gives back, as long as nobody hangs a hook on it.
+        """
         group = [node for node in self._order if self._find(node) is self._find(read)]
         before = [node for node in group if self._order[node] < self._order[last]]
         return all(
-            (self._is_fresh(node) or in_place(node) or gives_back(node, self._modules))
-            and all(self._order[user] <= self._order[last] for user in node.users)
+            self._makes(node) and all(self._order[user] <= self._order[last] for user in node.users)
             for node in before
         )
+
+    def _makes(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            child = self._modules.get(str(node.target))
+            return child is not None and why_called(child) is None
+        return self._is_fresh(node) or in_place(node)
 
     def why_state_is_used(self, nodes: Iterable[fx.Node], name: str) -> str | None:
         """Why one of `nodes` would see whether the BatchNorm `name` has run: it calls it, or reads its statistics.

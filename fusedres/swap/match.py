@@ -170,6 +170,39 @@ def _follow(match: Match, modules: Modules, effects: Effects, taken: set[fx.Node
     return None
 
 
+@dataclass
+class Sum:
+    """An addition with an activation behind it that is no BatchNorm's site: `act(input + residual)`."""
+
+    add: fx.Node
+    act: fx.Node
+    activation: str
+    input: fx.Node
+    residual: fx.Node
+    passed: tuple[fx.Node, ...]
+
+
+def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Sum]:
+    """The sums outside of `taken` that their activation can be fused with; `find_matches` has seen the graph."""
+    effects = Effects(graph, modules)
+    found = []
+    for add in graph.nodes:
+        summands = operands(add) if is_add(add) and add not in taken else None
+        if summands is None or summands[0] is summands[1]:
+            continue
+        act, passed, _ = past_identities(add, modules)
+        activation = None if act is None else activation_in(act, modules)
+        if act is None or activation is None or act in taken:
+            continue
+        if in_place(add) and not effects.is_private(summands[0], add):
+            continue
+        between = [node for node in effects.between(add, act) if node not in passed]
+        is_written = any(effects.writer(between, summand) is not None for summand in summands)
+        if not is_written and _why_act_not_skipped(act, modules) is None:
+            found.append(Sum(add, act, activation, *summands, passed))
+    return found
+
+
 def _hazard(match: Match, effects: Effects) -> str | None:
     """Why the BatchNorm cannot wait until the end of its site; None when it can."""
     norm, end = match.norm, match.end

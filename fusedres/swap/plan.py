@@ -10,10 +10,10 @@ from torch import fx, nn
 
 from ..activations import parse
 from ..nn.norms import is_batch_norm
-from .config import FuseConfig
+from .config import SUM, FuseConfig
 from .inline import Traces, inline
-from .match import Match, find_matches
-from .nodes import Skipped, family_of, skipped
+from .match import Match, Sum, find_matches, find_sums
+from .nodes import Skipped, family_of, skipped, title
 from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
 from .subclass import original_class
@@ -105,8 +105,11 @@ def decide(
     inlined = inline(graph, modules, traces, allows)
     matches = find_matches(graph, modules, inlined)
     sites, chosen = _sites(matches, norms, config)
-    if not chosen:
+    taken = {node for match in matches if match.reason is None for node in match.nodes}
+    sums = [each for each in find_sums(graph, modules, taken) if _wants_sum(each, config)]
+    if not chosen and not (sums and norms):
         return Decision(None, sites)
+    sites = _with_sums(sites, sums, chosen)
     norms_taken = {node for match in chosen for node in _norms_of(match)}
     inlined.fold(norms_taken)
     inside = [
@@ -116,9 +119,11 @@ def decide(
         for part in parts
     ]
     shortcuts = [match.projected for match in chosen if match.projected is not None]
-    left_out = tuple(dict.fromkeys((*inlined.skipped, *inside, *_skipped(chosen, modules))))
+    left_out = tuple(
+        dict.fromkeys((*inlined.skipped, *inside, *_skipped([*chosen, *sums], modules)))
+    )
     try:
-        source, imports = rewrite(graph, chosen)
+        source, imports = rewrite(graph, chosen, sums)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
     plan = Plan(
@@ -171,6 +176,24 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     return tuple(sites), chosen
 
 
+def _wants_sum(each: Sum, config: FuseConfig) -> bool:
+    return SUM in config.patterns and parse(each.activation).name in config.activations
+
+
+def _with_sums(sites: tuple[Site, ...], sums: list[Sum], chosen: list[Match]) -> tuple[Site, ...]:
+    """The sites, the last fused one of which tells of the sums: a row of the report is a BatchNorm."""
+    if not sums or not chosen:
+        return sites
+    last = str(chosen[-1].norm.target)
+    text = f"add+{title(sums[-1].activation)} of its block runs as one too"
+    return tuple(
+        replace(site, note="; ".join(filter(None, (site.note, text))))
+        if site.norm == last
+        else site
+        for site in sites
+    )
+
+
 def _limit_shortcut(match: Match, config: FuseConfig) -> None:
     """Leave the shortcut out of the site where the user wants it so."""
     shortcut = match.projected
@@ -187,14 +210,14 @@ def _why_left_out(match: Match, config: FuseConfig) -> str | None:
     return None if family in config.patterns else f"config.patterns leaves out {family}"
 
 
-def _skipped(chosen: list[Match], modules: Mapping[str, nn.Module]) -> list[Skipped]:
+def _skipped(chosen: Iterable[Match | Sum], modules: Mapping[str, nn.Module]) -> list[Skipped]:
     """The children of the sites that are not called any more, apart from the BatchNorms."""
     found: list[Skipped] = []
     for match in chosen:
         called = (*match.passed, match.act)
         names = [str(n.target) for n in called if n is not None and n.op == "call_module"]
         found.extend(skipped(name, modules[name]) for name in names)
-        if match.projected is not None:
+        if isinstance(match, Match) and match.projected is not None:
             found.extend(match.projected.skipped)
     return found
 

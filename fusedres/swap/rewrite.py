@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..nn.add import call_add
 from ..nn.batch_norm import call_tail
 from ..nn.projection import call_projected_tail
-from .match import Match
+from .alias import in_place
+from .match import Match, Sum
 from .nodes import Skipped
 from .record import NotTraceable
 
@@ -22,8 +24,8 @@ Imports = tuple[tuple[str, str, str], ...]
 _FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
 
 
-def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
-    """Replace each match by a call of what runs it; the new source, and where its globals come from.
+def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str, Imports]:
+    """Replace each match and each sum by a call of what runs it; the new source, and where its globals come from.
 
     Raises:
         NotTraceable: the source would need an object that cannot be imported by name.
@@ -32,6 +34,8 @@ def rewrite(graph: fx.Graph, matches: list[Match]) -> tuple[str, Imports]:
     now: dict[fx.Node, fx.Node] = {}
     for match in matches:
         now[match.end] = _replace(graph, match, now)
+    for each in sums:
+        _replace_sum(graph, each, now)
     try:
         graph.lint()
     except RuntimeError as error:
@@ -76,6 +80,16 @@ def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.N
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
     return site
+
+
+def _replace_sum(graph: fx.Graph, each: Sum, now: dict[fx.Node, fx.Node]) -> None:
+    values = [now.get(node, node) for node in (each.input, each.residual)]
+    with graph.inserting_before(each.act):
+        call = graph.call_function(call_add, (*values, each.activation, in_place(each.add)))
+    each.act.replace_all_uses_with(call)
+    now[each.act] = call
+    for node in (each.act, *reversed(each.passed), each.add):
+        graph.erase_node(node)
 
 
 def _import_of(value: Any) -> tuple[str, str] | None:

@@ -1,0 +1,31 @@
+"""The addition and the activation at the end of a block that somebody else owns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..activations import activate
+from ..dispatch import goes_to_kernels, is_eager, wants_triton
+from ..functional import add_act
+
+
+def call_add(input: Tensor, residual: Tensor, activation: str, in_place: bool = False) -> Tensor:
+    """`activation(input + residual)`, fused where the two are alike; `in_place`: the sum is written to the input.
+
+    On plain PyTorch the activation works on the sum, which nobody else has seen.
+    """
+    if (
+        is_eager()
+        and input.shape == residual.shape
+        and input.dtype == residual.dtype
+        and input.device == residual.device
+        and input.dim() > 1
+        and wants_triton(input.is_cuda)
+        and goes_to_kernels(input)
+    ):
+        return add_act(input, residual, activation=activation)
+    if in_place:
+        input += residual
+    else:
+        input = input + residual
+    return activate(input, activation, is_eager())
