@@ -51,11 +51,12 @@ def batch_norm_act(
             cumulative average of `nn.BatchNorm2d(momentum=None)`).
         eps: added to the variance.
         residual: like `input` in shape, in any layout; added before the activation.
-        activation: "relu" or None.
+        activation: None, or a name: "relu", "relu6", "leaky_relu" ("leaky_relu(0.2)" for a slope that is not 0.01),
+            "silu", "gelu", "gelu_tanh", "hardswish", "mish".
 
     Returns:
         A tensor with the input's shape, dtype and memory format. Arithmetic is in float32 (float64 for float64) and
-        rounded once. First and second derivatives are supported; a NaN passes through the ReLU, as in PyTorch.
+        rounded once. First and second derivatives are supported; a NaN passes through the activation, as in PyTorch.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -114,7 +115,7 @@ def dual_batch_norm_act(
         weight, bias, residual_weight, residual_bias: [C] or None (ones and zeros).
         training: normalise both with the statistics of the batch.
         momentum, eps, residual_momentum, residual_eps: numbers, as for `batch_norm_act`.
-        activation: "relu" or None.
+        activation: as for `batch_norm_act`.
 
     Returns:
         A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
@@ -202,7 +203,7 @@ def projection_batch_norm_act(
         projection_weight: [C, Cin, 1, ...].
         running_mean to residual_eps: as for `dual_batch_norm_act`; the residual is the projected shortcut.
         projection_bias, stride, padding, dilation, groups: as for `projection`.
-        activation: "relu" or None.
+        activation: as for `batch_norm_act`.
 
     Returns:
         A tensor with the input's shape, dtype and memory format.

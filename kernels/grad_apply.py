@@ -16,6 +16,7 @@ from .grad import load_dz
 from .launch import Tile
 from .layout import RowMap, Strides
 from .moments import center, normalize
+from .norm import load_norm
 from .start import start
 from .tile import load_vector, tile_channels, tile_offsets, tile_rows
 
@@ -60,25 +61,16 @@ def bn_grad_apply_kernel(
     """dx and dresidual (each where given) <- dy, x."""
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    if p_saved is None:  # no BatchNorm: x and the gradient as they are
-        b_mean = tl.zeros(o_channel.shape, ACC)
-        b_low = tl.zeros(o_channel.shape, ACC)
-        b_scale = tl.full(o_channel.shape, 1.0, ACC)
-    else:
-        b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
-        b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
-        b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-    b_scale = b_scale * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    b_mean, b_low, b_scale, b_bias = load_norm(
+        None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC
+    )
+    b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+        None, None, p_residual_saved, p_residual_weight, p_residual_bias,
+        o_channel, m_channel, channels, i_program, 0.0, ACC,
+    )  # fmt: skip
     if p_coefficients is not None:
         b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
         b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
-    if p_residual_saved is not None:
-        b_rscale = load_vector(p_residual_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-        b_rscale = b_rscale * load_vector(p_residual_weight, o_channel, m_channel, 1.0, ACC)
-        b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
-        b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
-        b_rbias = load_vector(p_residual_bias, o_channel, m_channel, 0.0, ACC)
     if p_residual_coefficients is not None:
         b_rslope = load_vector(p_residual_coefficients, o_channel, m_channel, 0.0, ACC)
         b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_channel, 0.0, ACC)
@@ -100,9 +92,7 @@ def bn_grad_apply_kernel(
             o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
             b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
         if IN_Z:
-            b_added = b_residual
-            if p_residual_saved is not None:
-                b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
+            b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
         else:
             b_added = None
         b_dz = load_dz(
@@ -117,8 +107,7 @@ def bn_grad_apply_kernel(
                 b_dx += b_slope[None, :] * b_centered + b_level[None, :]
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
-            if p_residual_saved is not None:
-                b_dz = b_rscale[None, :] * b_dz
+            b_dz = b_rscale[None, :] * b_dz
             if p_residual_coefficients is not None:
                 b_centered = center(b_residual, b_rmean, b_rlow)
                 b_dz += b_rslope[None, :] * b_centered + b_rlevel[None, :]

@@ -27,8 +27,9 @@ from .moments import (
     normalize,
     sum_rows,
 )
+from .norm import load_norm
 from .start import start
-from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+from .tile import tile_channels, tile_offsets, tile_rows
 
 
 class Skip(NamedTuple):
@@ -103,11 +104,13 @@ def bn_grad_reduce_kernel(
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(0)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
-    b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
-    b_scale = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-    b_scale = b_scale * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    b_mean, b_low, b_scale, b_bias = load_norm(
+        None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC
+    )
+    b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+        None, None, p_residual_saved, p_residual_weight, p_residual_bias,
+        o_channel, m_channel, channels, i_program, 0.0, ACC,
+    )  # fmt: skip
 
     b_sum = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
@@ -116,11 +119,6 @@ def bn_grad_reduce_kernel(
     # The residual is part of z, where z is computed again; with a BatchNorm of its own it has sums of its own too.
     IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
     if p_residual_saved is not None:
-        b_rmean = load_vector(p_residual_saved, o_channel, m_channel, 0.0, ACC)
-        b_rlow = load_vector(p_residual_saved + channels, o_channel, m_channel, 0.0, ACC)
-        b_rscale = load_vector(p_residual_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-        b_rscale = b_rscale * load_vector(p_residual_weight, o_channel, m_channel, 1.0, ACC)
-        b_rbias = load_vector(p_residual_bias, o_channel, m_channel, 0.0, ACC)
         b_rdot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
         b_rdot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
@@ -134,9 +132,7 @@ def bn_grad_reduce_kernel(
         if IN_Z:
             o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
             b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-            b_added = b_residual
-            if p_residual_saved is not None:
-                b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
+            b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
         else:
             b_added = None
         b_dz = load_dz(

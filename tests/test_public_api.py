@@ -15,7 +15,9 @@ PUBLIC = {
         "FuseConfig", "FuseReport", "backend", "explain", "functional", "fuse_", "get_backend", "is_fused", "nn",
         "set_backend", "unfuse_",
     },
-    fusedres.functional: {"add_act", "batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act"},
+    fusedres.functional: {
+        "add_act", "batch_norm_act", "dual_batch_norm_act", "projection", "projection_batch_norm_act",
+    },
     fusedres.nn: {"BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "Projection"},
 }  # fmt: skip
 NAMES = [(module, name) for module in PUBLIC for name in sorted(PUBLIC[module])]

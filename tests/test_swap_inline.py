@@ -333,3 +333,22 @@ def test_the_processes_of_a_synchronised_one_are_told(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
     row = fusedres.fuse_(Tail(nn.SyncBatchNorm(4))).rows[0]
     assert row.reason == "norm: it shares its statistics among 4 processes"
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("residual", [None, X.float()], ids=["plain", "add"])
+def test_our_own_module_calls_a_child_with_parts_inside(residual):
+    layer = fusedres.nn.BatchNormAct2d(4, activation="relu")
+    layer.bn = timm_norm(act_layer=nn.SiLU)
+    x = X.float()
+    inner = F.silu(F.batch_norm(x, None, None, training=True))
+    expected = torch.relu(inner if residual is None else inner + residual)
+    torch.testing.assert_close(layer(x, residual), expected)
+
+
+@pytest.mark.once
+def test_a_shortcut_joins_a_norm_with_parts_inside_by_calling_it():
+    shortcut, norm = fusedres.nn.Projection(4, 4), timm_norm(act_layer=nn.SiLU)
+    x = X.float()
+    expected = torch.relu(copy.deepcopy(norm)(x) + copy.deepcopy(shortcut)(x))
+    torch.testing.assert_close(shortcut.join(norm, x, x), expected)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..activations import activate, check_activation
 from ..dual import tail_of_two
 from ..functional import batch_norm_act
-from .norms import activates, begin, promotes, why_not_fused
+from .norms import activates, begin, parts_inside, promotes, why_not_fused
 
 
 def call_batch_norm(
@@ -89,6 +89,8 @@ def call_tail(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
+    if promotes(norm, input) and activates(norm):
+        return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with.
     is_alone = residual is None and activation is None
     if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
@@ -111,8 +113,6 @@ def plain_call(
 ) -> Tensor:
     """The same by calling the module; `into`: the operand that the add is written to, "output" or "residual"."""
     output = norm(input)
-    if activation is not None and activates(norm):
-        return output
     if residual is not None and into == "output":
         output += residual
     elif residual is not None and into == "residual":
@@ -161,7 +161,12 @@ class _BatchNormAct(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
-        if torch.jit.is_tracing() or why_not_fused(norm) is not None:
+        if (
+            torch.jit.is_tracing()
+            or why_not_fused(norm) is not None
+            or parts_inside(norm)
+            or promotes(norm, input)
+        ):
             return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
 

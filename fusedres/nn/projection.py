@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..activations import check_activation
 from ..projection import project
 from .batch_norm import call_dual_batch_norm, plain_call
-from .norms import FUSED_NORMS, why_called, why_not_fused
+from .norms import FUSED_NORMS, parts_inside, why_called, why_not_fused
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -135,7 +135,7 @@ class Projection(nn.Sequential):
             norm: the last BatchNorm of the block's main path, which is given its input here and not called before.
             input: [N, out_channels, ...], what `norm` normalises.
             shortcut: [N, in_channels, ...], the block's input.
-            activation: "relu" or None.
+            activation: as for `fusedres.functional.batch_norm_act`.
 
         Raises:
             ValueError: an unknown activation.
@@ -151,6 +151,8 @@ class Projection(nn.Sequential):
             or why_called(self) is not None
             or why_not_fused(norm) is not None
             or why_not_fused(children[1]) is not None
+            or parts_inside(norm)
+            or parts_inside(children[1])
         ):
             return plain_call(norm, input, self(shortcut), activation)
         return call_projected_tail(norm, input, children[1], children[0], shortcut, activation)
