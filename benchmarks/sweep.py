@@ -125,6 +125,7 @@ def compare(build: Callable[[], nn.Module], like: nn.Module) -> tuple[float | No
         return None, "parity not looked at: too large"
     torch.manual_seed(0)
     model = build().double()
+    module: Any
     for module in model.modules():
         # A scale of zero, with which many a residual branch begins, would hide what the branch computes.
         if is_batch_norm(module) and isinstance(module.weight, nn.Parameter):

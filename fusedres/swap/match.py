@@ -199,7 +199,7 @@ def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Su
         between = [node for node in effects.between(add, act) if node not in passed]
         is_written = any(effects.writer(between, summand) is not None for summand in summands)
         if not is_written and _why_act_not_skipped(act, modules) is None:
-            found.append(Sum(add, act, activation, *summands, passed))
+            found.append(Sum(add, act, activation, summands[0], summands[1], passed))
     return found
 
 
