@@ -23,14 +23,14 @@ def run(model: nn.Module, x: Tensor, steps: int = 1) -> dict[str, Tensor]:
     """
     model, x = copy.deepcopy(model), x.clone().requires_grad_()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    found = {}
+    found: dict[str, Tensor] = {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for step in range(steps):
             optimizer.zero_grad()
             # A product keeps the block's input from being a leaf that an in-place ReLU may not touch.
             outputs = [t for t in tree_leaves(model(x * 1)) if isinstance(t, Tensor)]
-            sum(_weighed(output) for output in outputs).backward()
+            torch.stack([_weighed(output) for output in outputs]).sum().backward()
             found |= {f"output {step} {k}": output.detach() for k, output in enumerate(outputs)}
             found |= {
                 f"grad {n} {step}": p.grad
