@@ -38,7 +38,8 @@ def run(model: nn.Module, x: Tensor, steps: int = 1) -> dict[str, Tensor]:
                 if p.grad is not None
             }
             optimizer.step()
-    found["grad of the input"] = x.grad
+    if x.grad is not None:
+        found["grad of the input"] = x.grad
     return {**found, **model.state_dict()}
 
 
