@@ -114,17 +114,12 @@ def _match(
 ) -> Match:
     match = Match(norm)
     reason = _follow(match, modules, effects, taken)
-    child = modules[str(norm.target)]
     if match.end is norm:
         match.passed, match.note = (), reason or ""
-        if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
-            match.reason = "it is called with more than one argument"
-        elif (obstacle := why_not_fused(child)) is not None:
-            match.reason = f"{norm.target}: {obstacle}"
-        elif parts_inside(child) and norm not in inlined.inside:
-            match.reason = f"{norm.target}: what it calls itself ({_inside(child)}) is not known"
-    elif (obstacle := why_not_fused(child)) is not None:
-        match.reason = f"{norm.target}: {obstacle}"
+    if (obstacle := _why_norm_not_run(norm, modules, inlined)) is not None:
+        match.reason = obstacle
+    elif match.end is norm:
+        match.reason = None
     elif match.act is not None and (obstacle := _why_act_not_skipped(match.act, modules)):
         match.reason = obstacle
     else:
@@ -217,6 +212,18 @@ def _hazard(match: Match, effects: Effects) -> str | None:
         after = [node for node in effects.between(match.add, end) if node not in site]
         if (writer := effects.writer(after, match.residual)) is not None:
             return f"the residual may be written to before the activation, by {name_of(writer)}"
+    return None
+
+
+def _why_norm_not_run(norm: fx.Node, modules: Modules, inlined: Inlined) -> str | None:
+    """Why this call of a BatchNorm cannot be run without calling it; None when it can."""
+    if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
+        return "it is called with more than one argument"
+    child = modules[str(norm.target)]
+    if (obstacle := why_not_fused(child)) is not None:
+        return f"{norm.target}: {obstacle}"
+    if parts_inside(child) and norm not in inlined.inside:
+        return f"{norm.target}: what it calls itself ({_inside(child)}) is not known"
     return None
 
 
