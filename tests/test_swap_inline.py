@@ -211,6 +211,143 @@ class TestControl:
         assert len({row.where for row in rows}) == len(rows) == 6
 
 
+# --- BatchNorm called as a function ------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """F.batch_norm on attributes; `forward` may be another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.gamma, self.beta = nn.Parameter(torch.rand(4)), nn.Parameter(torch.zeros(4))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4))
+        self.eps = 1e-3
+
+    def norm(self, x, training):
+        return F.batch_norm(
+            x, self.mean, self.running_var, self.gamma, self.beta, training, 0.2, self.eps
+        )
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x), self.training) + x)
+
+
+class FunctionalUnscaled(Functional):
+    def forward(self, x):
+        out = F.batch_norm(self.conv(x), self.mean, self.running_var, training=self.training)
+        out += x
+        return torch.relu_(out)
+
+
+class FunctionalFrozen(Functional):
+    def forward(self, x):
+        return F.silu(self.norm(self.conv(x), False))
+
+
+class FunctionalAlways(Functional):
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x), True))
+
+
+class FunctionalUntracked(Functional):
+    def forward(self, x):
+        return F.relu(F.batch_norm(self.conv(x), None, None, self.gamma, training=True) + x)
+
+
+class FunctionalPromoted(Functional):
+    """What is added has the same values in every pixel."""
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x), self.training) + x.mean((2, 3), keepdim=True))
+
+
+class FunctionalInside(nn.Module):
+    """It ends a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Functional()
+
+    def forward(self, x):
+        return self.block.norm(self.block.conv(x), self.training) + x
+
+
+FUNCTIONS = {
+    Functional: TAIL, FunctionalUnscaled: TAIL, FunctionalFrozen: "BN+SiLU", FunctionalAlways: CHAIN,
+    FunctionalUntracked: TAIL, FunctionalPromoted: TAIL,
+}  # fmt: skip
+
+
+class FunctionalTwice(Functional):
+    """The second call must see what the first made of the running statistics."""
+
+    def forward(self, x):
+        first = self.norm(self.conv(x), self.training)
+        second = F.relu(self.norm(self.conv(x) * 2, self.training))
+        return F.relu(first + second)
+
+
+class FunctionalRead(Functional):
+    def forward(self, x):
+        first = self.norm(self.conv(x), self.training)
+        return F.relu(first + x * self.mean.view(1, -1, 1, 1))
+
+
+class FunctionalOfComputed(Functional):
+    """A weight that is computed is no attribute."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return F.relu(
+            F.batch_norm(x, self.mean, self.running_var, self.gamma * 2, None, self.training)
+        )
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("cls", FUNCTIONS, ids=lambda c: c.__name__)
+def test_a_function_is_found(cls):
+    report = fusedres.fuse_(cls())
+    assert [(row.where, row.pattern, row.status) for row in report.rows] == [
+        ("gamma" if cls is FunctionalUntracked else "mean", FUNCTIONS[cls], "fused")
+    ]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "cls",
+    [*FUNCTIONS, FunctionalInside, FunctionalTwice, FunctionalRead, FunctionalOfComputed],
+    ids=lambda c: c.__name__,
+)
+def test_a_function_computes_the_same(cls, training):
+    block = make(cls()).train(training)
+    assert excess(block, fused_copy(block), X, steps=2) <= ALLOWED
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (FunctionalTwice, "mean is used before the site ends"),
+        (FunctionalRead, "mean is used before the site ends"),
+    ],
+)
+def test_a_function_that_may_not_wait_is_left_alone(cls, reason):
+    row = fusedres.fuse_(cls()).rows[0]
+    assert (row.status, row.reason) == ("left alone", reason)
+
+
+@pytest.mark.once
+def test_a_function_falls_back_when_what_it_read_changes():
+    block = make(Functional())
+    fused = fused_copy(block)
+    for each in (block, fused):
+        each.eps = 0.5
+    assert excess(block, fused, X) <= ALLOWED
+
+
 # --- BatchNorms with parts inside, frozen and synchronised ones --------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import activate, check_activation
@@ -95,13 +96,46 @@ def call_tail(
     is_alone = residual is None and activation is None
     if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
         return plain_call(norm, input, residual, activation, into)
-    if residual is None or (
+    if residual is None or _is_like(residual, input):
+        return call_batch_norm(norm, input, residual, activation)
+    return plain_call(norm, input, residual, activation, into)
+
+
+def call_function(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    into: str | None = None,
+) -> Tensor:
+    """`activation(F.batch_norm(input, ...) + residual)`: `call_tail` for a BatchNorm that is called as a function."""
+    vectors = running_mean, running_var, weight, bias
+    is_like = all(t is None or t.dtype in (torch.float32, input.dtype) for t in vectors)
+    is_alone = residual is None and activation is None
+    if (
+        is_like
+        and (residual is None or _is_like(residual, input))
+        and not (is_alone and torch.compiler.is_compiling())
+    ):
+        return batch_norm_act(
+            input, *vectors, training, momentum, eps, residual=residual, activation=activation
+        )
+    output = F.batch_norm(input, *vectors, training, momentum, eps)
+    return _finished(output, residual, activation, into)
+
+
+def _is_like(residual: Tensor, input: Tensor) -> bool:
+    return (
         residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
-    ):
-        return call_batch_norm(norm, input, residual, activation)
-    return plain_call(norm, input, residual, activation, into)
+    )
 
 
 def plain_call(
@@ -112,7 +146,12 @@ def plain_call(
     into: str | None = None,
 ) -> Tensor:
     """The same by calling the module; `into`: the operand that the add is written to, "output" or "residual"."""
-    output = norm(input)
+    return _finished(norm(input), residual, activation, into)
+
+
+def _finished(
+    output: Tensor, residual: Tensor | None, activation: str | None, into: str | None
+) -> Tensor:
     if residual is not None and into == "output":
         output += residual
     elif residual is not None and into == "residual":

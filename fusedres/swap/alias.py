@@ -111,6 +111,26 @@ class Effects:
                     return f"{source.target} is used before the site ends"
         return None
 
+    def why_tensors_are_used(
+        self, nodes: Iterable[fx.Node], reads: Iterable[fx.Node]
+    ) -> str | None:
+        """Why one of `nodes` would see whether what works on these attributes has run; None where none would."""
+        state = {id(self._tensor(str(read.target))) for read in reads}
+        for node in nodes:
+            child = self._modules.get(str(node.target)) if node.op == "call_module" else None
+            if child is not None and not state.isdisjoint(
+                id(tensor) for tensor in (*child.parameters(), *child.buffers())
+            ):
+                return f"{node.target} holds its state too, and is called before the site ends"
+            for source in node.all_input_nodes:
+                if source.op == "get_attr" and id(self._tensor(str(source.target))) in state:
+                    return f"{source.target} is used before the site ends"
+        return None
+
+    def _tensor(self, target: str) -> Any:
+        owner, _, attribute = target.rpartition(".")
+        return getattr(self._modules.get(owner), attribute, None)
+
     def _is_of(self, target: str, norm: nn.Module, state: set[int]) -> bool:
         owner, _, attribute = target.rpartition(".")
         module = self._modules.get(owner)

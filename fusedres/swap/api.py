@@ -167,7 +167,7 @@ def _decisions(
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules with a forward that have a BatchNorm below them."""
+    """The modules with a forward that have a BatchNorm below them, or call it as a function."""
     above = {""} if is_batch_norm(model) else set()
     for name, module in model.named_modules(remove_duplicate=False):
         if is_batch_norm(module) and name:
@@ -175,11 +175,21 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             above.update(".".join(parts[:k]) for k in range(len(parts)))
     for name, module in model.named_modules():
         if (
-            name in above
+            (name in above or _names_batch_norm(module))
             and not is_batch_norm(module)
             and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         ):
             yield name, module
+
+
+def _names_batch_norm(module: nn.Module) -> bool:
+    """Whether a method of its class, PyTorch's own ones apart, says `batch_norm`."""
+    return any(
+        "batch_norm" in getattr(getattr(value, "__code__", None), "co_names", ())
+        for cls in original_class(module).__mro__
+        if not cls.__module__.startswith("torch.")
+        for value in vars(cls).values()
+    )
 
 
 def _planned(

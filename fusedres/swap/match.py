@@ -8,15 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..nn.norms import is_batch_norm, parts_inside, why_not_fused
+from ..nn.norms import parts_inside, why_not_fused
 from .alias import Effects, in_place
 from .inline import Inlined
 from .nodes import (
     Modules,
+    NormCall,
     activation_in,
     describe,
     is_add,
+    is_norm,
     name_of,
+    norm_call,
     operands,
     past_identities,
     skipped,
@@ -36,7 +39,8 @@ class Match:
     The nodes of the site are `norm`, `add` and `act`, the last two None where there is none, and `passed`: children in
     between that give back what they are given. `activation` is the name of what `act` computes, `residual` the other
     operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
-    that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual").
+    that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual"),
+    `call` its arguments where it is called as a function.
     """
 
     norm: fx.Node
@@ -49,12 +53,23 @@ class Match:
     passed: tuple[fx.Node, ...] = ()
     note: str = ""
     into: str | None = None
+    call: NormCall | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """All nodes of the site."""
         nodes = (self.norm, *self.passed, self.add, self.act)
         return tuple(node for node in nodes if node is not None)
+
+    @property
+    def name(self) -> str:
+        """The BatchNorm's name below the owner; of a function, that of the first of its attributes."""
+        return str((self.norm if self.call is None else self.call.state[0]).target)
+
+    @property
+    def input(self) -> fx.Node:
+        """What the BatchNorm normalises."""
+        return self.norm.all_input_nodes[0] if self.call is None else self.call.input
 
     @property
     def pattern(self) -> str:
@@ -92,7 +107,7 @@ def find_matches(graph: fx.Graph, modules: Modules, inlined: Inlined) -> list[Ma
     taken: set[fx.Node] = set()
     matches = []
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_module" and is_batch_norm(modules[str(node.target)]):
+        if is_norm(node, modules):
             match = _match(node, modules, effects, taken, inlined)
             if match.reason is None:
                 taken.update(match.nodes[1:])
@@ -112,7 +127,7 @@ def _follow_in_place(graph: fx.Graph) -> None:
 def _match(
     norm: fx.Node, modules: Modules, effects: Effects, taken: set[fx.Node], inlined: Inlined
 ) -> Match:
-    match = Match(norm)
+    match = Match(norm, call=norm_call(norm))
     reason = _follow(match, modules, effects, taken)
     if match.end is norm:
         match.passed, match.note = (), reason or ""
@@ -124,9 +139,9 @@ def _match(
         match.reason = obstacle
     else:
         match.reason = reason or _hazard(match, effects)
-    if match.reason is None and match.residual is not None:
+    if match.reason is None and match.residual is not None and match.call is None:
         match.shortcut = find_shortcut(
-            match.residual, str(norm.target), match.nodes, match.end, modules, effects, inlined.refused
+            match.residual, match.name, match.nodes, match.end, modules, effects, inlined.refused
         )  # fmt: skip
     return match
 
@@ -203,10 +218,13 @@ def _hazard(match: Match, effects: Effects) -> str | None:
     norm, end = match.norm, match.end
     site = match.nodes
     waiting = [node for node in effects.between(norm, end) if node not in site]
-    source = norm.all_input_nodes[0]
-    if (writer := effects.writer(waiting, source)) is not None:
+    if (writer := effects.writer(waiting, match.input)) is not None:
         return f"its input may be written to before the site ends, by {name_of(writer)}"
-    if (reason := effects.why_state_is_used(waiting, str(norm.target))) is not None:
+    if match.call is None:
+        reason = effects.why_state_is_used(waiting, match.name)
+    else:
+        reason = effects.why_tensors_are_used(waiting, match.call.state)
+    if reason is not None:
         return reason
     if match.add is not None and match.residual is not None:
         after = [node for node in effects.between(match.add, end) if node not in site]
@@ -217,6 +235,8 @@ def _hazard(match: Match, effects: Effects) -> str | None:
 
 def _why_norm_not_run(norm: fx.Node, modules: Modules, inlined: Inlined) -> str | None:
     """Why this call of a BatchNorm cannot be run without calling it; None when it can."""
+    if norm.op != "call_module":
+        return None
     if len(norm.args) + len(norm.kwargs) != 1 or len(norm.all_input_nodes) != 1:
         return "it is called with more than one argument"
     child = modules[str(norm.target)]

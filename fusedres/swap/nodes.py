@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..activations import SLOPE, is_piecewise
-from ..nn.norms import why_called
+from ..nn.norms import is_batch_norm, why_called
 from .record import Path
 from .subclass import original_class
 
@@ -175,6 +175,43 @@ def activation_in(node: fx.Node, modules: Modules) -> str | None:
     if len(node.args) - 1 > len(names) or not set(options) <= set(names):
         return None
     return name(**options)
+
+
+class NormCall(NamedTuple):
+    """The arguments of a call of F.batch_norm; state is read off modules, the rest are numbers."""
+
+    input: fx.Node
+    running_mean: fx.Node | None = None
+    running_var: fx.Node | None = None
+    weight: fx.Node | None = None
+    bias: fx.Node | None = None
+    training: fx.Node | bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    @property
+    def state(self) -> list[fx.Node]:
+        """What it reads off modules, apart from the mode."""
+        return [node for node in self[1:5] if isinstance(node, fx.Node)]
+
+
+def norm_call(node: fx.Node) -> NormCall | None:
+    """A call of F.batch_norm on attributes; None for anything else."""
+    if node.op != "call_function" or node.target is not F.batch_norm:
+        return None
+    call = NormCall(*node.args, **node.kwargs)
+    reads = [value for value in call[1:6] if isinstance(value, fx.Node)]
+    is_plain = all(type(value) in (int, float) for value in call[6:])
+    if not isinstance(call.input, fx.Node) or not is_plain or not call.state:
+        return None
+    return call if all(value.op == "get_attr" for value in reads) else None
+
+
+def is_norm(node: fx.Node, modules: Modules) -> bool:
+    """Whether a node is a BatchNorm, called as a module or as a function."""
+    if node.op == "call_module":
+        return is_batch_norm(modules[str(node.target)])
+    return norm_call(node) is not None
 
 
 def is_add(node: fx.Node) -> bool:

@@ -132,7 +132,9 @@ def decide(
         inputs=traced.inputs,
         defaults=traced.defaults,
         reads=(*traced.reads, *inlined.reads),
-        norms=_paths((*(str(match.norm.target) for match in chosen), *(s.norm for s in shortcuts))),
+        norms=_paths(
+            (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
+        ),
         skipped=left_out,
         sites=sites,
         fingerprint=fingerprint(original_class(module), left_out),
@@ -155,7 +157,7 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
             continue
         left_out = _why_left_out(match, config) if match.reason is None else None
         excluded, reason = left_out is not None, left_out or match.reason
-        sites.append(Site(str(match.norm.target), match.pattern, reason, excluded, match.note))
+        sites.append(Site(match.name, match.pattern, reason, excluded, match.note))
         if (shortcut := match.shortcut) is not None:
             refused = shortcut.reason if reason is None else reason
             sites.append(
@@ -184,7 +186,7 @@ def _with_sums(sites: tuple[Site, ...], sums: list[Sum], chosen: list[Match]) ->
     """The sites, the last fused one of which tells of the sums: a row of the report is a BatchNorm."""
     if not sums or not chosen:
         return sites
-    last = str(chosen[-1].norm.target)
+    last = chosen[-1].name
     text = f"add+{title(sums[-1].activation)} of its block runs as one too"
     return tuple(
         replace(site, note="; ".join(filter(None, (site.note, text))))

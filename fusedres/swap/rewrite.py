@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..nn.add import call_add
-from ..nn.batch_norm import call_tail
+from ..nn.batch_norm import call_function, call_tail
 from ..nn.projection import call_projected_tail
 from .alias import in_place
 from .match import Match, Sum
@@ -56,10 +56,13 @@ def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str
 def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.Node:
     """Put the call that runs a site in its place; that call."""
     activation = match.activation
-    input, shortcut = match.norm.all_input_nodes[0], match.projected
+    input, shortcut, call = match.input, match.projected, match.call
     residual = None if match.residual is None else now.get(match.residual, match.residual)
     obsolete = {*match.nodes}
-    if shortcut is None:
+    if call is not None:
+        with graph.inserting_before(match.end):
+            site = graph.call_function(call_function, (*call, residual, activation, match.into))
+    elif shortcut is None:
         with graph.inserting_before(match.end):
             norm = graph.create_node("get_attr", match.norm.target)
             site = graph.call_function(call_tail, (norm, input, residual, activation, match.into))

@@ -94,6 +94,8 @@ def is_rather_the_shortcut(norm: fx.Node, other: fx.Node, modules: Modules, adde
 
     added_to: the other is written to, as a block does with its main path; it decides where the projections do not.
     """
+    if norm.op != "call_module":
+        return False
     if other.op != "call_module" or not is_batch_norm(modules[str(other.target)]):
         return False
     if why_not_fused(modules[str(other.target)]) is not None:

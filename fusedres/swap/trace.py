@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .alias import IN_PLACE_OPERATORS
@@ -53,11 +54,28 @@ def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
     inputs, defaults = _signature(original)
     training, reads = _trace_mode(module, original, inputs, training=True)
     evaluation, more = _trace_mode(module, original, inputs, training=False)
+    _name_the_mode(training, evaluation)
     if _text(training) != _text(evaluation):
         raise NotTraceable("its forward is another one in train and in eval mode")
     modules = dict(module.named_modules(remove_duplicate=False))
     containers = _containers(training, modules)
     return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more, *containers))))
+
+
+def _name_the_mode(training: fx.Graph, evaluation: fx.Graph) -> None:
+    """Where F.batch_norm was told True in one mode and False in the other, it was told `self.training`."""
+    pairs = zip(list(training.nodes), list(evaluation.nodes), strict=False)
+    for node, other in pairs:
+        if (
+            node.kwargs.get("training") is True
+            and other.kwargs.get("training") is False
+            and node.target is F.batch_norm
+            and other.target is F.batch_norm
+        ):
+            for each in (node, other):
+                with each.graph.inserting_before(each):
+                    mode = each.graph.create_node("get_attr", "training")
+                each.kwargs = {**each.kwargs, "training": mode}
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
