@@ -80,17 +80,20 @@ def is_piecewise(activation: str | None) -> bool:
 
 
 def activate(input: Tensor, activation: str | None, in_place: bool = False) -> Tensor:
-    """act(input), by PyTorch's own function; `in_place` where that saves memory and nobody else holds the input."""
+    """act(input), by PyTorch's own function; `in_place` where nobody else holds the input.
+
+    Only ReLU makes use of it: out of place it keeps its output for the backward pass as well, so whoever writes to that
+    output afterwards sees no difference. The others keep their input.
+    """
     name, slope = parse(activation)
     if name is None:
         return input
     if name == "relu":
         return torch.relu_(input) if in_place else torch.relu(input)
     if name == "relu6":
-        return F.relu6(input, inplace=in_place)
+        return F.relu6(input)
     if name == "leaky_relu":
-        # Autograd has no in-place derivative where a negative slope swaps the signs.
-        return F.leaky_relu(input, slope, inplace=in_place and slope > 0)
+        return F.leaky_relu(input, slope)
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(input, approximate="tanh" if name == "gelu_tanh" else "none")
     return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[name](input)

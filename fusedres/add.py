@@ -1,7 +1,7 @@
 """`act(input + residual)`: the end of a block that scales what its last BatchNorm gave (squeeze-and-excitation).
 
     fusedres::add_act           input, residual -> output, bits
-    fusedres::add_act_backward  dy, output, bits -> the gradient of both
+    fusedres::add_act_backward  dy, the output's strides, bits -> the gradient of both
 
 The kernels are those of `batch_norm_act` with nothing to normalise. Passes: 3 1/16 forward (eager: 5 with the ReLU in
 place), 2 1/16 backward (eager: 3); of a smooth activation 3 and 4, since both operands are read again.
@@ -24,7 +24,8 @@ LIBRARY.define(
     "add_act(Tensor input, Tensor residual, str activation, bool save) -> (Tensor output, Tensor bits)"
 )
 LIBRARY.define(
-    "add_act_backward(Tensor dy, Tensor output, Tensor? input, Tensor? residual, Tensor bits, str activation) -> Tensor"
+    "add_act_backward(Tensor dy, SymInt[] stride, Tensor? input, Tensor? residual, Tensor bits, str activation) "
+    "-> Tensor"
 )
 _forward_operator = torch.ops.fusedres.add_act.default
 _backward_operator = torch.ops.fusedres.add_act_backward.default
@@ -55,21 +56,19 @@ def _no_bits(like: Tensor) -> Tensor:
 
 def _backward(
     dy: Tensor,
-    output: Tensor,
+    stride: list[int],
     input: Tensor | None,
     residual: Tensor | None,
     bits: Tensor,
     activation: str,
 ) -> Tensor:
-    """`output` tells the layout; both operands are given where the activation is smooth."""
-    if resolve(output.device, output.dtype)[0] != "triton":
+    """Laid out as the output was; both operands are given where the activation is smooth."""
+    dz = dy.new_empty_strided(dy.shape, stride)
+    if resolve(dy.device, dy.dtype)[0] != "triton":
         if input is not None and residual is not None:
-            dz = operators.smooth_gradient(dy, input + residual, activation)
-        else:
-            dz = keep_passing(dy, operators._unpack(bits, output), activation)
-        return torch.empty_like(output).copy_(dz)
+            return dz.copy_(operators.smooth_gradient(dy, input + residual, activation))
+        return dz.copy_(keep_passing(dy, operators._unpack(bits, dz), activation))
     k = operators._kernels()
-    dz = torch.empty_like(output)
     # Where bits tell, x is not read: dy stands in its place.
     operands = (dy, dy) if input is None or residual is None else (input, dy, residual)
     rows, (x, dy, *rest) = operators._common_rows(dz, *operands)
@@ -98,42 +97,41 @@ def _(input, residual, activation, save):
 
 
 @torch.library.register_fake("fusedres::add_act_backward", lib=LIBRARY)
-def _(dy, output, input, residual, bits, activation):
-    return torch.empty_like(output)
+def _(dy, stride, input, residual, bits, activation):
+    return dy.new_empty_strided(dy.shape, stride)
 
 
 class AddAct(torch.autograd.Function):
-    """Saved for backward: one bit an element, and the output, whose layout it has and which the next layer keeps anyway
-    (of a smooth activation the operands)."""
+    """Saved for backward: one bit an element; of a smooth activation the operands."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor, activation: str) -> Tensor:
         output, bits = _forward_operator(input, residual, activation, True)
         ctx.set_materialize_grads(False)
         operands = (None, None) if is_piecewise(activation) else (input, residual)
-        ctx.save_for_backward(output, *operands, bits)
-        ctx.activation = activation
+        ctx.save_for_backward(*operands, bits)
+        ctx.activation, ctx.stride = activation, output.stride()
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None
-        output, input, residual, bits = ctx.saved_tensors
+        input, residual, bits = ctx.saved_tensors
         if torch.is_grad_enabled():
-            dz = _differentiable(dy, output, input, residual, bits, ctx.activation)
+            dz = _differentiable(dy, ctx.stride, input, residual, bits, ctx.activation)
         else:
-            dz = _backward_operator(dy, output, input, residual, bits, ctx.activation)
+            dz = _backward_operator(dy, ctx.stride, input, residual, bits, ctx.activation)
         return *(dz if need else None for need in ctx.needs_input_grad[:2]), None
 
 
-def _differentiable(dy, output, input, residual, bits, activation) -> Tensor:
+def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
     """For `create_graph=True`: a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
-            mask = operators.gradient_mask(
-                output, None, None, output.new_empty(0), bits, activation
-            )
+            like = dy.new_empty_strided(dy.shape, stride)
+            none = like.new_empty(0)
+            mask = operators.gradient_mask(like, None, None, none, bits, activation)
         return keep_passing(dy, mask, activation)
     z = input + residual
     return torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)[0]

@@ -263,6 +263,7 @@ def _with_tensor_momentum(
     )  # fmt: skip
     with torch.no_grad():
         factor = momentum.to(running_mean.dtype).reshape(())
-        running_mean.lerp_(batch_mean, factor)
-        running_var.lerp_(batch_var, factor)
+        # Not seen by autograd, as BatchNorm's own update is not: another call may have saved them.
+        running_mean.data.lerp_(batch_mean, factor)
+        running_var.data.lerp_(batch_var, factor)
     return output

@@ -28,9 +28,8 @@ def batch_norm_act(
 ) -> Tensor:
     """`act(batch_norm(input) + residual)`; shapes and dtypes as in `fusedres.functional.batch_norm_act`, unchecked.
 
-    The add and (where its derivative can be told from its output) the activation work in place on BatchNorm's own
-    output, which nothing else has seen: autograd saves the input and the output, as for the same three calls in a
-    ResNet.
+    The add and a ReLU work in place on BatchNorm's own output, which nothing else has seen: what autograd saves is the
+    input and the output, as for the same three calls in a ResNet.
     """
     output = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     in_place = not _is_transformed()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..activations import activate
-from ..dispatch import goes_to_kernels, is_eager, wants_triton
+from ..dispatch import DTYPES, goes_to_kernels, is_eager, wants_triton
 from ..functional import add_act
+from .batch_norm import is_like
 
 
 def call_add(input: Tensor, residual: Tensor, activation: str, in_place: bool = False) -> Tensor:
@@ -16,9 +17,9 @@ def call_add(input: Tensor, residual: Tensor, activation: str, in_place: bool = 
     """
     if (
         is_eager()
-        and input.shape == residual.shape
-        and input.dtype == residual.dtype
-        and input.device == residual.device
+        and isinstance(input, Tensor)
+        and is_like(residual, input)
+        and input.dtype in DTYPES
         and input.dim() > 1
         and wants_triton(input.is_cuda)
         and goes_to_kernels(input)

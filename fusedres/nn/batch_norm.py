@@ -56,9 +56,7 @@ def call_dual_batch_norm(
         a.use_batch != b.use_batch
         or isinstance(a.momentum, Tensor)
         or isinstance(b.momentum, Tensor)
-        or residual.shape != input.shape
-        or residual.dtype != input.dtype
-        or residual.device != input.device
+        or not is_like(residual, input)
         or promotes(norm, input)
         or promotes(residual_norm, residual)
     ):
@@ -96,7 +94,7 @@ def call_tail(
     is_alone = residual is None and activation is None
     if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
         return plain_call(norm, input, residual, activation, into)
-    if residual is None or _is_like(residual, input):
+    if residual is None or is_like(residual, input):
         return call_batch_norm(norm, input, residual, activation)
     return plain_call(norm, input, residual, activation, into)
 
@@ -116,11 +114,11 @@ def call_function(
 ) -> Tensor:
     """`activation(F.batch_norm(input, ...) + residual)`: `call_tail` for a BatchNorm that is called as a function."""
     vectors = running_mean, running_var, weight, bias
-    is_like = all(t is None or t.dtype in (torch.float32, input.dtype) for t in vectors)
+    fits = all(t is None or t.dtype in (torch.float32, input.dtype) for t in vectors)
     is_alone = residual is None and activation is None
     if (
-        is_like
-        and (residual is None or _is_like(residual, input))
+        fits
+        and (residual is None or is_like(residual, input))
         and not (is_alone and torch.compiler.is_compiling())
     ):
         return batch_norm_act(
@@ -130,11 +128,17 @@ def call_function(
     return _finished(output, residual, activation, into)
 
 
-def _is_like(residual: Tensor, input: Tensor) -> bool:
+def is_like(residual: Any, input: Tensor) -> bool:
+    """Whether a residual is a tensor of the input's shape, dtype and device, and laid out alike.
+
+    Of two layouts PyTorch takes that of the operand written first, which a fused call does not know.
+    """
     return (
-        residual.shape == input.shape
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
+        and (torch.compiler.is_compiling() or residual.stride() == input.stride())
     )
 
 

@@ -23,7 +23,11 @@ def _name(kind: type) -> tuple[str, str]:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether this is a BatchNorm of some kind, one that cannot be fused included."""
-    return isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__
+    if isinstance(module, _BatchNorm) or "BatchNorm" not in type(module).__name__:
+        return isinstance(module, _BatchNorm)
+    # A block that is called so for the BatchNorm in it is none; a module of ours is.
+    is_ours = type(module).__module__.startswith("fusedres.")
+    return is_ours or not any(isinstance(child, _BatchNorm) for child in module.children())
 
 
 def is_frozen(module: nn.Module) -> bool:

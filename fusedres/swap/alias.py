@@ -59,6 +59,10 @@ class Effects:
         low, high = self._order[first], self._order[last]
         return [node for node, i in self._order.items() if low < i < high]
 
+    def after(self, last: fx.Node) -> list[fx.Node]:
+        """The nodes behind one, in order."""
+        return [node for node, i in self._order.items() if i > self._order[last]]
+
     def position(self, node: fx.Node) -> int:
         """Where the node stands in the graph."""
         return self._order[node]
@@ -83,10 +87,21 @@ class Effects:
             for node in before
         )
 
+    def trusted(self, read: fx.Node, last: fx.Node) -> list[str]:
+        """The children that `is_private` has trusted: what they are must not change."""
+        return [
+            str(node.target)
+            for node in self._order
+            if node.op == "call_module"
+            and self._find(node) is self._find(read)
+            and self._order[node] < self._order[last]
+        ]
+
     def _makes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             child = self._modules.get(str(node.target))
-            return child is not None and why_called(child) is None
+            makes = self._is_fresh(node) or bool(node.all_input_nodes)
+            return child is not None and makes and why_called(child) is None
         return self._is_fresh(node) or in_place(node)
 
     def why_state_is_used(self, nodes: Iterable[fx.Node], name: str) -> str | None:
@@ -169,7 +184,16 @@ class Effects:
 
 
 def _is_fresh_module(child: nn.Module | None) -> bool:
-    return isinstance(child, _FRESH_MODULES) or (child is not None and is_frozen(child))
+    if child is None or is_frozen(child):
+        return child is not None
+    # A class derived from these, with a forward of its own, may do anything.
+    forward = type(child).forward
+    is_known = type(child).__module__.startswith(("torch.nn.", "timm.layers."))
+    inherits = any(
+        base.__module__.startswith("torch.nn.") and vars(base).get("forward") is forward
+        for base in type(child).__mro__
+    )
+    return isinstance(child, _FRESH_MODULES) and (is_known or inherits)
 
 
 def in_place(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -175,7 +176,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             above.update(".".join(parts[:k]) for k in range(len(parts)))
     for name, module in model.named_modules():
         if (
-            (name in above or _names_batch_norm(module))
+            (name in above or plan_of(module) is not None or _names_batch_norm(module))
             and not is_batch_norm(module)
             and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         ):
@@ -207,8 +208,10 @@ def _planned(
         return _Owner(name, module, original, None, decision.sites)
     try:
         cls = fused_class(original, decision.plan)
-    except TypeError as error:
-        decision = decision.refused(f"its class cannot be derived from: {error}")
+    except (TypeError, SyntaxError) as error:
+        is_class = isinstance(error, TypeError)
+        what = "class cannot be derived from" if is_class else "forward cannot be written down"
+        decision = decision.refused(f"its {what}: {error}")
         return _Owner(name, module, original, None, decision.sites)
     return _Owner(name, module, cls, decision.plan, decision.sites)
 
@@ -253,13 +256,14 @@ def _estimated(
     if input_shape is None:
         return report
     outputs = norm_outputs(model, input_shape, caller)
+    calls = Counter(row.where for row in report.rows)
     rows = []
     for row in report.rows:
         count, size = outputs.get(row.where, (0, 0))
         family, piecewise = family_of(row.pattern)
         eager, fused = passes(family, piecewise, max(size, 1))
         # Of two BatchNorms in one site each tells a half.
-        share = count * size / (2 if family.startswith("BN+BN") else 1)
+        share = count * size / calls[row.where] / (2 if family.startswith("BN+BN") else 1)
         saved = eager - fused if row.status in (FUSED, FUSABLE) else 0
         rows.append(replace(row, moves=round(share * eager), saves=round(share * saved)))
     return replace(report, rows=tuple(rows), input_shape=tuple(input_shape))

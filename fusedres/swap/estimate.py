@@ -57,7 +57,6 @@ def norm_outputs(
         raise TypeError(
             f"{caller}: input_shape is {input_shape!r}, expected whole numbers, for example (256, 3, 224, 224)"
         )
-    double = _double(model)
     found: Counter[str] = Counter()
     element_sizes: dict[str, int] = {}
 
@@ -68,12 +67,13 @@ def norm_outputs(
 
         return hook
 
-    for name, module in double.named_modules():
-        if is_batch_norm(module):
-            module.register_forward_hook(note(name))
-    dtype = next((p.dtype for p in double.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with torch.no_grad():
+        double = _double(model)
+        for name, module in double.named_modules():
+            if is_batch_norm(module):
+                module.register_forward_hook(note(name))
+        dtype = next((p.dtype for p in double.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             double(torch.empty(tuple(input_shape), dtype=dtype, device="meta"))
     except Exception as error:
         # The model is foreign code: whatever it raises is why there is no estimate.
@@ -87,7 +87,9 @@ def norm_outputs(
 def _double(model: nn.Module) -> nn.Module:
     """The same tree of modules in eval mode on the meta device, unfused and without hooks; no memory is copied."""
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    others = [value for value in attributes if type(value) is torch.Tensor]
+    for tensor in (*model.parameters(), *model.buffers(), *others):
         made = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
     double = copy.deepcopy(model, memo)

@@ -8,8 +8,10 @@ is brought there: the child's own traced graph takes the place of the call. A Ba
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx, nn
 
@@ -22,6 +24,7 @@ from .nodes import (
     gives_back,
     is_add,
     is_identity_kind,
+    name_of,
     skipped,
     why_not_skipped,
 )
@@ -56,6 +59,14 @@ class Traces:
 
 
 FILTERED = "filter_fn said no to its owner"
+
+
+_GIVE_A_TENSOR = frozenset(
+    ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "neg", "relu", "relu6", "leaky_relu", "silu", "gelu",
+     "hardswish", "mish", "sigmoid", "tanh", "softmax", "cat", "mean", "sum", "pad", "dropout", "interpolate",
+     "flatten", "view", "reshape", "contiguous", "clone", "float", "to", "permute", "transpose", "expand", "matmul",
+     "conv1d", "conv2d", "conv3d", "batch_norm", "linear", "avg_pool2d", "adaptive_avg_pool2d", "call_tail", "call_add")
+)  # fmt: skip
 
 
 @dataclass
@@ -93,6 +104,8 @@ def inline(
         node = nodes.pop(0)
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             continue
+        if not _is_tensor(node.args[0], modules, traces):
+            continue  # the child was traced with one
         child = modules[str(node.target)]
         if is_batch_norm(child):
             _tell_apart(node, child, found)
@@ -104,6 +117,29 @@ def inline(
             else:
                 nodes[:0] = _put_in(node, child, traces, found)
     return found
+
+
+def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
+    """Whether a value is one tensor for sure, not a list or a tuple."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "placeholder":
+        return True  # looked at when the owner is called
+    if value.op == "call_module":
+        child = modules[str(value.target)]
+        if type(child).__module__.startswith("torch.nn.modules."):
+            return not isinstance(child, (nn.RNNBase, nn.MultiheadAttention))
+        try:
+            result = _result(traces.of(child).graph)
+        except NotTraceable:
+            return False
+        below = dict(child.named_modules(remove_duplicate=False))
+        return result is not None and _is_tensor(result, below, traces)
+    if value.op == "get_attr":
+        return True
+    if value.target is operator.getitem:
+        return _is_tensor(value.args[0], modules, traces)
+    return name_of(value).rstrip("_") in _GIVE_A_TENSOR
 
 
 def _tell_apart(node: fx.Node, norm: nn.Module, found: Inlined) -> None:

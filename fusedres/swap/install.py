@@ -66,6 +66,7 @@ def _make_forward(original: type[nn.Module], plan: Plan):
     fused = compile_source(plan.source, plan.imports)
     traced = original.forward
     count, smallest = len(plan.inputs), plan.min_elements
+    inner = {each.kind: each.kind.forward for each in plan.skipped}
 
     @functools.wraps(traced)
     def forward(self, *args, **kwargs):
@@ -75,6 +76,7 @@ def _make_forward(original: type[nn.Module], plan: Plan):
             kwargs
             or len(args) != count
             or original.forward is not traced
+            or any(kind.forward is not known for kind, known in inner.items())
             or why_own_forward(self, plan) is not None
             or not _are_plain_tensors(args)
             or (smallest and any(arg.numel() < smallest for arg in args))

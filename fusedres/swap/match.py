@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..activations import is_piecewise
 from ..nn.norms import parts_inside, why_not_fused
 from .alias import Effects, in_place
 from .inline import Inlined
@@ -40,7 +41,7 @@ class Match:
     between that give back what they are given. `activation` is the name of what `act` computes, `residual` the other
     operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
     that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual"),
-    `call` its arguments where it is called as a function.
+    `call` its arguments where it is called as a function, `trusted` the children that must stay what they are.
     """
 
     norm: fx.Node
@@ -54,6 +55,7 @@ class Match:
     note: str = ""
     into: str | None = None
     call: NormCall | None = None
+    trusted: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -177,6 +179,8 @@ def _follow(match: Match, modules: Modules, effects: Effects, taken: set[fx.Node
             f"{name_of(match.residual)} is added to in place, and somebody else may hold it; "
             "write `a = a + b` or `b += a`"
         )
+    if match.into == "residual":
+        match.trusted = tuple(effects.trusted(match.residual, user))
     return None
 
 
@@ -190,6 +194,7 @@ class Sum:
     input: fx.Node
     residual: fx.Node
     passed: tuple[fx.Node, ...]
+    trusted: tuple[str, ...] = ()
 
 
 def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Sum]:
@@ -208,8 +213,12 @@ def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Su
             continue
         between = [node for node in effects.between(add, act) if node not in passed]
         is_written = any(effects.writer(between, summand) is not None for summand in summands)
-        if not is_written and _why_act_not_skipped(act, modules) is None:
-            found.append(Sum(add, act, activation, summands[0], summands[1], passed))
+        if is_written or _why_act_not_skipped(act, modules) is not None:
+            continue
+        if any(_why_not_kept(summand, activation, act, effects) for summand in summands):
+            continue
+        trusted = effects.trusted(summands[0], add) if in_place(add) else []
+        found.append(Sum(add, act, activation, summands[0], summands[1], passed, tuple(trusted)))
     return found
 
 
@@ -227,10 +236,22 @@ def _hazard(match: Match, effects: Effects) -> str | None:
     if reason is not None:
         return reason
     if match.add is not None and match.residual is not None:
+        if (reason := _why_not_kept(match.residual, match.activation, end, effects)) is not None:
+            return reason
         after = [node for node in effects.between(match.add, end) if node not in site]
         if (writer := effects.writer(after, match.residual)) is not None:
             return f"the residual may be written to before the activation, by {name_of(writer)}"
     return None
+
+
+def _why_not_kept(
+    value: fx.Node, activation: str | None, end: fx.Node, effects: Effects
+) -> str | None:
+    """Why a summand cannot be kept for the backward pass of a smooth activation, which needs it again."""
+    if activation is None or is_piecewise(activation):
+        return None
+    writer = effects.writer(effects.after(end), value)
+    return None if writer is None else f"the residual is written to later, by {name_of(writer)}"
 
 
 def _why_norm_not_run(norm: fx.Node, modules: Modules, inlined: Inlined) -> str | None:

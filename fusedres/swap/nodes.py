@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ _TITLES = {
 }  # fmt: skip
 
 
-def _leaky(slope: float) -> str:
+def _leaky(slope: Any) -> str:
+    if type(slope) not in (int, float) or not math.isfinite(slope):
+        return ""  # not a number that a name can say
     return "leaky_relu" if slope == SLOPE else f"leaky_relu({slope!r})"
 
 
@@ -174,7 +177,7 @@ def activation_in(node: fx.Node, modules: Modules) -> str | None:
     options.pop("input", None)
     if len(node.args) - 1 > len(names) or not set(options) <= set(names):
         return None
-    return name(**options)
+    return name(**options) or None
 
 
 class NormCall(NamedTuple):

@@ -131,7 +131,7 @@ def decide(
         imports=imports,
         inputs=traced.inputs,
         defaults=traced.defaults,
-        reads=(*traced.reads, *inlined.reads),
+        reads=(*traced.reads, *inlined.reads, *_modes(graph, modules)),
         norms=_paths(
             (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
         ),
@@ -178,6 +178,16 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     return tuple(sites), chosen
 
 
+def _modes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Reads]:
+    """That the children which are called still work in place, or not, as they did."""
+    names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+    return [
+        Reads(tuple(name.split(".")), (), (("inplace", modules[name].inplace),), ())
+        for name in names
+        if type(getattr(modules[name], "inplace", None)) is bool
+    ]
+
+
 def _wants_sum(each: Sum, config: FuseConfig) -> bool:
     return SUM in config.patterns and parse(each.activation).name in config.activations
 
@@ -218,6 +228,7 @@ def _skipped(chosen: Iterable[Match | Sum], modules: Mapping[str, nn.Module]) ->
     for match in chosen:
         called = (*match.passed, match.act)
         names = [str(n.target) for n in called if n is not None and n.op == "call_module"]
+        names += match.trusted
         found.extend(skipped(name, modules[name]) for name in names)
         if isinstance(match, Match) and match.projected is not None:
             found.extend(match.projected.skipped)
