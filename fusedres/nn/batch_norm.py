@@ -149,7 +149,8 @@ def plain_call(
     activation: str | None,
     into: str | None = None,
 ) -> Tensor:
-    """The same by calling the module; `into`: the operand that the add is written to, "output" or "residual"."""
+    """The same by calling the module; `into`: what the add is written to, "output" or "residual", or that it
+    has the "residual first"."""
     return _finished(norm(input), residual, activation, into)
 
 
@@ -161,6 +162,8 @@ def _finished(
     elif residual is not None and into == "residual":
         residual += output
         output = residual
+    elif residual is not None and into == "residual first":
+        output = residual + output
     elif residual is not None:
         output = output + residual
     return activate(output, activation)

@@ -41,7 +41,8 @@ class Match:
     between that give back what they are given. `activation` is the name of what `act` computes, `residual` the other
     operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
     that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual"),
-    `call` its arguments where it is called as a function, `trusted` the children that must stay what they are.
+    or that the residual stands first in it, `call` its arguments where it is called as a function, `trusted` the
+    children that must stay what they are.
     """
 
     norm: fx.Node
@@ -172,6 +173,8 @@ def _follow(match: Match, modules: Modules, effects: Effects, taken: set[fx.Node
         match.passed = (*match.passed, *passed)
     if in_place(user):
         match.into = "output" if summands[0] is output else "residual"
+    elif summands[0] is not output:
+        match.into = "residual first"
     if is_rather_the_shortcut(norm, match.residual, modules, match.into == "residual"):
         return "its block's main path takes it in"
     if match.into == "residual" and not effects.is_private(match.residual, user):
