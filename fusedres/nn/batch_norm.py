@@ -56,7 +56,7 @@ def call_dual_batch_norm(
         a.use_batch != b.use_batch
         or isinstance(a.momentum, Tensor)
         or isinstance(b.momentum, Tensor)
-        or not is_like(residual, input)
+        or not is_like(residual, input, into)
         or promotes(norm, input)
         or promotes(residual_norm, residual)
     ):
@@ -94,7 +94,7 @@ def call_tail(
     is_alone = residual is None and activation is None
     if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
         return plain_call(norm, input, residual, activation, into)
-    if residual is None or is_like(residual, input):
+    if residual is None or is_like(residual, input, into):
         return call_batch_norm(norm, input, residual, activation)
     return plain_call(norm, input, residual, activation, into)
 
@@ -118,7 +118,7 @@ def call_function(
     is_alone = residual is None and activation is None
     if (
         fits
-        and (residual is None or is_like(residual, input))
+        and (residual is None or is_like(residual, input, into))
         and not (is_alone and torch.compiler.is_compiling())
     ):
         return batch_norm_act(
@@ -128,17 +128,21 @@ def call_function(
     return _finished(output, residual, activation, into)
 
 
-def is_like(residual: Any, input: Tensor) -> bool:
-    """Whether a residual is a tensor of the input's shape, dtype and device, and laid out alike.
+def is_like(residual: Any, input: Tensor, into: str | None = None) -> bool:
+    """Whether a residual is a tensor of the input's shape, dtype and device, laid out alike where it stands first.
 
-    Of two layouts PyTorch takes that of the operand written first, which a fused call does not know.
+    Of two layouts PyTorch's sum has that of the first operand, a fused call that of the input.
     """
     return (
         isinstance(residual, Tensor)
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
-        and (torch.compiler.is_compiling() or residual.stride() == input.stride())
+        and (
+            into not in ("residual", "residual first")
+            or torch.compiler.is_compiling()
+            or residual.stride() == input.stride()
+        )
     )
 
 
