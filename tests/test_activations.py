@@ -148,10 +148,8 @@ def test_what_is_saved(activation):
     """A bit an element where the derivative takes two values; else the residual, which the block's other path holds."""
     x, residual = (torch.randn(4, 8, 4, 4, requires_grad=True) for _ in range(2))
     held = {x.data_ptr(), residual.data_ptr()}
-    node = batch_norm_act(
-        x, None, None, training=True, residual=residual, activation=activation
-    ).grad_fn
-    new = [t for t in node.saved_tensors if t is not None and t.data_ptr() not in held]
+    output = batch_norm_act(x, None, None, training=True, residual=residual, activation=activation)
+    new = [t for t in output.grad_fn.saved_tensors if t is not None and t.data_ptr() not in held]
     assert sum(t.nbytes for t in new) == 3 * 8 * 4 + (
         x.numel() // 8 if activation.startswith(PIECEWISE) else 0
     )

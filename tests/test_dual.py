@@ -190,6 +190,7 @@ def test_vmap_is_a_loop_over_the_mapped_dimension(device):
     torch.testing.assert_close(list(torch.vmap(grad)(*many)), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
 def test_it_compiles_without_a_break(device):
     torch._dynamo.reset()
     tensors = draw((4, 8, 5, 5), device=device)
