@@ -38,6 +38,7 @@ from .record import first_line
 from .steps import ALLOWED, excess
 
 IMAGE = (3, 224, 224)
+CLIP = (3, 16, 112, 112)
 LARGEST = 30_000_000  # parameters of a model that is trained here
 _COLUMNS = (
     "architecture",
@@ -72,7 +73,7 @@ class Swept:
 
 
 def architectures(patterns: tuple[str, ...] = ("*",)) -> dict[str, Callable[[], nn.Module]]:
-    """The classifiers of the packages that are installed, by name (timm's as `timm:NAME`), that match a pattern."""
+    """The models of the packages that are installed, by name (timm's as `timm:NAME`), that match a pattern."""
     names: list[str] = []
     for package, listed in (("torchvision", _torchvision), ("timm", _timm)):
         try:
@@ -84,7 +85,10 @@ def architectures(patterns: tuple[str, ...] = ("*",)) -> dict[str, Callable[[], 
 
 
 def _torchvision(package: Any) -> list[str]:
-    return package.models.list_models(module=package.models)
+    """Classifiers, and what is built on them: segmentation, detection, video (but nothing quantized)."""
+    models = package.models
+    quantized = set(models.list_models(module=models.quantization))
+    return [name for name in models.list_models() if name not in quantized]
 
 
 def _timm(package: Any) -> list[str]:
@@ -161,6 +165,8 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 def _sizes(model: nn.Module) -> tuple[dict[str, int], str]:
     """How many elements each BatchNorm puts out for one image, by name; or why the model does not run."""
     shape = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
+    if ".video." in type(model).__module__:
+        shape = CLIP
     try:
         outputs = norm_outputs(model, (1, *shape), "sweep")
     except ValueError as error:

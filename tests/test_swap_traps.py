@@ -290,3 +290,19 @@ def test_bytes_of_a_batch_norm_that_is_called_twice_are_counted_once_each():
     model = block(lambda self, x: F.relu(self.bn(F.relu(self.bn(x)))))
     report = fusedres.explain(model, input_shape=(2, 4, 3, 3))
     assert report.bytes_moved == 2 * 13 * 72 * 8
+
+
+class Layers(nn.ModuleDict):
+    """A ModuleDict that calls what it holds, as torchvision's IntermediateLayerGetter does."""
+
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x)
+        return x
+
+
+def test_a_module_dict_with_a_forward_owns_its_batch_norms():
+    model = Layers({"bn": nn.BatchNorm2d(4), "relu": nn.ReLU()}).double()
+    fused = copy.deepcopy(model)
+    assert [(row.where, row.pattern) for row in fusedres.fuse_(fused).rows] == [("bn", "BN+ReLU")]
+    assert excess(model, fused, X) <= ALLOWED

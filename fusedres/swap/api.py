@@ -15,7 +15,7 @@ from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
 from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_stale
 from .nodes import family_of
-from .plan import Plan, Site, decide, owned_norms
+from .plan import Plan, Site, decide, is_list, owned_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
 from .subclass import original_class
 
@@ -178,7 +178,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if (
             (name in above or plan_of(module) is not None or _names_batch_norm(module))
             and not is_batch_norm(module)
-            and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+            and not is_list(module)
         ):
             yield name, module
 

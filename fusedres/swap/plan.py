@@ -75,14 +75,20 @@ def owned_norms(module: nn.Module) -> tuple[str, ...]:
 
     Anything with BatchNorm in its class name counts, so that the report can say why it is left alone.
     """
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+    if is_list(module):
         return ()
     return tuple(_norms_below(module, ""))
 
 
+def is_list(module: nn.Module) -> bool:
+    """Whether a module only holds others: a ModuleList or ModuleDict that has no forward of its own."""
+    is_one = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    return is_one and type(module).forward is nn.Module.forward
+
+
 def _norms_below(module: nn.Module, prefix: str):
     for name, child in module._modules.items():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if child is not None and is_list(child):
             yield from _norms_below(child, f"{prefix}{name}.")
         elif child is not None and is_batch_norm(child):
             yield prefix + name
