@@ -127,8 +127,10 @@ def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
         return True  # looked at when the owner is called
     if value.op == "call_module":
         child = modules[str(value.target)]
-        if type(child).__module__.startswith("torch.nn.modules."):
+        if type(child).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.")):
             return not isinstance(child, (nn.RNNBase, nn.MultiheadAttention))
+        if not any(is_batch_norm(below) for below in child.modules()):
+            return False  # not traced: what no BatchNorm is in is none of ours
         try:
             result = _result(traces.of(child).graph)
         except NotTraceable:
