@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -104,52 +104,35 @@ class Effects:
             return child is not None and makes and why_called(child) is None
         return self._is_fresh(node) or in_place(node)
 
-    def why_state_is_used(self, nodes: Iterable[fx.Node], name: str) -> str | None:
-        """Why one of `nodes` would see whether the BatchNorm `name` has run: it calls it, or reads its statistics.
+    def why_state_is_used(
+        self, nodes: Iterable[fx.Node], state: Iterable[Tensor], norm: nn.Module | None = None
+    ) -> str | None:
+        """Why one of `nodes` would see whether a BatchNorm has run: it calls it, or reads its statistics.
 
-        Under any name: what counts is the module, and its buffers.
+        Under any name: what counts is the module, where it is one, and the tensors that are its state.
         """
-        norm = self._modules[name]
-        state = {id(buffer) for buffer in norm.buffers()}
+        ids = {id(tensor) for tensor in state}
         for node in nodes:
             if node.op == "call_module":
                 child = self._modules[str(node.target)]
                 if child is norm:
                     return "it is called again before the site ends"
-                within = child.modules()
-                if any(part is norm for part in within) or not state.isdisjoint(
-                    id(buffer) for buffer in child.buffers()
-                ):
+                held = (*child.modules(), *child.buffers(), *child.parameters())
+                if any(each is norm or id(each) in ids for each in held):
                     return f"{node.target} holds its statistics too, and is called before the site ends"
             for source in node.all_input_nodes:
-                if source.op == "get_attr" and self._is_of(str(source.target), norm, state):
+                if source.op == "get_attr" and self._reads(str(source.target), ids, norm):
                     return f"{source.target} is used before the site ends"
         return None
 
-    def why_tensors_are_used(
-        self, nodes: Iterable[fx.Node], reads: Iterable[fx.Node]
-    ) -> str | None:
-        """Why one of `nodes` would see whether what works on these attributes has run; None where none would."""
-        state = {id(self._tensor(str(read.target))) for read in reads}
-        for node in nodes:
-            child = self._modules.get(str(node.target)) if node.op == "call_module" else None
-            if child is not None and not state.isdisjoint(
-                id(tensor) for tensor in (*child.parameters(), *child.buffers())
-            ):
-                return f"{node.target} holds its state too, and is called before the site ends"
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and id(self._tensor(str(source.target))) in state:
-                    return f"{source.target} is used before the site ends"
-        return None
+    def _reads(self, target: str, ids: set[int], norm: nn.Module | None) -> bool:
+        owner = self._modules.get(target.rpartition(".")[0])
+        return (norm is not None and owner is norm) or id(self.tensor(target)) in ids
 
-    def _tensor(self, target: str) -> Any:
+    def tensor(self, target: str) -> Any:
+        """What a `get_attr` of this name reads; None where there is nothing."""
         owner, _, attribute = target.rpartition(".")
         return getattr(self._modules.get(owner), attribute, None)
-
-    def _is_of(self, target: str, norm: nn.Module, state: set[int]) -> bool:
-        owner, _, attribute = target.rpartition(".")
-        module = self._modules.get(owner)
-        return module is norm or id(getattr(module, attribute, None)) in state
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that this node may write to."""

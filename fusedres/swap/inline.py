@@ -59,13 +59,12 @@ class Traces:
 
 
 FILTERED = "filter_fn said no to its owner"
-
-
+# By name, as functions and as methods.
 _GIVE_A_TENSOR = frozenset(
     ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "neg", "relu", "relu6", "leaky_relu", "silu", "gelu",
      "hardswish", "mish", "sigmoid", "tanh", "softmax", "cat", "mean", "sum", "pad", "dropout", "interpolate",
      "flatten", "view", "reshape", "contiguous", "clone", "float", "to", "permute", "transpose", "expand", "matmul",
-     "conv1d", "conv2d", "conv3d", "batch_norm", "linear", "avg_pool2d", "adaptive_avg_pool2d", "call_tail", "call_add")
+     "conv1d", "conv2d", "conv3d", "batch_norm", "linear", "avg_pool2d", "adaptive_avg_pool2d")
 )  # fmt: skip
 
 
@@ -104,12 +103,12 @@ def inline(
         node = nodes.pop(0)
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             continue
-        if not _is_tensor(node.args[0], modules, traces):
-            continue  # the child was traced with one
         child = modules[str(node.target)]
         if is_batch_norm(child):
             _tell_apart(node, child, found)
         elif _goes_on(node, modules) and (norm := _ends_in(child, str(node.target), traces)):
+            if not _is_tensor(node.args[0], modules, traces):
+                continue  # the child was traced with one
             if not allows(str(node.target)):
                 found.refused[node] = norm, FILTERED
             elif (obstacle := why_called(child)) is not None:
@@ -120,7 +119,11 @@ def inline(
 
 
 def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
-    """Whether a value is one tensor for sure, not a list or a tuple."""
+    """Whether a value is one tensor for sure, not a list or a tuple.
+
+    A child is asked by its trace only where a BatchNorm is below it: tracing others can crash the process (a proxy that
+    says it is a Tensor, given to a C++ function), so those of the packages are trusted, and those of a user's own not.
+    """
     if not isinstance(value, fx.Node):
         return False
     if value.op == "placeholder":
@@ -130,7 +133,7 @@ def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
         if type(child).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.")):
             return not isinstance(child, (nn.RNNBase, nn.MultiheadAttention))
         if not any(is_batch_norm(below) for below in child.modules()):
-            return False  # not traced: what no BatchNorm is in is none of ours
+            return False
         try:
             result = _result(traces.of(child).graph)
         except NotTraceable:

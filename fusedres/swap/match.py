@@ -141,7 +141,7 @@ def _match(
     elif match.act is not None and (obstacle := _why_act_not_skipped(match.act, modules)):
         match.reason = obstacle
     else:
-        match.reason = reason or _hazard(match, effects)
+        match.reason = reason or _hazard(match, modules, effects)
     if match.reason is None and match.residual is not None and match.call is None:
         match.shortcut = find_shortcut(
             match.residual, match.name, match.nodes, match.end, modules, effects, inlined.refused
@@ -225,7 +225,7 @@ def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Su
     return found
 
 
-def _hazard(match: Match, effects: Effects) -> str | None:
+def _hazard(match: Match, modules: Modules, effects: Effects) -> str | None:
     """Why the BatchNorm cannot wait until the end of its site; None when it can."""
     norm, end = match.norm, match.end
     site = match.nodes
@@ -233,9 +233,11 @@ def _hazard(match: Match, effects: Effects) -> str | None:
     if (writer := effects.writer(waiting, match.input)) is not None:
         return f"its input may be written to before the site ends, by {name_of(writer)}"
     if match.call is None:
-        reason = effects.why_state_is_used(waiting, match.name)
+        child = modules[match.name]
+        reason = effects.why_state_is_used(waiting, child.buffers(), child)
     else:
-        reason = effects.why_tensors_are_used(waiting, match.call.state)
+        state = [effects.tensor(str(node.target)) for node in match.call.state]
+        reason = effects.why_state_is_used(waiting, state)
     if reason is not None:
         return reason
     if match.add is not None and match.residual is not None:

@@ -148,7 +148,8 @@ def _settled(
     own = {*site, *shortcut.nodes}
     first = shortcut.inner[0] if shortcut.inner else shortcut.node
     waiting = [node for node in effects.between(first, end) if node not in own]
-    if (reason := effects.why_state_is_used(waiting, shortcut.norm)) is not None:
+    norm = modules[shortcut.norm]
+    if (reason := effects.why_state_is_used(waiting, norm.buffers(), norm)) is not None:
         return replace(shortcut, reason=reason)
     writer = effects.writer(waiting, shortcut.source)
     if shortcut.convolution is None:
