@@ -1,8 +1,10 @@
-"""How much of the networks that people use is fused: every architecture of torchvision and timm that holds a BatchNorm.
+"""How much of the networks that people use is fused: every architecture with a BatchNorm of the installed packages.
 
     python -m fusedres.benchmarks.sweep                      # all of them, some minutes; no GPU, no weights
     python -m fusedres.benchmarks.sweep 'resnet*' 'timm:*d'  # those that match a pattern
     python -m fusedres.benchmarks.sweep --parity 'resnet*'   # and whether they compute the same; slow
+
+The packages are torchvision, timm, transformers, segmentation_models_pytorch and MONAI (`packages.py`).
 
 Each is built without memory (on the meta device), run once at its own image size to learn how large each BatchNorm's
 output is, and fused. The share is of elements: what a BatchNorm of a large map costs, it counts.
@@ -15,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
-import functools
 import json
 import sys
 from collections import Counter
@@ -30,15 +30,12 @@ from torch import nn
 
 import fusedres
 
-from ..cli.errors import CommandError, require
-from ..cli.models import TIMM, build_model
 from ..nn.norms import is_batch_norm
 from ..swap.estimate import norm_outputs
+from .packages import Architecture, architectures
 from .record import first_line
 from .steps import ALLOWED, excess
 
-IMAGE = (3, 224, 224)
-CLIP = (3, 16, 112, 112)
 LARGEST = 30_000_000  # parameters of a model that is trained here
 _COLUMNS = (
     "architecture",
@@ -72,45 +69,22 @@ class Swept:
     reason: str = ""
 
 
-def architectures(patterns: tuple[str, ...] = ("*",)) -> dict[str, Callable[[], nn.Module]]:
-    """The models of the packages that are installed, by name (timm's as `timm:NAME`), that match a pattern."""
-    names: list[str] = []
-    for package, listed in (("torchvision", _torchvision), ("timm", _timm)):
-        try:
-            names += listed(require(package, "models", "the sweep"))
-        except CommandError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    wanted = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    return {name: functools.partial(build_model, name) for name in wanted}
-
-
-def _torchvision(package: Any) -> list[str]:
-    """Classifiers, and what is built on them: segmentation, detection, video (but nothing quantized)."""
-    models = package.models
-    quantized = set(models.list_models(module=models.quantization))
-    return [name for name in models.list_models() if name not in quantized]
-
-
-def _timm(package: Any) -> list[str]:
-    return [f"{TIMM}{name}" for name in package.list_models()]
-
-
-def sweep(name: str, build: Callable[[], nn.Module], parity: bool = False) -> Swept | None:
+def sweep(name: str, architecture: Architecture, parity: bool = False) -> Swept | None:
     """What `fuse_` makes of one architecture; None where it holds no BatchNorm."""
     try:
-        model = _built(build)
+        model = _built(architecture.build)
     except Exception as error:  # foreign code: what it raises is the finding
         return Swept(name, reason=f"not built: {first_line(error)}")
     if not any(is_batch_norm(module) for module in model.modules()):
         return None
-    sizes, obstacle = _sizes(model.eval())
+    sizes, obstacle = _sizes(model.eval(), architecture)
     rows = fusedres.fuse_(model.train()).rows
     fused = [row for row in rows if row.status == "fused"]
     reasons = Counter(_in_general(row.reason) for row in rows if row.status != "fused")
     total = sum(sizes.values())
     apart = None
     if parity:
-        apart, not_run = compare(build, model)
+        apart, not_run = compare(architecture, model)
         obstacle = obstacle or not_run
     return Swept(
         name,
@@ -123,12 +97,12 @@ def sweep(name: str, build: Callable[[], nn.Module], parity: bool = False) -> Sw
     )
 
 
-def compare(build: Callable[[], nn.Module], like: nn.Module) -> tuple[float | None, str]:
+def compare(architecture: Architecture, like: nn.Module) -> tuple[float | None, str]:
     """How far a model and its fused copy come apart; or why that was not looked at."""
     if sum(p.numel() for p in like.parameters()) > LARGEST:
         return None, "parity not looked at: too large"
     torch.manual_seed(0)
-    model = build().double()
+    model = architecture.build().double()
     module: Any
     for module in model.modules():
         # A scale of zero, with which many a residual branch begins, would hide what the branch computes.
@@ -136,12 +110,14 @@ def compare(build: Callable[[], nn.Module], like: nn.Module) -> tuple[float | No
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
             module.running_var.uniform_(0.5, 1.5)
-    channels, *_, size = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
+    channels, *spatial = architecture.input_shape(model)
     fused = copy.deepcopy(model)
     fusedres.fuse_(fused)
     text = ""
-    for side in sorted({64, 128, size}):
-        x = torch.randn(4, channels, side, side, dtype=torch.float64)
+    for side in sorted({min(64, spatial[-1]), min(128, spatial[-1]), spatial[-1]}):
+        x = torch.randn(
+            4, channels, *spatial[:-2], *(side,) * len(spatial[-2:]), dtype=torch.float64
+        )
         try:
             found = [
                 excess(model.train(), fused.train(), x, 3),
@@ -162,13 +138,10 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
         return build().to("meta")
 
 
-def _sizes(model: nn.Module) -> tuple[dict[str, int], str]:
+def _sizes(model: nn.Module, architecture: Architecture) -> tuple[dict[str, int], str]:
     """How many elements each BatchNorm puts out for one image, by name; or why the model does not run."""
-    shape = getattr(model, "default_cfg", {}).get("input_size", IMAGE)
-    if ".video." in type(model).__module__:
-        shape = CLIP
     try:
-        outputs = norm_outputs(model, (1, *shape), "sweep")
+        outputs = norm_outputs(model, (1, *architecture.input_shape(model)), "sweep")
     except ValueError as error:
         return {}, f"not run: {error}"
     return {name: count for name, (count, _) in outputs.items()}, ""
@@ -229,9 +202,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _swept(patterns: tuple[str, ...], parity: bool) -> Iterator[Swept]:
-    for name, build in architectures(patterns).items():
-        if (found := sweep(name, build, parity)) is not None:
+    for name, architecture in architectures(patterns, _left_out).items():
+        if (found := sweep(name, architecture, parity)) is not None:
             yield found
+
+
+def _left_out(text: str) -> None:
+    print(f"left out: {text}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

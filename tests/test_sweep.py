@@ -7,8 +7,10 @@ import torch
 import torchvision
 from torch import nn
 
+from fusedres.benchmarks import packages
+from fusedres.benchmarks.packages import Architecture, architectures
 from fusedres.benchmarks.steps import ALLOWED
-from fusedres.benchmarks.sweep import Swept, architectures, main, sweep, table
+from fusedres.benchmarks.sweep import Swept, main, sweep, table
 
 pytestmark = pytest.mark.once
 
@@ -45,7 +47,7 @@ def test_parity_that_was_not_looked_at_says_why():
     def build():
         return nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())
 
-    assert sweep("narrow", build, parity=True).reason.startswith("not run: ")
+    assert sweep("narrow", Architecture(build), parity=True).reason.startswith("not run: ")
 
 
 def test_parity_sees_a_model_that_computes_something_else(monkeypatch):
@@ -55,7 +57,7 @@ def test_parity_sees_a_model_that_computes_something_else(monkeypatch):
     def build():
         return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
 
-    assert sweep("wrong", build, parity=True).parity > ALLOWED
+    assert sweep("wrong", Architecture(build), parity=True).parity > ALLOWED
 
 
 def test_what_is_left_alone_is_told_with_its_reason():
@@ -64,7 +66,7 @@ def test_what_is_left_alone_is_told_with_its_reason():
         model.features[0][1].register_forward_hook(lambda *_: None)
         return model
 
-    found = sweep("hooked", build)
+    found = sweep("hooked", Architecture(build))
     assert (found.fused, found.norms, found.tails) == (51, 52, 10)
     assert found.reason == "it has hooks, which run only when the module itself is called"
 
@@ -78,23 +80,25 @@ def test_the_share_is_of_elements():
         small = nn.Sequential(nn.Conv2d(9, 1, 1), Special(1), nn.ReLU())
         return nn.Sequential(large, small)
 
-    found = sweep("two", build)
+    found = sweep("two", Architecture(build))
     assert (found.fused, found.norms, found.share) == (1, 2, 0.9)
 
 
 def test_without_batch_norm():
-    assert sweep("alexnet", lambda: nn.Conv2d(3, 3, 1)) is None
+    assert sweep("alexnet", Architecture(lambda: nn.Conv2d(3, 3, 1))) is None
 
 
 def test_what_cannot_be_built_says_so():
     def build():
         raise LookupError("no such part")
 
-    assert sweep("broken", build) == Swept("broken", reason="not built: LookupError: no such part")
+    assert sweep("broken", Architecture(build)) == Swept(
+        "broken", reason="not built: LookupError: no such part"
+    )
 
 
 def test_what_cannot_be_run_is_fused_all_the_same():
-    found = sweep("narrow", lambda: nn.Sequential(nn.BatchNorm2d(5), nn.ReLU()))
+    found = sweep("narrow", Architecture(lambda: nn.Sequential(nn.BatchNorm2d(5), nn.ReLU())))
     assert (found.fused, found.share) == (1, None)
     assert found.reason.startswith("not run: ")
 
@@ -104,7 +108,7 @@ def test_a_constructor_that_computes_is_built_elsewhere():
         width = int(torch.full((), 3.0).item())
         return nn.Sequential(nn.BatchNorm2d(width), nn.ReLU())
 
-    assert sweep("computed", build).fused == 1
+    assert sweep("computed", Architecture(build)).fused == 1
 
 
 def test_table_and_files(tmp_path, capsys):
@@ -119,3 +123,21 @@ def test_table_and_files(tmp_path, capsys):
 
 def test_a_share_that_is_not_known():
     assert "| x | 0 | 0 | ? | 0 |  | not run |" in table([Swept("x", reason="not run")])
+
+
+def test_a_package_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(packages, "_LISTED", {"no_such_package": lambda package: iter(())})
+    told: list[str] = []
+    assert (architectures(left_out=told.append), told) == (
+        {},
+        ["no_such_package: No module named 'no_such_package'"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("r3d_18", (3, 16, 112, 112)), ("timm:resnet10t", (3, 176, 176))]
+)
+def test_the_input_is_one_that_the_network_takes(name, shape):
+    found = architectures((name,))[name]
+    with torch.device("meta"):
+        assert found.input_shape(found.build()) == shape

@@ -7,8 +7,9 @@ Everything unknown is taken to alias its inputs, and to write to them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..nn.norms import is_frozen, why_called
+from .record import Reads
 
 IN_PLACE_OPERATORS = frozenset(
     (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -35,16 +37,40 @@ _FRESH_METHODS = frozenset(("add", "sub", "mul", "relu", "sigmoid", "mean", "clo
 _KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
 
 
+class Made(NamedTuple):
+    """That what a child gives back is new memory.
+
+    names: the children below it that were trusted in that. reads: what their forwards depend on.
+    """
+
+    names: tuple[str, ...] = ()
+    reads: tuple[Reads, ...] = ()
+
+
+_NOTHING = Made()
+
+
 class Effects:
     """For the nodes of one graph: which share memory, and which write to it.
 
     Args:
         modules: the child that each `call_module` target names.
+        made: what is known of a child that gives back new memory; None where nothing is.
     """
 
-    def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        modules: Mapping[str, nn.Module],
+        made: Callable[[nn.Module], Made | None] = lambda child: None,
+    ) -> None:
         self._modules = modules
         self._order = {node: i for i, node in enumerate(graph.nodes)}
+        self._made = {
+            node: found
+            for node in graph.nodes
+            if node.op == "call_module" and (found := made(modules[str(node.target)])) is not None
+        }
         self._group: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             self._group[node] = node
@@ -87,15 +113,20 @@ class Effects:
             for node in before
         )
 
-    def trusted(self, read: fx.Node, last: fx.Node) -> list[str]:
+    def trusted(self, read: fx.Node, last: fx.Node) -> Made:
         """The children that `is_private` has trusted: what they are must not change."""
-        return [
-            str(node.target)
-            for node in self._order
-            if node.op == "call_module"
-            and self._find(node) is self._find(read)
-            and self._order[node] < self._order[last]
-        ]
+        names: list[str] = []
+        reads: list[Reads] = []
+        for node in self._order:
+            is_one = node.op == "call_module" and self._find(node) is self._find(read)
+            if is_one and self._order[node] < self._order[last]:
+                path = str(node.target)
+                below = self._made.get(node, _NOTHING)
+                names += (path, *(f"{path}.{name}" for name in below.names))
+                reads += (
+                    replace(each, path=(*path.split("."), *each.path)) for each in below.reads
+                )
+        return Made(tuple(names), tuple(reads))
 
     def _makes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -138,7 +169,7 @@ class Effects:
         """The inputs that this node may write to."""
         if node.op == "call_module":
             child = self._modules.get(str(node.target))
-            quiet = _is_fresh_module(child) or type(child) in _QUIET
+            quiet = is_fresh_module(child) or type(child) in _QUIET
             return [] if quiet and not getattr(child, "inplace", False) else node.all_input_nodes
         if node.op not in ("call_function", "call_method"):
             return []
@@ -150,7 +181,7 @@ class Effects:
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return _is_fresh_module(self._modules.get(str(node.target)))
+            return node in self._made or is_fresh_module(self._modules.get(str(node.target)))
         if in_place(node):
             return False
         if node.op == "call_function":
@@ -166,7 +197,8 @@ class Effects:
         self._group[self._find(a)] = self._find(b)
 
 
-def _is_fresh_module(child: nn.Module | None) -> bool:
+def is_fresh_module(child: nn.Module | None) -> bool:
+    """Whether a child takes one tensor, only reads it, and gives back new memory."""
     if child is None or is_frozen(child):
         return child is not None
     # A class derived from these, with a forward of its own, may do anything.

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..nn.norms import is_batch_norm, parts_inside, why_called, why_not_fused
+from .alias import Effects, Made, is_fresh_module
 from .nodes import (
     Modules,
     Skipped,
@@ -38,6 +39,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[nn.Module, Trace | NotTraceable]] = {}
+        self._made: dict[int, Made | None] = {}
 
     def of(self, module: nn.Module) -> Trace:
         """Its trace.
@@ -56,6 +58,37 @@ class Traces:
         if isinstance(found, NotTraceable):
             raise found
         return found
+
+    def made(self, module: nn.Module) -> Made | None:
+        """What is known of a module that gives back new memory at each call; None where nothing is.
+
+        Asked of what has a BatchNorm below only, and of an nn.Sequential: tracing others can crash the process (a proxy
+        that says it is a Tensor, given to a C++ function).
+        """
+        if id(module) not in self._made:
+            self._made[id(module)] = None  # of one that holds itself
+            if may_be_traced(module):
+                self._made[id(module)] = self._look_for_made(module)
+        return self._made[id(module)]
+
+    def _look_for_made(self, module: nn.Module) -> Made | None:
+        try:
+            traced = self.of(module)
+        except NotTraceable:
+            return None
+        graph, result = traced.graph, _result(traced.graph)
+        modules = dict(module.named_modules(remove_duplicate=False))
+        end = next(iter(reversed(graph.nodes)))
+        effects = Effects(graph, modules, self.made)
+        if result is None or not effects.is_private(result, end):
+            return None
+        below = effects.trusted(result, end)
+        return Made(below.names, (*traced.reads, *below.reads))
+
+
+def may_be_traced(module: nn.Module) -> bool:
+    """Whether a BatchNorm is below, as in what is traced anyway, or nothing but calls of children is in its forward."""
+    return type(module) is nn.Sequential or any(is_batch_norm(below) for below in module.modules())
 
 
 FILTERED = "filter_fn said no to its owner"
@@ -107,7 +140,8 @@ def inline(
         if is_batch_norm(child):
             _tell_apart(node, child, found)
         elif _goes_on(node, modules) and (norm := _ends_in(child, str(node.target), traces)):
-            if not _is_tensor(node.args[0], modules, traces):
+            takes_one = _demands_a_tensor(child, traces)
+            if not takes_one and not _is_tensor(node.args[0], modules, traces):
                 continue  # the child was traced with one
             if not allows(str(node.target)):
                 found.refused[node] = norm, FILTERED
@@ -121,8 +155,8 @@ def inline(
 def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
     """Whether a value is one tensor for sure, not a list or a tuple.
 
-    A child is asked by its trace only where a BatchNorm is below it: tracing others can crash the process (a proxy that
-    says it is a Tensor, given to a C++ function), so those of the packages are trusted, and those of a user's own not.
+    A child is asked by its trace, where it may be traced; of the others those of the packages are trusted, and those of
+    a user's own not.
     """
     if not isinstance(value, fx.Node):
         return False
@@ -132,7 +166,7 @@ def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
         child = modules[str(value.target)]
         if type(child).__module__.startswith(("torch.nn.modules.", "timm.", "torchvision.")):
             return not isinstance(child, (nn.RNNBase, nn.MultiheadAttention))
-        if not any(is_batch_norm(below) for below in child.modules()):
+        if not may_be_traced(child):
             return False
         try:
             result = _result(traces.of(child).graph)
@@ -145,6 +179,22 @@ def _is_tensor(value: Any, modules: Modules, traces: Traces) -> bool:
     if value.target is operator.getitem:
         return _is_tensor(value.args[0], modules, traces)
     return name_of(value).rstrip("_") in _GIVE_A_TENSOR
+
+
+def _demands_a_tensor(child: nn.Module, traces: Traces) -> bool:
+    """Whether a child that was given something else would raise: a convolution takes what it is given, for one."""
+    traced = traces.of(child)
+    if traced.asked:
+        return False
+    graph = traced.graph
+    modules = dict(child.named_modules(remove_duplicate=False))
+    input = next(node for node in graph.nodes if node.op == "placeholder")
+    return any(
+        user.op == "call_module"
+        and user.args[:1] == (input,)
+        and is_fresh_module(modules[str(user.target)])
+        for user in input.users
+    )
 
 
 def _tell_apart(node: fx.Node, norm: nn.Module, found: Inlined) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from ..activations import is_piecewise
 from ..nn.norms import parts_inside, why_not_fused
-from .alias import Effects, in_place
-from .inline import Inlined
+from .alias import Effects, Made, in_place
+from .inline import Inlined, Traces
 from .nodes import (
     Modules,
     NormCall,
@@ -56,7 +56,7 @@ class Match:
     note: str = ""
     into: str | None = None
     call: NormCall | None = None
-    trusted: tuple[str, ...] = ()
+    trusted: Made = field(default_factory=Made)
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -99,14 +99,16 @@ class Match:
         return self.act or self.add or self.norm
 
 
-def find_matches(graph: fx.Graph, modules: Modules, inlined: Inlined) -> list[Match]:
+def find_matches(
+    graph: fx.Graph, modules: Modules, inlined: Inlined, traces: Traces
+) -> list[Match]:
     """What follows each call of a BatchNorm, in the order of the calls.
 
     Of two BatchNorms that are added, the one computed last is the main path and the other its residual, unless it is
     the one with a projection. `inlined`: what became of the graph before.
     """
     _follow_in_place(graph)
-    effects = Effects(graph, modules)
+    effects = Effects(graph, modules, traces.made)
     taken: set[fx.Node] = set()
     matches = []
     for node in reversed(list(graph.nodes)):
@@ -183,7 +185,7 @@ def _follow(match: Match, modules: Modules, effects: Effects, taken: set[fx.Node
             "write `a = a + b` or `b += a`"
         )
     if match.into == "residual":
-        match.trusted = tuple(effects.trusted(match.residual, user))
+        match.trusted = effects.trusted(match.residual, user)
     return None
 
 
@@ -197,12 +199,12 @@ class Sum:
     input: fx.Node
     residual: fx.Node
     passed: tuple[fx.Node, ...]
-    trusted: tuple[str, ...] = ()
+    trusted: Made = field(default_factory=Made)
 
 
-def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Sum]:
+def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node], traces: Traces) -> list[Sum]:
     """The sums outside of `taken` that their activation can be fused with; `find_matches` has seen the graph."""
-    effects = Effects(graph, modules)
+    effects = Effects(graph, modules, traces.made)
     found = []
     for add in graph.nodes:
         summands = operands(add) if is_add(add) and add not in taken else None
@@ -220,8 +222,8 @@ def find_sums(graph: fx.Graph, modules: Modules, taken: set[fx.Node]) -> list[Su
             continue
         if any(_why_not_kept(summand, activation, act, effects) for summand in summands):
             continue
-        trusted = effects.trusted(summands[0], add) if in_place(add) else []
-        found.append(Sum(add, act, activation, summands[0], summands[1], passed, tuple(trusted)))
+        trusted = effects.trusted(summands[0], add) if in_place(add) else Made()
+        found.append(Sum(add, act, activation, summands[0], summands[1], passed, trusted))
     return found
 
 

@@ -46,6 +46,9 @@ _MODULES: dict[Any, Callable[[Any], str]] = {
     nn.Mish: lambda child: "mish",
     ("timm.layers.activations", "GELU"): lambda child: "gelu",
     ("timm.layers.activations", "GELUTanh"): lambda child: "gelu_tanh",
+    ("timm.layers.activations", "Swish"): lambda child: "silu",
+    ("timm.layers.activations", "HardSwish"): lambda child: "hardswish",
+    ("timm.layers.activations", "Mish"): lambda child: "mish",
 }
 # What a function or a method is given besides its tensor, by position, and which activation that makes it.
 _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., str]]] = {

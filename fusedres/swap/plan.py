@@ -109,10 +109,10 @@ def decide(
     modules = dict(module.named_modules(remove_duplicate=False))
     graph = copy_of(traced.graph)
     inlined = inline(graph, modules, traces, allows)
-    matches = find_matches(graph, modules, inlined)
+    matches = find_matches(graph, modules, inlined, traces)
     sites, chosen = _sites(matches, norms, config)
     taken = {node for match in matches if match.reason is None for node in match.nodes}
-    sums = [each for each in find_sums(graph, modules, taken) if _wants_sum(each, config)]
+    sums = [each for each in find_sums(graph, modules, taken, traces) if _wants_sum(each, config)]
     if not chosen and not (sums and norms):
         return Decision(None, sites)
     sites = _with_sums(sites, sums, chosen)
@@ -124,6 +124,7 @@ def decide(
         if norm in norms_taken
         for part in parts
     ]
+    trusted = [reads for each in (*chosen, *sums) for reads in each.trusted.reads]
     shortcuts = [match.projected for match in chosen if match.projected is not None]
     left_out = tuple(
         dict.fromkeys((*inlined.skipped, *inside, *_skipped([*chosen, *sums], modules)))
@@ -137,7 +138,7 @@ def decide(
         imports=imports,
         inputs=traced.inputs,
         defaults=traced.defaults,
-        reads=(*traced.reads, *inlined.reads, *_modes(graph, modules)),
+        reads=(*traced.reads, *inlined.reads, *trusted, *_modes(graph, modules)),
         norms=_paths(
             (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
         ),
@@ -234,7 +235,7 @@ def _skipped(chosen: Iterable[Match | Sum], modules: Mapping[str, nn.Module]) ->
     for match in chosen:
         called = (*match.passed, match.act)
         names = [str(n.target) for n in called if n is not None and n.op == "call_module"]
-        names += match.trusted
+        names += match.trusted.names
         found.extend(skipped(name, modules[name]) for name in names)
         if isinstance(match, Match) and match.projected is not None:
             found.extend(match.projected.skipped)

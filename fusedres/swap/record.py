@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class Reads:
 
     modules: children that were there. values: plain attributes. own: names that the instance did not have itself
     (methods of the class, attributes that were missing). keys: all children of a container that forward walked through.
+    callables: attributes that were called, or asked for what they are, and the names of their classes.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Reads:
     values: tuple[tuple[str, Any], ...]
     own: tuple[str, ...]
     keys: tuple[str, ...] | None = None
+    callables: tuple[tuple[str, str], ...] = ()
 
 
 class Notes:
@@ -59,10 +62,39 @@ class Notes:
         self.seen: dict[tuple[Path, str], int] = {}
         self.calls: dict[Path, int] = {}
         self.classes: dict[type, type[nn.Module]] = {}
+        # Set by who traces: records a call of the attribute at a path.
+        self.call: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
 
     def count_call(self, path: Path) -> None:
         """A child was called as a module, for which torch.fx reads its `forward` once."""
         self.calls[path] = self.calls.get(path, 0) + 1
+
+
+class Opaque:
+    """Stands for an attribute that is called, and is no module: a functools.partial, a method of another module.
+
+    What it does is not looked into: the graph calls what it finds there.
+    """
+
+    def __init__(self, path: str, value: Any, notes: Notes) -> None:
+        self._path, self._value, self._notes = path, value, notes
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._notes.call is None:
+            raise NotTraceable(f"it calls self.{self._path} outside its forward")
+        return self._notes.call(self._path, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotTraceable(_depends_on(self._path, self._value))
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what stands on a module; in a graph, where a target must be known beforehand."""
+    return function(*args, **kwargs)
 
 
 def make_twin(module: nn.Module, original: type[nn.Module], notes: Notes) -> nn.Module:
@@ -90,6 +122,10 @@ def _twin(
         if isinstance(value, torch.Tensor):
             # No value to read and none to spoil: a forward that needs one cannot be traced.
             state[name] = torch.empty_like(value, device="meta")
+        elif (
+            callable(value) and name not in _INTERNAL and not isinstance(value, (*PLAIN, *_BY_NAME))
+        ):
+            state[name] = Opaque(".".join((*path, name)), value, notes)
     state["_parameters"] = dict(module._parameters)
     state["_buffers"] = dict(module._buffers)
     state["_modules"] = {
@@ -149,7 +185,7 @@ def collect_reads(twin: nn.Module, notes: Notes) -> tuple[Reads, ...]:
     Raises:
         NotTraceable: something was read that cannot be looked at again cheaply.
     """
-    grouped: dict[Path, tuple[list, list, list]] = {}
+    grouped: dict[Path, tuple[list, list, list, list]] = {}
     for (path, name), times in notes.seen.items():
         if name == "forward" and path and times > notes.calls.get(path, 0):
             raise NotTraceable(_calls_a_method(path, name))
@@ -158,12 +194,27 @@ def collect_reads(twin: nn.Module, notes: Notes) -> tuple[Reads, ...]:
         module = twin
         for part in path:
             module = vars(module)["_modules"][part]
-        modules, values, own = grouped.setdefault(path, ([], [], []))
-        _sort_read(module, path, name, modules, values, own)
+        modules, values, own, callables = grouped.setdefault(path, ([], [], [], []))
+        value = vars(module).get(name)
+        if type(value) is Opaque:
+            callables.append((name, _kind(value._value)))
+        else:
+            _sort_read(module, path, name, modules, values, own)
     return tuple(
-        Reads(path, tuple(modules), tuple(values), tuple(own))
-        for path, (modules, values, own) in grouped.items()
-        if modules or values or own
+        Reads(path, tuple(modules), tuple(values), tuple(own), callables=tuple(callables))
+        for path, (modules, values, own, callables) in grouped.items()
+        if modules or values or own or callables
+    )
+
+
+def _kind(value: Any) -> str:
+    # By name: the class of a bound method cannot be pickled.
+    return type(value).__qualname__
+
+
+def _depends_on(full: str, value: Any) -> str:
+    return (
+        f"its forward depends on self.{full}, a {type(value).__name__}, whose contents may change"
     )
 
 
@@ -204,9 +255,7 @@ def _sort_value(full: str, name: str, value: Any, values: list[tuple[str, Any]])
         value = tuple(value)
     items = value if type(value) is tuple else (value,)
     if not all(isinstance(item, (*PLAIN, *_BY_NAME)) for item in items):
-        raise NotTraceable(
-            f"its forward depends on self.{full}, a {type(value).__name__}, whose contents may change"
-        )
+        raise NotTraceable(_depends_on(full, value))
     values.append((name, value))
 
 
@@ -235,8 +284,11 @@ def how_reads_differ(module: nn.Module, reads: Reads) -> str | None:
         now = getattr(target, name, _ABSENT)
         if now is not value and _differs(now, value):
             return f"self.{name} was changed after it was fused"
+    state = target.__dict__
+    for name, kind in reads.callables:
+        if name not in state or _kind(state[name]) != kind:
+            return f"self.{name} was changed after it was fused"
     if reads.own:
-        state = target.__dict__
         for name in reads.own:
             if (
                 name in state

@@ -24,6 +24,7 @@ from .record import (
     Notes,
     NotTraceable,
     Reads,
+    call,
     changed_attribute,
     collect_reads,
     make_twin,
@@ -36,12 +37,14 @@ class Trace:
     """The graph of one forward.
 
     inputs: the required arguments, each taken to be a Tensor. defaults: the others, taken to have their default.
+    asked: whether forward asks one of its inputs what it is (isinstance), and got that answer.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     defaults: tuple[tuple[str, Any], ...]
     reads: tuple[Reads, ...]
+    asked: bool = False
 
 
 def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
@@ -52,14 +55,15 @@ def trace(module: nn.Module, original: type[nn.Module]) -> Trace:
     """
     _refuse_special(module, original)
     inputs, defaults = _signature(original)
-    training, reads = _trace_mode(module, original, inputs, training=True)
-    evaluation, more = _trace_mode(module, original, inputs, training=False)
+    training, reads, asked = _trace_mode(module, original, inputs, training=True)
+    evaluation, more, asked_too = _trace_mode(module, original, inputs, training=False)
     _name_the_mode(training, evaluation)
     if _text(training) != _text(evaluation):
         raise NotTraceable("its forward is another one in train and in eval mode")
     modules = dict(module.named_modules(remove_duplicate=False))
     containers = _containers(training, modules)
-    return Trace(training, inputs, defaults, tuple(dict.fromkeys((*reads, *more, *containers))))
+    found = tuple(dict.fromkeys((*reads, *more, *containers)))
+    return Trace(training, inputs, defaults, found, asked or asked_too)
 
 
 def _name_the_mode(training: fx.Graph, evaluation: fx.Graph) -> None:
@@ -161,7 +165,7 @@ def _trace_mode(
         raise NotTraceable("its forward draws random numbers while it decides what to run")
     if (name := changed_attribute(before, twin)) is not None:
         raise NotTraceable(f"its forward writes to self.{name}, or makes a constant tensor")
-    return graph, collect_reads(twin, notes)
+    return graph, collect_reads(twin, notes), tracer.asked
 
 
 def _generator_states() -> tuple[torch.Tensor, Any]:
@@ -203,6 +207,7 @@ class _Tensor(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
+        self.tracer.asked |= self.node.op == "placeholder"
         return torch.Tensor
 
 
@@ -224,8 +229,14 @@ class _Tracer(fx.Tracer):
 
     def __init__(self, notes: Notes) -> None:
         super().__init__()
+        self.asked = False
         self._notes = notes
         self._around = _ambient()
+        notes.call = self._call_attribute
+
+    def _call_attribute(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        attribute = self.create_proxy("get_attr", path, (), {})
+        return self.create_proxy("call_function", call, (attribute, *args), kwargs)
 
     def trace_forward(
         self, twin: nn.Module, original: type[nn.Module], inputs: tuple[str, ...]
