@@ -207,7 +207,8 @@ class _Tensor(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        self.tracer.asked |= self.node.op == "placeholder"
+        if isinstance(self.tracer, _Tracer):
+            self.tracer.asked |= self.node.op == "placeholder"
         return torch.Tensor
 
 
