@@ -100,6 +100,28 @@ def check_add_act(name, input, residual, activation) -> None:
         )
 
 
+def check_scaled_add_act(name, input, residual, scale, activation) -> None:
+    """Refuse what `act(residual + scale * input)` is not defined for.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+    """
+    check_add_act(name, input, residual, activation)
+    if isinstance(scale, Tensor) and scale.numel() == 1:
+        scale = scale.reshape(1).expand(input.shape[1])
+    if not isinstance(scale, Tensor):
+        raise TypeError(
+            f"{name}: scale is a {type(scale).__name__}, expected a torch.Tensor of one element or of one per channel"
+        )
+    if (
+        scale.shape != input.shape[1:2]
+        or scale.device != input.device
+        or scale.dtype not in (torch.float32, input.dtype)
+    ):
+        _refuse_vector(name, "scale", scale, input)
+
+
 def _refuse_vector(name, argument, tensor, input) -> None:
     channels, dtype, device = input.shape[1], input.dtype, input.device
     if not isinstance(tensor, Tensor):

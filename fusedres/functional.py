@@ -7,17 +7,25 @@ from torch import Tensor
 
 from . import add, autograd, reference
 from .activations import activate
-from .checks import check_add_act, check_batch_norm_act, check_projected_shape, check_projection
+from .checks import (
+    check_add_act,
+    check_batch_norm_act,
+    check_projected_shape,
+    check_projection,
+    check_scaled_add_act,
+)
 from .dispatch import goes_to_kernels, is_eager, wants_triton
 from .dual import tail_of_two
 from .projection import project
 
 __all__ = [
     "add_act",
+    "add_batch_norm_act",
     "batch_norm_act",
     "dual_batch_norm_act",
     "projection",
     "projection_batch_norm_act",
+    "scaled_add_act",
 ]
 
 
@@ -251,6 +259,72 @@ def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu")
     ):
         return add.add_act(input, residual, activation)
     return activate(input + residual, activation, in_place=is_eager())
+
+
+def scaled_add_act(
+    input: Tensor, residual: Tensor, scale: Tensor, *, activation: str | None = None
+) -> Tensor:
+    """`activation(residual + scale * input)`: a residual block with a learnable scale (Bachlechner et al. 2020,
+    arXiv:2003.04887: one that starts at 0 makes the block begin as the identity).
+
+    Args:
+        input: what the block gives, [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or float64.
+        residual: like `input` in shape and dtype, in any layout.
+        scale: of one element, or [C]; float32 or the input's dtype.
+        activation: as for `batch_norm_act`.
+
+    Returns:
+        A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the triton backend was asked for and cannot run there.
+    """
+    check_scaled_add_act("scaled_add_act", input, residual, scale, activation)
+    return reference.scaled_add_act(input, residual, scale, activation)
+
+
+def add_batch_norm_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "relu",
+) -> tuple[Tensor, Tensor]:
+    """`sum = input + residual` and `output = activation(batch_norm(sum))`, both kept: a pre-activation unit (He et al.
+    2016, arXiv:1603.05027) from the end of one to the beginning of the next.
+
+    Args:
+        input: what the last unit's branch gives, [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or
+            float64.
+        residual: like `input` in shape and dtype, in any layout.
+        running_mean to eps, activation: as for `batch_norm_act`; the statistics are those of the sum as it is stored.
+
+    Returns:
+        (sum, output), both with the input's shape, dtype and memory format. First and second derivatives are supported.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit; one value per channel in training.
+        RuntimeError: the triton backend was asked for and cannot run there.
+
+    After an error the running statistics are what they were.
+    """
+    check_add_act("add_batch_norm_act", input, residual, activation)
+    check_batch_norm_act(
+        "add_batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, None, activation
+    )  # fmt: skip
+    total = input + residual
+    return total, batch_norm_act(
+        total, running_mean, running_var, weight, bias, training, momentum, eps, activation=activation
+    )  # fmt: skip
 
 
 def _with_tensor_momentum(

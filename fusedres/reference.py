@@ -41,6 +41,15 @@ def batch_norm_act(
     return activate(output, activation, in_place)
 
 
+def scaled_add_act(
+    input: Tensor, residual: Tensor, scale: Tensor, activation: str | None = None
+) -> Tensor:
+    """`act(residual + scale * input)`, as in `fusedres.functional.scaled_add_act`, unchecked."""
+    if scale.dim() == 1 and scale.numel() > 1:
+        scale = scale.view([-1] + [1] * (input.dim() - 2))
+    return activate(residual + (scale * input).to(input.dtype), activation)
+
+
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
     # To a float32 input everything is float32 already.
     if input.dtype is torch.float32 or not _needs_casts(input, running_mean, weight, bias):

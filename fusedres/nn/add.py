@@ -1,12 +1,13 @@
-"""The addition and the activation at the end of a block that somebody else owns."""
+"""The addition and the activation at the end of a block, with a scale or without."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..activations import activate
 from ..dispatch import DTYPES, goes_to_kernels, is_eager, wants_triton
-from ..functional import add_act
+from ..functional import add_act, scaled_add_act
 from .batch_norm import is_like
 
 
@@ -30,3 +31,26 @@ def call_add(input: Tensor, residual: Tensor, activation: str, in_place: bool = 
     else:
         input = input + residual
     return activate(input, activation, is_eager())
+
+
+def call_scaled_add(
+    input: Tensor, residual: Tensor, scale: Tensor | None, activation: str | None = None
+) -> Tensor:
+    """`activation(residual + scale * input)`, fused where the two are alike; `scale`: None, one element or [C].
+
+    What PyTorch would broadcast or promote is left to PyTorch.
+    """
+    if (
+        is_like(residual, input)
+        and input.dim() > 1
+        and input.dtype in DTYPES
+        and (scale is None or scale.dtype in (torch.float32, input.dtype))
+    ):
+        if scale is not None:
+            return scaled_add_act(input, residual, scale, activation=activation)
+        if activation is not None:
+            return call_add(input, residual, activation)
+        return residual + input
+    if scale is not None and scale.dim() == 1 and scale.numel() > 1:
+        scale = scale.view([-1] + [1] * (input.dim() - 2))
+    return activate(residual + (input if scale is None else scale * input), activation)

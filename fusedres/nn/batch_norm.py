@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..activations import activate, check_activation
 from ..dual import tail_of_two
-from ..functional import batch_norm_act
+from ..functional import add_batch_norm_act, batch_norm_act
 from .norms import activates, begin, parts_inside, promotes, why_not_fused
 
 
@@ -28,6 +28,53 @@ def call_batch_norm(
         return batch_norm_act(
             input, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch, call.momentum,
             norm.eps, residual=residual, activation=activation,
+        )  # fmt: skip
+    except (TypeError, ValueError, RuntimeError):
+        if call.batches is not None:
+            call.batches.sub_(1)
+        raise
+
+
+def run_tail(
+    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = "relu"
+) -> Tensor:
+    """`activation(norm(input) + residual)` for whatever stands as `norm`: fused, or by calling it where it must be
+    called (another module, hooks, parametrizations, a trace). What a module's own forward uses."""
+    if _is_called(norm, input):
+        return plain_call(norm, input, residual, activation)
+    return call_tail(norm, input, residual, activation)
+
+
+def _is_called(norm: Any, input: Tensor) -> bool:
+    return (
+        torch.jit.is_tracing()
+        or not isinstance(input, Tensor)  # a proxy of torch.fx
+        or why_not_fused(norm) is not None
+        or bool(parts_inside(norm))
+        or promotes(norm, input)
+    )
+
+
+def call_add_batch_norm(
+    norm: Any, input: Tensor, residual: Tensor, activation: str | None = "relu"
+) -> tuple[Tensor, Tensor]:
+    """`sum = input + residual` and `activation(norm(sum))`, fused where the two summands are alike.
+
+    A norm that is no BatchNorm, or one that must be called itself (hooks, parametrizations), is called.
+    """
+    if _is_called(norm, input) or not is_like(residual, input):
+        total = input + residual
+        return total, activate(norm(total), activation)
+    call = begin(norm, input)
+    if isinstance(call.momentum, Tensor):  # a cumulative average
+        total = input + residual
+        return total, call_batch_norm(norm, total, None, activation)
+    if call.batches is not None:
+        call.batches.add_(1)
+    try:
+        return add_batch_norm_act(
+            input, residual, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch,
+            call.momentum, norm.eps, activation=activation,
         )  # fmt: skip
     except (TypeError, ValueError, RuntimeError):
         if call.batches is not None:
@@ -211,12 +258,7 @@ class _BatchNormAct(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
-        if (
-            torch.jit.is_tracing()
-            or why_not_fused(norm) is not None
-            or parts_inside(norm)
-            or promotes(norm, input)
-        ):
+        if _is_called(norm, input):
             return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
 
