@@ -17,6 +17,15 @@ _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d"), (_TIMM, "FrozenBatchNo
 _WITH_PARTS = {(_TIMM, name) for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")}  # fmt: skip
 
 
+# An attribute of a class that `fuse_` made: the class it was made from.
+ORIGINAL = "_fusedres_original"
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before any swap."""
+    return getattr(type(module), ORIGINAL, type(module))
+
+
 def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 

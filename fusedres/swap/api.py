@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..dispatch import current_backend
-from ..nn.norms import is_batch_norm
+from ..nn.norms import is_batch_norm, original_class
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
@@ -17,7 +17,6 @@ from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_st
 from .nodes import family_of
 from .plan import Plan, Site, decide, is_list, owned_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
-from .subclass import original_class
 
 
 @dataclass(frozen=True)

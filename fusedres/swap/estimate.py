@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.norms import is_batch_norm
-from .subclass import original_class
+from ..nn.norms import is_batch_norm, original_class
 
 # Passes, forward and backward: (eager, fused); where an activation follows, and it is one that a bit an element is kept
 # for, the bit is written once and read twice.

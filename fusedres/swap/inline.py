@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..nn.norms import is_batch_norm, parts_inside, why_called, why_not_fused
+from ..nn.norms import is_batch_norm, original_class, parts_inside, why_called, why_not_fused
 from .alias import Effects, Made, is_fresh_module
 from .nodes import (
     Modules,
@@ -30,7 +30,6 @@ from .nodes import (
     why_not_skipped,
 )
 from .record import NotTraceable, Reads
-from .subclass import original_class
 from .trace import Trace, trace
 
 

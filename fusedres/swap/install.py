@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import current_backend
-from ..nn.norms import why_not_fused
+from ..nn.norms import ORIGINAL, original_class, why_not_fused
 from .nodes import why_not_skipped
 from .plan import Plan
 from .record import child_at, how_reads_differ
 from .rewrite import compile_source, fingerprint
-from .subclass import ORIGINAL, PLAN, original_class, subclass
+from .subclass import PLAN, subclass
 
 # One class for all blocks of a kind that are fused alike; it goes when the last of them does.
 _CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = (

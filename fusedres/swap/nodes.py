@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..activations import SLOPE, is_piecewise
-from ..nn.norms import is_batch_norm, why_called
+from ..nn.activations import activation_of, gelu, leaky
+from ..nn.norms import is_batch_norm, original_class, why_called
 from .record import Path
-from .subclass import original_class
 
 Modules = Mapping[str, nn.Module]
 
@@ -25,31 +24,6 @@ _TITLES = {
 }  # fmt: skip
 
 
-def _leaky(slope: Any) -> str:
-    if type(slope) not in (int, float) or not math.isfinite(slope):
-        return ""  # not a number that a name can say
-    return "leaky_relu" if slope == SLOPE else f"leaky_relu({slope!r})"
-
-
-def _gelu(approximate: str) -> str:
-    return "gelu_tanh" if approximate == "tanh" else "gelu"
-
-
-# By class, and by name for classes of a package that need not be installed.
-_MODULES: dict[Any, Callable[[Any], str]] = {
-    nn.ReLU: lambda child: "relu",
-    nn.ReLU6: lambda child: "relu6" if (child.min_val, child.max_val) == (0, 6) else "",
-    nn.LeakyReLU: lambda child: _leaky(child.negative_slope),
-    nn.SiLU: lambda child: "silu",
-    nn.GELU: lambda child: _gelu(child.approximate),
-    nn.Hardswish: lambda child: "hardswish",
-    nn.Mish: lambda child: "mish",
-    ("timm.layers.activations", "GELU"): lambda child: "gelu",
-    ("timm.layers.activations", "GELUTanh"): lambda child: "gelu_tanh",
-    ("timm.layers.activations", "Swish"): lambda child: "silu",
-    ("timm.layers.activations", "HardSwish"): lambda child: "hardswish",
-    ("timm.layers.activations", "Mish"): lambda child: "mish",
-}
 # What a function or a method is given besides its tensor, by position, and which activation that makes it.
 _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., str]]] = {
     F.relu: (("inplace",), lambda inplace=False: "relu"),
@@ -59,10 +33,10 @@ _FUNCTIONS: dict[Any, tuple[tuple[str, ...], Callable[..., str]]] = {
     "relu_": ((), lambda: "relu"),
     F.relu6: (("inplace",), lambda inplace=False: "relu6"),
     F.leaky_relu: (
-        ("negative_slope", "inplace"), lambda negative_slope=SLOPE, inplace=False: _leaky(negative_slope),
+        ("negative_slope", "inplace"), lambda negative_slope=SLOPE, inplace=False: leaky(negative_slope),
     ),
     F.silu: (("inplace",), lambda inplace=False: "silu"),
-    F.gelu: (("approximate",), lambda approximate="none": _gelu(approximate)),
+    F.gelu: (("approximate",), lambda approximate="none": gelu(approximate)),
     F.hardswish: (("inplace",), lambda inplace=False: "hardswish"),
     F.mish: (("inplace",), lambda inplace=False: "mish"),
 }  # fmt: skip
@@ -111,13 +85,6 @@ def family_of(pattern: str) -> tuple[str, bool]:
     if pattern == "unknown":
         return "BN", False
     return (pattern, False) if name is None else (f"{start}+ReLU", is_piecewise(name))
-
-
-def activation_of(child: nn.Module) -> str | None:
-    """The name of the activation that this child is; None where it is none that the kernels know."""
-    kind = type(child)
-    name = _MODULES.get(kind) or _MODULES.get((kind.__module__, kind.__qualname__))
-    return (name(child) or None) if name is not None else None
 
 
 def is_identity_kind(kind: type[nn.Module]) -> bool:

@@ -9,14 +9,13 @@ from typing import Any
 from torch import fx, nn
 
 from ..activations import parse
-from ..nn.norms import is_batch_norm
+from ..nn.norms import is_batch_norm, original_class
 from .config import SUM, FuseConfig
 from .inline import Traces, inline
 from .match import Match, Sum, find_matches, find_sums
 from .nodes import Skipped, family_of, skipped, title
 from .record import NotTraceable, Path, Reads
 from .rewrite import fingerprint, rewrite
-from .subclass import original_class
 from .trace import copy_of
 
 

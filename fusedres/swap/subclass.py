@@ -6,13 +6,8 @@ from typing import Any
 
 from torch import nn
 
-# Attributes of a class that the swap made: the plan it runs by, the class it was made from.
-PLAN, ORIGINAL = "_fusedres_plan", "_fusedres_original"
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class before any swap."""
-    return getattr(type(module), ORIGINAL, type(module))
+# An attribute of a class that the swap made: the plan it runs by.
+PLAN = "_fusedres_plan"
 
 
 def subclass(cls: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:

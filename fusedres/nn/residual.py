@@ -1,0 +1,302 @@
+"""`y = act(skip(x) + scale * block(x))` around any module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from ..activations import check_activation
+from ..dispatch import is_eager
+from ..projection import project
+from .activations import activation_of
+from .add import call_scaled_add
+from .batch_norm import run_tail
+from .norms import is_batch_norm, original_class, why_called, why_not_fused
+from .projection import Projection
+
+SKIPS, SCALES = ("project", "pad"), ("scalar", "channel")
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Residual(nn.Module):
+    """`y = activation(skip(x) + scale * block(x))` (He et al. 2015, arXiv:1512.03385; with a scale: Bachlechner et al.
+    2020, arXiv:2003.04887).
+
+    Whatever the block is, its channels are dimension 1 of what it gives: [N, C], [N, C, L], [N, C, H, W],
+    [N, C, D, H, W]. The sum, the scale and the activation are one operator; where the block is an `nn.Sequential` that
+    ends in a BatchNorm (and there is no scale), that one too, and each BatchNorm with an activation behind it.
+
+    Args:
+        block: any module that takes one tensor and gives one.
+        skip: None for the identity; a module; "project": a convolution with a 1x1 kernel, without a bias, of the stride
+            that brings one shape to the other (a linear map for [N, C]), whose weight is made at the first call; "pad":
+            every stride-th position and channels of zeros, without parameters (option A of He et al. 2015).
+        scale: None; "scalar" or "channel": a parameter that starts at 0, so that the block starts as the identity; a
+            number, or a tensor of one element or of one per channel: a parameter that starts there. The shape of
+            "channel" is known at the first call.
+        activation: None, a name as for `fusedres.functional.batch_norm_act`, or a module that is called.
+        device, dtype: of `scale`, and of a weight that is made; by default as what comes.
+
+    Parameters made at the first call are there for an optimizer after one batch, as with PyTorch's lazy modules.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: a name that is not known; in `forward`, shapes that do not match.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        block: nn.Module,
+        skip: nn.Module | str | None = None,
+        scale: Tensor | float | str | None = None,
+        activation: nn.Module | str | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"Residual: block is a {type(block).__name__}, expected an nn.Module")
+        if not isinstance(activation, nn.Module):
+            check_activation("Residual", activation)
+        where = {"device": device, "dtype": dtype}
+        self.block = block
+        self.skip = _make_skip(skip, where)
+        self.scale = _make_scale(scale, where)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, ...] -> the shape that the block gives.
+
+        Raises:
+            ValueError: the block and the skip connection give different shapes.
+        """
+        norm, out = self._branch(x)
+        name = self.activation if isinstance(self.activation, str) else None
+        if norm is not None and isinstance(self.skip, Projection):
+            y = self.skip.join(norm, out, x, name)
+        elif norm is not None:
+            y = run_tail(norm, out, self._shortcut(x, out), name)
+        else:
+            y = call_scaled_add(out, self._shortcut(x, out), self._shaped_scale(out), name)
+        return self.activation(y) if isinstance(self.activation, nn.Module) else y
+
+    def _shortcut(self, x: Tensor, out: Tensor) -> Tensor:
+        if isinstance(self.skip, (_Project, _Pad)):
+            return self.skip(x, out)
+        residual = x if self.skip is None else self.skip(x)
+        if isinstance(out, Tensor) and out.shape != residual.shape:
+            raise ValueError(_mismatch(out, residual))
+        return residual
+
+    def _branch(self, x: Tensor) -> tuple[Any, Tensor]:
+        """What the block gives; or, without a scale, its last BatchNorm and what is still to be normalised."""
+        if self.scale is None:
+            return _run(self.block, x)
+        return None, self.block(x)
+
+    def _shaped_scale(self, out: Tensor) -> Tensor | None:
+        if isinstance(self.scale, UninitializedParameter):
+            _materialize(self.scale, (out.shape[1],), out)
+            nn.init.zeros_(self.scale)
+        return self.scale
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        _shape_as_loaded(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        scale = self.scale
+        if scale is None:
+            text = "None"
+        elif isinstance(scale, UninitializedParameter):
+            text = "channel"
+        else:
+            text = "scalar" if scale.numel() == 1 else "channel"
+        name = "" if isinstance(self.activation, nn.Module) else f", activation={self.activation}"
+        return f"scale={text}{name}"
+
+
+def _make_skip(skip: Any, where: dict[str, Any]) -> nn.Module | None:
+    if skip == "project":
+        return _Project(**where)
+    if skip == "pad":
+        return _Pad()
+    if isinstance(skip, str):
+        raise ValueError(
+            f"Residual: skip is {skip!r}, expected None, a module, {' or '.join(map(repr, SKIPS))}"
+        )
+    if skip is not None and not isinstance(skip, nn.Module):
+        raise TypeError(
+            f"Residual: skip is a {type(skip).__name__}, expected None, an nn.Module, "
+            f"{' or '.join(map(repr, SKIPS))}"
+        )
+    return skip
+
+
+def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
+    if scale is None:
+        return None
+    if isinstance(scale, str):
+        if scale not in SCALES:
+            raise ValueError(
+                f"Residual: scale is {scale!r}, expected None, {', '.join(map(repr, SCALES))}, a number or a tensor"
+            )
+        if scale == "channel":
+            return UninitializedParameter(**where)
+        scale = 0.0
+    if isinstance(scale, nn.Parameter):
+        start: Tensor = scale
+    elif isinstance(scale, Tensor):
+        start = nn.Parameter(scale.detach().clone().to(**where))
+    elif type(scale) in (int, float):
+        start = nn.Parameter(torch.full((), float(scale), **where))
+    else:
+        raise TypeError(
+            f"Residual: scale is a {type(scale).__name__}, expected None, a number, a tensor, "
+            f"{' or '.join(map(repr, SCALES))}"
+        )
+    if start.dim() > 1 and start.numel() > 1:
+        raise ValueError(
+            f"Residual: scale has shape {list(start.shape)}, expected one element, or one per channel [C]"
+        )
+    return start
+
+
+def _mismatch(out: Tensor, residual: Tensor) -> str:
+    return (
+        f"Residual: the block gives {list(out.shape)} and the skip connection {list(residual.shape)}; expected one "
+        'shape. Give skip="project" (a 1x1 convolution with a stride), skip="pad" (every stride-th position, channels '
+        "of zeros), or a module of your own that brings one to the other"
+    )
+
+
+def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
+    """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
+    if original_class(block) is not nn.Sequential or why_called(block) is not None:
+        return None, block(x)
+    children = list(block)
+    while children:
+        child = children.pop(0)
+        if is_batch_norm(child) and why_not_fused(child) is None:
+            if not children:
+                return child, x
+            name = activation_of(children[0])
+            if name is not None and why_called(children[0]) is None:
+                children.pop(0)
+            else:
+                name = None
+            x = run_tail(child, x, None, name)
+            continue
+        norm, x = _run(child, x)
+        if norm is not None and not children:
+            return norm, x
+        if norm is not None:
+            children.insert(0, norm)
+    return None, x
+
+
+def _steps(given: torch.Size, wanted: torch.Size) -> tuple[int, ...] | None:
+    """The stride of each spatial dimension that brings one size to the other; None where there is none."""
+    steps = []
+    for size, target in zip(given[2:], wanted[2:], strict=True):
+        step = -(-size // target) if target else 1
+        if size != target and (size - 1) // max(step, 1) + 1 != target:
+            return None
+        steps.append(max(step, 1))
+    return tuple(steps)
+
+
+class _Project(nn.Module):
+    """x [N, Cin, ...] as `like` [N, Cout, ...], by a strided 1x1 convolution; its weight is made at the first call."""
+
+    weight: Tensor
+
+    def __init__(self, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = UninitializedParameter(device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        steps = _steps(x.shape, like.shape) if x.dim() == like.dim() else None
+        dimensions = x.dim() - 2
+        if steps is None or dimensions not in (0, *_CONVOLVE):
+            raise ValueError(_mismatch(like, x))
+        if isinstance(self.weight, UninitializedParameter):
+            _materialize(self.weight, (like.shape[1], x.shape[1], *(1,) * dimensions), x)
+            nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        if dimensions == 0:
+            return F.linear(x, self.weight)
+        device = x.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if is_eager() and not casts and not torch.jit.is_tracing() and x.dtype == self.weight.dtype:
+            return project(x, self.weight, None, steps, False)[0]
+        return _CONVOLVE[dimensions](x, self.weight, None, steps)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        _shape_as_loaded(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        shape = "unknown until the first call"
+        if not isinstance(self.weight, UninitializedParameter):
+            shape = f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+        return f"{shape}, kernel_size=1"
+
+
+class _Pad(nn.Module):
+    """x [N, Cin, ...] as `like` [N, Cout, ...]: every stride-th position, channels of zeros behind (option A)."""
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        steps = _steps(x.shape, like.shape) if x.dim() == like.dim() else None
+        if steps is None or like.shape[1] < x.shape[1]:
+            raise ValueError(_mismatch(like, x))
+        small = x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))]
+        missing = like.shape[1] - x.shape[1]
+        return F.pad(small, (0, 0) * len(steps) + (0, missing)) if missing else small
+
+
+# --- parameters whose shape is known at the first call ---------------------------------------------------------------
+
+
+def _materialize(parameter: UninitializedParameter, shape: tuple[int, ...], like: Tensor) -> None:
+    # What the user asked for at construction stays; else as what comes.
+    parameter.materialize(shape, device=like.device, dtype=parameter.dtype)
+
+
+def _uninitialized(module: nn.Module) -> dict[str, UninitializedParameter]:
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if isinstance(parameter, UninitializedParameter)
+    }
+
+
+def _save(module: nn.Module, destination: Any, prefix: str, keep_vars: bool, save: Any) -> None:
+    """As PyTorch's lazy modules: what has no shape yet is put in as it is."""
+    waiting = _uninitialized(module)
+    for name in waiting:
+        destination[prefix + name] = module._parameters[name]
+        module._parameters[name] = None
+    try:
+        save(destination, prefix, keep_vars)
+    finally:
+        module._parameters.update(waiting)
+
+
+def _shape_as_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    for name, parameter in _uninitialized(module).items():
+        loaded = state_dict.get(prefix + name)
+        if isinstance(loaded, Tensor) and not isinstance(loaded, UninitializedParameter):
+            with torch.no_grad():
+                parameter.materialize(loaded.shape)
