@@ -99,6 +99,15 @@ def activate(input: Tensor, activation: str | None, in_place: bool = False) -> T
     return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[name](input)
 
 
+def gradient(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:
+    """dy * act'(z) of a smooth activation, by the operator that PyTorch's own backward runs."""
+    name, aten, dy = parse(activation).name, torch.ops.aten, dy.to(z.dtype)
+    if name in ("gelu", "gelu_tanh"):
+        return aten.gelu_backward(dy, z, approximate="tanh" if name == "gelu_tanh" else "none")
+    smooth = {"silu": aten.silu_backward, "hardswish": aten.hardswish_backward, "mish": aten.mish_backward}  # fmt: skip
+    return smooth[str(name)](dy, z)
+
+
 def passes(z: Tensor, activation: str | None) -> Tensor:
     """Where the gradient of a piecewise activation passes whole, by its input or its output."""
     name = parse(activation).name

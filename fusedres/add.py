@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .activations import activate, is_piecewise, keep_passing, parse, passes
+from .activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from .dispatch import resolve
 from .kernels.layout import bits_layout, row_map
 from .operators import LIBRARY, accumulate_dtype
@@ -66,7 +66,7 @@ def _backward(
     dz = dy.new_empty_strided(dy.shape, stride)
     if resolve(dy.device, dy.dtype)[0] != "triton":
         if input is not None and residual is not None:
-            return dz.copy_(operators.smooth_gradient(dy, input + residual, activation))
+            return dz.copy_(gradient(dy, input + residual, activation))
         return dz.copy_(keep_passing(dy, operators._unpack(bits, dz), activation))
     k = operators._kernels()
     # Where bits tell, x is not read: dy stands in its place.
@@ -75,7 +75,7 @@ def _backward(
     added = rest[0] if rest else None
     pack_channels, _, bits_stride = bits_layout(rows)
     k.grad_apply(
-        dy, x, bits if bits.numel() else None, None, None, None, None, None, dz, added, None, None, None, None,
+        dy, x, bits if bits.numel() else None, None, None, None, None, None, dz, added, None, None, None, None, None,
         rows, bits_stride, pack_channels, k.tile(rows, dy.element_size(), k.APPLYING, k.chip()),
         *parse(activation), k.dtype[accumulate_dtype(dy.dtype)], k.offset[rows.needs_int64],
     )  # fmt: skip

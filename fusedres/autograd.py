@@ -68,7 +68,7 @@ def _backward(
         dy, skip = operators.spread_skip(skip, stride, input), None
     needs = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return *_differentiable_backward(
+        return *differentiable_backward(
             ctx, dy, input, weight, bias, saved, bits, residual, needs
         ), *rest
     # Without an activation dz is dy itself, which no kernel need write again.
@@ -108,7 +108,7 @@ class _Eager(torch.autograd.Function):
 fork.takes_gradients(_Eager)
 
 
-def _differentiable_backward(ctx, dy, input, weight, bias, saved, bits, residual, needs):
+def differentiable_backward(ctx, dy, input, weight, bias, saved, bits, residual, needs):
     """The same gradients as a graph of PyTorch's own operations, for `create_graph=True`.
 
     The derivative of a piecewise activation is a constant almost everywhere, so it enters as a mask; all others are

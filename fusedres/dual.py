@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import fork, operators, reference
-from .activations import activate, is_piecewise, keep_passing, parse
+from .activations import activate, gradient, is_piecewise, keep_passing, parse
 from .autograd import graph_gradients, normalized_graph
 from .batching import fold, fold_buffers, unfold, write_back
 from .checks import check_batch_norm_act
@@ -122,8 +122,8 @@ def _backward(
         k.grad_reduce(
             dy, input, mask, weight, bias, saved, partials[0],
             residual, residual_weight, residual_bias, residual_saved, partials[1],
-            operators._skip(k, rows, dx, skip, skip_stride, dz),
-            rows, bits_stride, pack_channels, tile, *parse(activation), offset,
+            operators._skip(k, rows, dx, skip, skip_stride, dz), None,
+            rows, bits_stride, pack_channels, tile, *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
         if training:
             both = [saved.new_empty((2, channels)) if need else None for need in needs[:2]]
@@ -131,7 +131,7 @@ def _backward(
             k.grad_finalize(
                 partials[i], moments, gamma, both[i],
                 vectors[2 * i] if needs[2 + 2 * i] else None,
-                vectors[2 * i + 1] if needs[3 + 2 * i] else None, rows.rows,
+                vectors[2 * i + 1] if needs[3 + 2 * i] else None, rows.rows, k.dtype[saved.dtype],
             )  # fmt: skip
     if dz is not None:
         rows, (input, dy, residual) = operators._common_rows(dx, input, dz, residual)
@@ -140,7 +140,7 @@ def _backward(
         k.grad_apply(
             dy, input, mask, weight, bias, saved, both[0],
             dx if needs[0] else None, dresidual if needs[1] else None,
-            residual, residual_weight, residual_bias, residual_saved, both[1],
+            residual, residual_weight, residual_bias, residual_saved, both[1], None,
             rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, k.DUAL_SHARE),
             *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
@@ -198,7 +198,7 @@ def _backward_aten(
     elif activation is not None:
         z = operators._normalized(input, weight, bias, saved)
         z = z + operators._normalized(residual, residual_weight, residual_bias, residual_saved)
-        dz = operators.smooth_gradient(dz, z, activation)
+        dz = gradient(dz, z, activation)
     none = bits.new_empty(0)
     found = []
     for k, (x, w, b, moments) in enumerate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import add, autograd, reference
+from . import add, autograd, preactivation, reference, scaled
 from .activations import activate
 from .checks import (
     check_add_act,
@@ -282,6 +282,8 @@ def scaled_add_act(
         RuntimeError: the triton backend was asked for and cannot run there.
     """
     check_scaled_add_act("scaled_add_act", input, residual, scale, activation)
+    if is_eager() and wants_triton(input.is_cuda) and goes_to_kernels(input):
+        return scaled.scaled_add_act(input, residual, scale, activation)
     return reference.scaled_add_act(input, residual, scale, activation)
 
 
@@ -321,6 +323,10 @@ def add_batch_norm_act(
     check_batch_norm_act(
         "add_batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, None, activation
     )  # fmt: skip
+    if is_eager() and wants_triton(input.is_cuda) and goes_to_kernels(input):
+        return preactivation.add_batch_norm_act(
+            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, activation
+        )  # fmt: skip
     total = input + residual
     return total, batch_norm_act(
         total, running_mean, running_var, weight, bias, training, momentum, eps, activation=activation

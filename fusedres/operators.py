@@ -35,7 +35,8 @@ LIBRARY.define(
 LIBRARY.define(
     "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
     "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
-    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None, Tensor? residual=None) "
+    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None, Tensor? residual=None, "
+    "Tensor? addend=None) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 LIBRARY.define(
@@ -201,16 +202,19 @@ def _batch_norm_act(
 
 def _statistics(
     k: SimpleNamespace, x: Tensor, rows: RowMap, saved: Tensor, buffers: Buffers, momentum: float, eps: float,
-    known: Tensor | None = None,
+    known: Tensor | None = None, added: Buffers = (None, None),
 ) -> None:  # fmt: skip
     """saved [3, C] <- the moments of x, which is rows.strides[1]; the running statistics move on. `known`: the partial
-    moments that whatever wrote x has left."""
+    moments that whatever wrote x has left. `added`: a residual (rows.strides[2]), and where x + residual goes
+    (rows.strides[0]): the moments are those of the sum."""
     mean, var = _dense(buffers[0]), _dense(buffers[1])
     if known is None:
         tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
         partial = x.new_empty((tile.programs, 3, rows.channels), dtype=_partial_dtype(x.dtype))
-        k.stats(x, partial, rows, tile, k.offset[rows.needs_int64])
-        k.finalize(partial, x, saved, mean, var, rows.strides[1], momentum, eps)
+        residual, total = added
+        k.stats(x, residual, total, partial, rows, tile, k.offset[rows.needs_int64])
+        first, stride = (x, rows.strides[1]) if total is None else (total, rows.strides[0])
+        k.finalize(partial, first, saved, mean, var, stride, momentum, eps)
     else:
         k.finalize(known, None, saved, mean, var, None, momentum, eps)
     for buffer, updated in zip(buffers, (mean, var), strict=True):
@@ -244,11 +248,12 @@ def _batch_norm_act_backward(
     skip: Tensor | None = None,
     skip_stride: list[int] | None = None,
     residual: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if resolve(input.device, input.dtype)[0] != "triton":
         return _batch_norm_act_backward_aten(
             dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-            need_input, need_residual, need_weight, need_bias, skip, skip_stride, residual,
+            need_input, need_residual, need_weight, need_bias, skip, skip_stride, residual, addend,
         )  # fmt: skip
     k = _kernels()
     chip = k.chip()
@@ -257,10 +262,14 @@ def _batch_norm_act_backward(
     reduces = need_weight or need_bias or (training and need_input)
     if skip is not None and not reduces:
         dy, skip = add_skip(dy, skip, skip_stride), None
+    # A pre-activation unit has an addend, whatever ends in a sum has a residual: never both.
     rows, (input, dy, *others) = _common_rows(
-        dx, input, dy, *([] if residual is None else [residual])
+        dx, input, dy, *[each for each in (residual, addend) if each is not None]
     )
-    residual = others[0] if others else None
+    if residual is not None:
+        residual = others[0]
+    elif addend is not None:
+        addend = others[0]
     channels, wide = rows.channels, saved.dtype
     offset = k.offset[rows.needs_int64]
     pack_channels, _, bits_stride = bits_layout(rows)
@@ -282,8 +291,8 @@ def _batch_norm_act_backward(
         partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
         k.grad_reduce(
             dy, input, mask, weight, bias, saved, partial, residual, None, None, None, None,
-            _skip(k, rows, dx, skip, skip_stride, dz),
-            rows, bits_stride, pack_channels, tile, *activations.parse(activation), offset,
+            _skip(k, rows, dx, skip, skip_stride, dz), None,
+            rows, bits_stride, pack_channels, tile, *activations.parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
         if training and need_input:
             coefficients = saved.new_empty((2, channels))
@@ -295,6 +304,7 @@ def _batch_norm_act_backward(
             dweight if need_weight else None,
             dbias if need_bias else None,
             rows.rows,
+            k.dtype[wide],
         )
     if dz is not None:
         rows, (input, dy) = _common_rows(dx, input, dz)
@@ -315,6 +325,7 @@ def _batch_norm_act_backward(
             None,
             None,
             None,
+            addend,
             rows,
             bits_stride,
             pack_channels,
@@ -435,14 +446,6 @@ def _normalized(input, weight, bias, saved) -> Tensor:
     return z if bias is None else z + _per_channel(bias, input)
 
 
-def smooth_gradient(dy: Tensor, z: Tensor, activation: str) -> Tensor:
-    """dy * act'(z), by PyTorch's own derivative."""
-    with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        output = activations.activate(z, activation)
-    return torch.autograd.grad(output, z, dy.to(output.dtype))[0]
-
-
 def _centered(input: Tensor, saved: Tensor) -> Tensor:
     return (input - _per_channel(saved[0], input)) - _per_channel(saved[1], input)
 
@@ -475,7 +478,7 @@ def _batch_norm_act_aten(
 
 def _batch_norm_act_backward_aten(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None, addend=None,
 ):  # fmt: skip
     dz = (dy if skip is None else add_skip(dy, skip, skip_stride)).to(saved.dtype)
     if activation is not None and is_piecewise(activation):
@@ -483,7 +486,7 @@ def _batch_norm_act_backward_aten(
         dz = activations.keep_passing(dz, mask, activation)
     elif activation is not None:
         z = _normalized(input, weight, bias, saved)
-        dz = smooth_gradient(dz, z if residual is None else z + residual, activation)
+        dz = activations.gradient(dz, z if residual is None else z + residual, activation)
     dims = [0, *range(2, input.dim())]
     centered = _centered(input, saved)
     dbias, dot = dz.sum(dims), (dz * centered).sum(dims)
@@ -497,7 +500,8 @@ def _batch_norm_act_backward_aten(
             n = input.numel() // input.shape[1]
             slope = invstd * invstd * dot / n
             gradient = dz - _per_channel(dbias / n, input) - centered * _per_channel(slope, input)
-        dx.copy_(gradient * _per_channel(scale, input))
+        gradient = gradient * _per_channel(scale, input)
+        dx.copy_(gradient if addend is None else gradient + addend)
     dresidual = input.new_empty(0)
     if need_residual:
         dresidual = torch.empty_like(input, dtype=residual_dtype).copy_(dz)
@@ -557,7 +561,7 @@ def _(input, weight, bias, saved, bits, activation):
 @torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
 def _(
     dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None,
+    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None, addend=None,
 ):  # fmt: skip
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),

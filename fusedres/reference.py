@@ -47,7 +47,8 @@ def scaled_add_act(
     """`act(residual + scale * input)`, as in `fusedres.functional.scaled_add_act`, unchecked."""
     if scale.dim() == 1 and scale.numel() > 1:
         scale = scale.view([-1] + [1] * (input.dim() - 2))
-    return activate(residual + (scale * input).to(input.dtype), activation)
+    # The sum is laid out as its first operand.
+    return activate((scale * input).to(input.dtype) + residual, activation)
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):

@@ -129,11 +129,14 @@ def bn_grad_finalize_kernel(
     channels,
     programs,
     inverse_rows: "fp64",
+    ACC: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """dweight, dbias [C], and the coefficients [2, C] of dx = scale * dz + slope * (x - mean) + level."""
-    ACC: tl.constexpr = p_saved.dtype.element_ty
+    """dweight, dbias [C], and the coefficients [2, C] of dx = scale * dz + slope * (x - mean) + level.
+
+    Without saved nothing was normalised: invstd is 1.
+    """
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     o_partial = tl.arange(0, BLOCK_PARTIALS)
@@ -142,7 +145,10 @@ def bn_grad_finalize_kernel(
     b_dz = tl.sum(tl.load(p, mask=m, other=0.0).to(tl.float64), axis=0)
     b_dzx = tl.sum(tl.load(p + channels, mask=m, other=0.0).to(tl.float64), axis=0)
 
-    b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    if p_saved is None:
+        b_invstd = tl.full([BLOCK_CHANNELS], 1.0, ACC)
+    else:
+        b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     if p_dweight is not None:
         tl.store(
             p_dweight + o_channel,
@@ -161,12 +167,13 @@ def bn_grad_finalize_kernel(
 
 def launch_bn_grad_finalize(
     partial: Tensor,
-    saved: Tensor,
+    saved: Tensor | None,
     weight: Tensor | None,
     coefficients: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     rows: int,
+    accumulate: tl.dtype,
 ) -> None:
     """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C]."""
     programs, _, channels = partial.shape
@@ -176,6 +183,6 @@ def launch_bn_grad_finalize(
         (partial, saved, weight, coefficients, dweight, dbias),
         (channels, programs),
         (1.0 / rows,),
-        {},
+        {"ACC": accumulate},
         _options(programs),
     )

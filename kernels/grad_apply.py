@@ -5,7 +5,8 @@
 A residual that has a BatchNorm of its own gets its gradient as x does. slope and level [C] come from
 `bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent and dx = scale * dz. Reads dy, x
 (and a tail's mask, or its residual), writes dx and dresidual, each at most once. Parallel over row programs and channel
-blocks; no reduction. Tiles run in the reverse order of the reducing pass.
+blocks; no reduction. Tiles run in the reverse order of the reducing pass. What x was used for besides gives a gradient
+too (the sum of a pre-activation unit): it is read and added to dx.
 """
 
 import triton
@@ -37,9 +38,11 @@ def bn_grad_apply_kernel(
     p_residual_bias,
     p_residual_saved,
     p_residual_coefficients,
+    p_addend,
     dy_stride,
     x_stride,
     residual_stride,
+    addend_stride,
     bits_stride,
     out_stride,
     outer,
@@ -105,6 +108,9 @@ def bn_grad_apply_kernel(
             b_dx = b_scale[None, :] * b_dz
             if p_coefficients is not None:
                 b_dx += b_slope[None, :] * b_centered + b_level[None, :]
+            if p_addend is not None:
+                o_addend = tile_offsets(o_outer, o_inner, o_channel, addend_stride)
+                b_dx += tl.load(p_addend + o_addend, mask=m, other=0.0).to(ACC)
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
             b_dz = b_rscale[None, :] * b_dz
@@ -129,6 +135,7 @@ def launch_bn_grad_apply(
     residual_bias: Tensor | None,
     residual_saved: Tensor | None,
     residual_coefficients: Tensor | None,
+    addend: Tensor | None,
     rows: RowMap,
     bits_stride: Strides | None,
     pack_channels: bool,
@@ -138,7 +145,8 @@ def launch_bn_grad_apply(
     accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
-    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy, and the residual where given."""
+    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy, and the residual or the addend
+    where given."""
     start(
         bn_grad_apply_kernel,
         tile.grid,
@@ -157,11 +165,13 @@ def launch_bn_grad_apply(
             residual_bias,
             residual_saved,
             residual_coefficients,
+            addend,
         ),
         (
             rows.strides[2],
             rows.strides[1],
             rows.strides[3] if residual is not None else None,
+            rows.strides[3] if addend is not None else None,
             bits_stride,
             rows.strides[0],
             rows.outer,

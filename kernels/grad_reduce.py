@@ -5,9 +5,10 @@
 Reads dy and x once (and a tail's mask, one bit an element, or its residual where act' takes more than two values),
 writes 2 values a channel and program. A residual that has a BatchNorm of its own is read once too, for its own sums. So
 is a second gradient of the output, which came over the skip connection: dy is the sum of both then, and dz is written,
-for the second pass to read instead. Parallel and deterministic as the statistics pass is. Sums over the tiles of
-float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits to lose and less
-time a byte. The last sum is in float64.
+for the second pass to read instead. Where dx needs none of the sums (nothing was normalised: dx = scale * dz) it is
+written here too, and there is no second pass. Parallel and deterministic as the statistics pass is. Sums over the tiles
+of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits to lose and
+less time a byte. The last sum is in float64.
 """
 
 from typing import NamedTuple
@@ -76,6 +77,7 @@ def bn_grad_reduce_kernel(
     p_residual_saved,
     p_residual_partial,
     p_dz,
+    p_dx,
     dy_stride,
     skip_stride,
     skip_place,
@@ -92,6 +94,7 @@ def bn_grad_reduce_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -99,7 +102,6 @@ def bn_grad_reduce_kernel(
     STAGES: tl.constexpr,
 ):
     """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a BatchNorm."""
-    ACC: tl.constexpr = p_saved.dtype.element_ty
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(0)
@@ -140,9 +142,11 @@ def bn_grad_reduce_kernel(
             outer, inner, channels, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
+        o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
         if p_dz is not None:
-            o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
+        if p_dx is not None:
+            tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
         if COMPENSATED:
             b_sum, b_sum_low = add_compensated(b_sum, b_sum_low, b_dz)
         else:
@@ -176,7 +180,7 @@ def launch_bn_grad_reduce(
     bits: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    saved: Tensor,
+    saved: Tensor | None,
     partial: Tensor,
     residual: Tensor | None,
     residual_weight: Tensor | None,
@@ -184,12 +188,14 @@ def launch_bn_grad_reduce(
     residual_saved: Tensor | None,
     residual_partial: Tensor | None,
     skip: Skip | None,
+    dx: Tensor | None,
     rows: RowMap,
     bits_stride: Strides | None,
     pack_channels: bool,
     tile: Tile,
     activation: str | None,
     slope: float,
+    accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
     """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
@@ -212,6 +218,7 @@ def launch_bn_grad_reduce(
             residual_saved,
             residual_partial,
             skip.dz,
+            dx,
         ),
         (
             rows.strides[2],
@@ -219,7 +226,7 @@ def launch_bn_grad_reduce(
             skip.place,
             rows.strides[1],
             rows.strides[3] if residual is not None else None,
-            rows.strides[0] if skip.dz is not None else None,
+            rows.strides[0],
             bits_stride,
             rows.outer,
             rows.inner,
@@ -233,6 +240,7 @@ def launch_bn_grad_reduce(
             "ACTIVATION": activation,
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
+            "ACC": accumulate,
             "OFFSET": offset,
         },
         tile.options,

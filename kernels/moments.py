@@ -61,8 +61,15 @@ def sum_rows(b_value, b_low):
 @triton.jit
 def load_pivot(p_x, o_channel, m_channel, stride_channel, ACC: tl.constexpr):
     """The channel's first value, or 0 where that is not finite (the rest of the channel should not all turn to NaN)."""
-    b_first = tl.load(p_x + o_channel * stride_channel, mask=m_channel, other=0.0).to(ACC)
-    return tl.where(tl.abs(b_first) < float("inf"), b_first, 0.0)
+    return finite_or_zero(
+        tl.load(p_x + o_channel * stride_channel, mask=m_channel, other=0.0).to(ACC)
+    )
+
+
+@triton.jit
+def finite_or_zero(b_value):
+    """0 for what is not finite."""
+    return tl.where(tl.abs(b_value) < float("inf"), b_value, 0.0)
 
 
 @triton.jit

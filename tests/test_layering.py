@@ -23,10 +23,13 @@ FLOORS = (
         "autograd",
         "dual",
         "add",
+        "preactivation",
+        "scaled",
         "projection",
         "functional",
     ),
     ("nn",),
+    ("models",),
     ("swap", "cli", "benchmarks", "__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
@@ -111,6 +114,8 @@ def test_every_room_has_a_floor():
         ("fusedres.operators", "from fusedres.nn.batch_norm import BatchNormAct2d"),
         ("fusedres.nn.batch_norm", "from ..swap import fuse_"),
         ("fusedres.nn.batch_norm", "import fusedres"),
+        ("fusedres.nn.blocks", "from ..models import resnet18"),
+        ("fusedres.models.resnet", "from ..swap import fuse_"),
         ("fusedres.swap.match", "from ..cli.main import main"),
         ("fusedres.__init__", "from .cli import main"),
     ],
