@@ -26,6 +26,8 @@ _PASSES = {
     "BN+add+ReLU": (8 + 8, 4 + 6),
     "BN+BN+add": (9 + 10, 5 + 8),
     "BN+BN+add+ReLU": (11 + 13, 5 + 8),
+    "add+BN": (6 + 8, 5 + 6),
+    "add+BN+ReLU": (8 + 11, 5 + 6),
 }
 _BITS = 3 / 8  # bytes an element
 

@@ -42,7 +42,7 @@ class Match:
     operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
     that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual"),
     or that the residual stands first in it, `call` its arguments where it is called as a function, `trusted` the
-    children that must stay what they are.
+    children that must stay what they are, `before` the sum that it normalises, where that is written by the site.
     """
 
     norm: fx.Node
@@ -57,6 +57,7 @@ class Match:
     into: str | None = None
     call: NormCall | None = None
     trusted: Made = field(default_factory=Made)
+    before: fx.Node | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -86,6 +87,8 @@ class Match:
 
     def _pattern(self, with_shortcut: bool) -> str:
         end = "" if self.activation is None else f"+{title(self.activation)}"
+        if self.before is not None:
+            return f"add+BN{end}"
         return f"BN{'+BN' * with_shortcut}{'+add' * (self.add is not None)}{end}"
 
     @property
@@ -117,7 +120,32 @@ def find_matches(
             if match.reason is None:
                 taken.update(match.nodes[1:])
             matches.append(match)
+    for match in matches:
+        if match.reason is None and _is_sum_before(match, effects, taken):
+            match.before = match.input
+            taken.add(match.input)
     return matches[::-1]
+
+
+def _is_sum_before(match: Match, effects: Effects, taken: set[fx.Node]) -> bool:
+    """Whether what a BatchNorm normalises is a sum that can be written while its statistics are taken.
+
+    It is written later then than it stood: nobody may look at it, or write to what it is made of, before the site ends.
+    """
+    add, end = match.input, match.end
+    summands = operands(add) if is_add(add) and add not in taken else None
+    if summands is None or summands[0] is summands[1]:
+        return False
+    if match.add is not None or match.call is not None:
+        return False
+    if in_place(add) and not effects.is_private(summands[0], add):
+        return False
+    waiting = [node for node in effects.between(add, end) if node not in match.nodes]
+    if any(user in waiting for user in add.users):
+        return False
+    if in_place(add):
+        match.trusted = effects.trusted(summands[0], add)
+    return all(effects.writer(waiting, node) is None for node in (*summands, add))
 
 
 def _follow_in_place(graph: fx.Graph) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import linecache
+import operator
 import re
 import types
 from typing import Any
@@ -12,11 +13,11 @@ from typing import Any
 from torch import fx, nn
 
 from ..nn.add import call_add
-from ..nn.batch_norm import call_function, call_tail
+from ..nn.batch_norm import call_add_batch_norm, call_function, call_tail
 from ..nn.projection import call_projected_tail
 from .alias import in_place
 from .match import Match, Sum
-from .nodes import Skipped
+from .nodes import Skipped, operands
 from .record import NotTraceable
 
 Imports = tuple[tuple[str, str, str], ...]
@@ -33,7 +34,11 @@ def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str
     # What stands now where an earlier match ended.
     now: dict[fx.Node, fx.Node] = {}
     for match in matches:
-        now[match.end] = _replace(graph, match, now)
+        end = match.end
+        if match.before is not None:
+            now[match.before], now[end] = _replace_pair(graph, match, match.before, now)
+        else:
+            now[end] = _replace(graph, match, now)
     for each in sums:
         _replace_sum(graph, each, now)
     try:
@@ -83,6 +88,23 @@ def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.N
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
     return site
+
+
+def _replace_pair(
+    graph: fx.Graph, match: Match, before: fx.Node, now: dict[fx.Node, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The sum and what follows it as one call; what stands for each now."""
+    summands = [now.get(node, node) for node in operands(before) or ()]
+    with graph.inserting_before(match.end):
+        norm = graph.create_node("get_attr", match.norm.target)
+        pair = graph.call_function(call_add_batch_norm, (norm, *summands, match.activation))
+        total, output = (graph.call_function(operator.getitem, (pair, k)) for k in (0, 1))
+    match.end.replace_all_uses_with(output)
+    for node in sorted(match.nodes, key=list(graph.nodes).index, reverse=True):
+        graph.erase_node(node)
+    before.replace_all_uses_with(total)
+    graph.erase_node(before)
+    return total, output
 
 
 def _replace_sum(graph: fx.Graph, each: Sum, now: dict[fx.Node, fx.Node]) -> None:
