@@ -6,7 +6,7 @@
 Importing the package compiles nothing and touches no device; Triton is imported when a kernel is first needed.
 """
 
-from . import functional, nn
+from . import functional, models, nn
 from .dispatch import backend, get_backend, set_backend
 from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 
@@ -21,6 +21,7 @@ __all__ = [
     "fuse_",
     "get_backend",
     "is_fused",
+    "models",
     "nn",
     "set_backend",
     "unfuse_",

@@ -15,7 +15,7 @@ from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
 from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_stale
 from .nodes import family_of
-from .plan import Plan, Site, decide, is_list, owned_norms
+from .plan import Plan, Site, decide, is_list, owned_norms, told_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
 
 
@@ -153,9 +153,18 @@ def _decisions(
             asked[name] = filter_fn is None or bool(filter_fn(module, name))
         return asked[name]
 
+    told_by_another: set[str] = set()  # those above a module come before it
     for name, module in _candidates(model):
         plan, owned = plan_of(module), owned_norms(module)
-        if owned and not allows(module, name):
+        if name in told_by_another:
+            continue
+        if plan is None and (told := told_norms(module)) is not None:
+            prefix = f"{name}." if name else ""
+            told_by_another |= {
+                prefix + site.norm.rpartition(".")[0] for site in told if "." in site.norm
+            }
+            yield _Owner(name, module, type(module), None, told)
+        elif owned and not allows(module, name):
             sites = _excluded(owned) if plan is None else plan.sites
             yield _Owner(name, module, type(module), plan, sites)
         elif plan is not None and (keep or is_covered(module)):
@@ -239,7 +248,8 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
     rows = []
     for where, owner, site in ((w, o, site) for w, (o, found) in told.items() for site in found):
         reason, why_own = site.reason or "", stale.get(owner.name)
-        active = FUSABLE if dry and plan_of(owner.module) is None else FUSED
+        would_be = dry and plan_of(owner.module) is None and not site.itself
+        active = FUSABLE if would_be else FUSED
         status = EXCLUDED if site.excluded else ALONE if reason else active
         if why_own is not None and status == FUSED:
             status, reason = FALLBACK, why_own
@@ -270,7 +280,9 @@ def _estimated(
 
 def _tells(owner: _Owner, sites: list[Site]) -> int:
     """More for a pattern that is fused, then for one that is not, then for a BatchNorm that runs by itself."""
-    is_fused = owner.plan is not None and any(site.reason is None for site in sites)
+    is_fused = any(
+        site.reason is None and (site.itself or owner.plan is not None) for site in sites
+    )
     if all(site.pattern in ("BN", "unknown") and not site.excluded for site in sites):
         return int(is_fused)
     return 3 if is_fused else 2

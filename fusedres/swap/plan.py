@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..activations import parse
-from ..nn.norms import is_batch_norm, original_class
+from ..activations import NAMES, parse
+from ..nn.blocks import BATCH_NORM_ACTS, norm_pattern
+from ..nn.norms import is_batch_norm, original_class, why_not_fused
 from .config import SUM, FuseConfig
 from .inline import Traces, inline
 from .match import Match, Sum, find_matches, find_sums
@@ -24,6 +25,7 @@ class Site:
     """One BatchNorm of a module: the pattern it stands in, and why it is left alone (None: it is fused).
 
     It is a child of the module's, or one that stands on a shortcut (`downsample.1`), which then has another owner.
+    itself: it runs fused with nothing done to it (`fusedres.nn`).
     """
 
     norm: str
@@ -31,6 +33,7 @@ class Site:
     reason: str | None = None
     excluded: bool = False
     note: str = ""
+    itself: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,38 @@ def is_list(module: nn.Module) -> bool:
     return is_one and type(module).forward is nn.Module.forward
 
 
+def told_norms(module: nn.Module) -> tuple[Site, ...] | None:
+    """The sites of a module that runs fused by itself; None of any other.
+
+    Such a class has a forward and a method `fused_norms`, which gives for each BatchNorm below it, by its name, the
+    pattern that it runs in, with the activation's own name at the end: `{"bn1": "BN+relu"}`.
+    """
+    cls = original_class(module)
+    teller: Any = next((each for each in cls.__mro__ if "fused_norms" in vars(each)), None)
+    if teller is None or cls.forward is not teller.forward or "forward" in vars(module):
+        return None
+    modules, told = dict(module.named_modules(remove_duplicate=False)), teller.fused_norms(module)
+    return tuple(
+        _told(name, pattern, modules[name])
+        for name, pattern in told.items()
+        if name in modules and is_batch_norm(modules[name])
+    )
+
+
+def _told(name: str, pattern: str, norm: nn.Module) -> Site:
+    start, _, end = pattern.rpartition("+")
+    if end.partition("(")[0] in NAMES:
+        pattern = f"{start}+{title(end)}"
+    inner: Any = norm.bn if isinstance(norm, BATCH_NORM_ACTS) else norm
+    return Site(name, pattern, why_not_fused(inner), note="by the module itself", itself=True)
+
+
+def _or_told(site: Site, modules: Mapping[str, nn.Module]) -> Site:
+    """The site, or what a BatchNorm of our own that stands there says of itself."""
+    norm = modules.get(site.norm)
+    return _told(site.norm, norm_pattern(norm), norm) if isinstance(norm, BATCH_NORM_ACTS) else site
+
+
 def _norms_below(module: nn.Module, prefix: str):
     for name, child in module._modules.items():
         if child is not None and is_list(child):
@@ -101,15 +136,17 @@ def decide(
 ) -> Decision:
     """What can be fused in `module`; changes nothing. `allows(path)`: whether a child below it may be changed."""
     norms = owned_norms(module)
+    modules = dict(module.named_modules(remove_duplicate=False))
     try:
         traced = traces.of(module)
     except NotTraceable as error:
-        return Decision(None, tuple(Site(norm, "unknown", str(error)) for norm in norms))
-    modules = dict(module.named_modules(remove_duplicate=False))
+        unknown = (Site(norm, "unknown", str(error)) for norm in norms)
+        return Decision(None, tuple(_or_told(site, modules) for site in unknown))
     graph = copy_of(traced.graph)
     inlined = inline(graph, modules, traces, allows)
     matches = find_matches(graph, modules, inlined, traces)
     sites, chosen = _sites(matches, norms, config)
+    sites = tuple(_or_told(site, modules) for site in sites)
     taken = {node for match in matches if match.reason is None for node in match.nodes}
     sums = [each for each in find_sums(graph, modules, taken, traces) if _wants_sum(each, config)]
     if not chosen and not (sums and norms):
@@ -156,6 +193,8 @@ def _norms_of(match: Match) -> Iterable[fx.Node]:
 def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     for match in matches:
         _limit_shortcut(match, config)
+        if match.before is not None and family_of(match.pattern)[0] not in config.patterns:
+            match.before = None  # the sum stays PyTorch's
     residuals = {match.shortcut.node for match in matches if match.shortcut is not None}
     sites, chosen = [], []
     for match in matches:
