@@ -275,7 +275,9 @@ def _batch_norm_act_backward(
     pack_channels, _, bits_stride = bits_layout(rows)
     mask = bits if bits.numel() else None
     size = input.element_size()
-    share = 1 if residual is None else k.DUAL_SHARE
+    # Where z is computed again beside a third tensor.
+    is_smooth = activation is not None and not is_piecewise(activation)
+    share = k.DUAL_SHARE if residual is not None or (is_smooth and skip is not None) else 1
     # With a second gradient the first pass writes dz, which is the residual's gradient, and the other pass reads it.
     dz = torch.empty_like(dx) if skip is not None and (need_input or need_residual) else None
     if dz is not None and need_residual and residual_dtype == dz.dtype:

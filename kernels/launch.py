@@ -16,7 +16,7 @@ ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of w
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
 # The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90. So do, on sm_100,
-# those that compute the input of an activation again from a residual.
+# those that compute the input of an activation again beside a third tensor, a residual or a second gradient.
 DUAL_SHARE = 2
 # Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
 REDUCING, APPLYING = 4, 16

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedres
+from fusedres import add
 from fusedres.activations import NAMES, PIECEWISE, activate
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.steps import ALLOWED, excess
@@ -124,6 +125,33 @@ def test_a_gradient_of_one_operand_alone(which, device):
     torch.testing.assert_close(leaves[which].grad, torch.where(a + b > 0, dy, 0.0))
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_opcheck(activation, device):
+    a, b, dy = draw(torch.float32, "channels_last", device=device)
+    output, bits = add._forward_operator(a, b, activation, True)
+    torch.library.opcheck(add._forward_operator, (a, b, activation, True))
+    operands = (None, None) if activation == "relu" else (a, b)
+    arguments = (dy, list(output.stride()), *operands, bits, activation)
+    torch.library.opcheck(add._backward_operator, arguments)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu(0.2)", "silu", "hardswish"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_a_backward_may_run_on_the_other_backend(layout, activation, device):
+    a, b, dy = draw(torch.float64, layout, device=device)
+    leaves = [t.requires_grad_() for t in (a, b)]
+
+    def results(forward, backward):
+        with fusedres.backend(forward):
+            output = add.add_act(*leaves, activation)
+        with fusedres.backend(backward):
+            return [output, *torch.autograd.grad(output, leaves, dy)]
+
+    found = [results(*pair) for pair in (("triton", "aten"), ("aten", "triton"))]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("activation", "forward", "backward"), [("relu", 3 + 1 / 32, 2 + 1 / 32), ("silu", 3, 4)]
@@ -146,9 +174,10 @@ def test_passes(layout, activation, forward, backward):
 @pytest.mark.compiler
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("activation", [PIECEWISE[0], "silu"])
-def test_nothing_spills(activation, architecture):
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_nothing_spills(layout, activation, architecture):
     leaves = [
-        torch.empty(64, 256, 28, 28, dtype=torch.bfloat16, memory_format=NHWC).requires_grad_()
+        torch.empty(64, 256, 28, 28, dtype=torch.bfloat16, memory_format=layout).requires_grad_()
         for _ in range(2)
     ]
     with fusedres.backend("triton"), compile_only(architecture) as recorded:

@@ -10,6 +10,7 @@ import torch
 
 import fusedres
 from fusedres import dual, operators
+from fusedres.activations import is_piecewise
 from fusedres.benchmarks.compile_only import (
     MULTIPROCESSORS,
     SHARED_MEMORY,
@@ -62,7 +63,9 @@ def test_nothing_spills(architecture, dtype, layout):
     assert {launch.kernel: launch.code.spills for launch in found if launch.code.spills} == {}
 
 
-def reducing_pass_of_two(tail, shape, stride, dtype, layout, architecture) -> Launch:
+def reducing_pass_of_two(
+    tail, shape, stride, dtype, layout, architecture, activation="relu"
+) -> Launch:
     """The launch that adds a second gradient of a tail's output, which came over a skip connection."""
     n, channels, height, width = shape
 
@@ -72,18 +75,19 @@ def reducing_pass_of_two(tail, shape, stride, dtype, layout, architecture) -> La
     x, residual, dy = (empty(height, width) for _ in range(3))
     skip = empty(height, width) if stride is None else empty(height // 2, width // 2)
     saved, weight = torch.empty(3, channels), torch.empty(channels)
-    bits = torch.empty(0 if tail == "relu" else x.numel() // 8, dtype=torch.uint8)
+    smooth = not is_piecewise(activation)
+    bits = torch.empty(0 if tail == "relu" or smooth else x.numel() // 8, dtype=torch.uint8)
     with fusedres.backend("triton"), compile_only(architecture) as recorded:
         if tail == "dual":
             dual.backward_operator(
-                dy, x, residual, weight, weight, weight, weight, saved, saved, bits, True, "relu", [True] * 6,
+                dy, x, residual, weight, weight, weight, weight, saved, saved, bits, True, activation, [True] * 6,
                 skip, stride,
             )  # fmt: skip
         else:
             residual_dtype = None if tail == "relu" else dtype
             operators.batch_norm_act_backward(
-                dy, x, weight, weight, saved, bits, True, "relu", residual_dtype, True, tail == "add", True, True,
-                skip, stride,
+                dy, x, weight, weight, saved, bits, True, activation, residual_dtype, True, tail == "add", True, True,
+                skip, stride, residual if smooth and tail == "add" else None,
             )  # fmt: skip
         return next(each for each in recorded if each.kernel == "bn_grad_reduce_kernel")
 
@@ -96,6 +100,17 @@ def reducing_pass_of_two(tail, shape, stride, dtype, layout, architecture) -> La
 def test_the_pass_that_adds_a_second_gradient(tail, stride, layout, dtype, architecture):
     """At a residual's fork: no spills, and the sum is stored in 128 bits."""
     code = reducing_pass_of_two(tail, FIRST, stride, dtype, layout, architecture).code
+    assert (code.spills, code.widths["store"][128] > 0) == (0, True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", [NHWC, NCHW], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("tail", ["add", "relu", "dual"])
+def test_the_same_pass_where_z_is_computed_again(tail, layout, architecture):
+    """A smooth activation has no bits."""
+    code = reducing_pass_of_two(
+        tail, FIRST, None, torch.bfloat16, layout, architecture, "silu"
+    ).code
     assert (code.spills, code.widths["store"][128] > 0) == (0, True)
 
 

@@ -39,7 +39,7 @@ class Residual(nn.Module):
             number, or a tensor of one element or of one per channel: a parameter that starts there. The shape of
             "channel" is known at the first call.
         activation: None, a name as for `fusedres.functional.batch_norm_act`, or a module that is called.
-        device, dtype: of `scale`, and of a weight that is made; by default as what comes.
+        device, dtype: of `scale`, and of a weight that is made at the first call (on the device of what comes).
 
     Parameters made at the first call are there for an optimizer after one batch, as with PyTorch's lazy modules.
 
@@ -151,7 +151,7 @@ def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
                 f"Residual: scale is {scale!r}, expected None, {', '.join(map(repr, SCALES))}, a number or a tensor"
             )
         if scale == "channel":
-            return UninitializedParameter(**where)
+            return _unshaped(where)
         scale = 0.0
     if isinstance(scale, nn.Parameter):
         start: Tensor = scale
@@ -183,7 +183,7 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
     if original_class(block) is not nn.Sequential or why_called(block) is not None:
         return None, block(x)
-    children = list(block)
+    children: list[Any] = list(block.children())
     while children:
         child = children.pop(0)
         if is_batch_norm(child) and why_not_fused(child) is None:
@@ -222,7 +222,7 @@ class _Project(nn.Module):
 
     def __init__(self, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.weight = UninitializedParameter(device=device, dtype=dtype)
+        self.weight = _unshaped({"device": device, "dtype": dtype})
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
         steps = _steps(x.shape, like.shape) if x.dim() == like.dim() else None
@@ -269,22 +269,23 @@ class _Pad(nn.Module):
 # --- parameters whose shape is known at the first call ---------------------------------------------------------------
 
 
+def _unshaped(where: dict[str, Any]) -> UninitializedParameter:
+    made: Any = UninitializedParameter
+    return made(**where)
+
+
 def _materialize(parameter: UninitializedParameter, shape: tuple[int, ...], like: Tensor) -> None:
-    # What the user asked for at construction stays; else as what comes.
     parameter.materialize(shape, device=like.device, dtype=parameter.dtype)
 
 
 def _uninitialized(module: nn.Module) -> dict[str, UninitializedParameter]:
-    return {
-        name: parameter
-        for name, parameter in module._parameters.items()
-        if isinstance(parameter, UninitializedParameter)
-    }
+    parameters: dict[str, Any] = dict(module._parameters)
+    return {n: p for n, p in parameters.items() if isinstance(p, UninitializedParameter)}
 
 
 def _save(module: nn.Module, destination: Any, prefix: str, keep_vars: bool, save: Any) -> None:
     """As PyTorch's lazy modules: what has no shape yet is put in as it is."""
-    waiting = _uninitialized(module)
+    waiting: dict[str, Any] = _uninitialized(module)
     for name in waiting:
         destination[prefix + name] = module._parameters[name]
         module._parameters[name] = None

@@ -25,13 +25,13 @@ class FuseConfig:
 
     Args:
         patterns: any of "BN", "BN+ReLU", "BN+add", "BN+add+ReLU", "BN+BN+add", "BN+BN+add+ReLU", "add+BN",
-            "add+BN+ReLU" and "add+ReLU", where "ReLU" stands for any activation; all of them by default. A site of a pattern that is
-            not listed is left to the module's own forward, and the report says so. Those with two BN take the BatchNorm
-            (and the 1x1 convolution) of a projected shortcut into the tail; where they are not listed, the shortcut is
-            left as it is and the tail is one of the two before. Those with the add in front are pre-activation units:
-            the sum is kept, and written where its statistics are taken; where they are not listed, "BN" and "BN+ReLU"
-            is what is left of them. "add+ReLU" is the end of a block that scales what its last BatchNorm gave
-            (squeeze-and-excitation).
+            "add+BN+ReLU" and "add+ReLU", where "ReLU" stands for any activation; all of them by default. A site of a
+            pattern that is not listed is left to the module's own forward, and the report says so. Those with two BN
+            take the BatchNorm (and the 1x1 convolution) of a projected shortcut into the tail; where they are not
+            listed, the shortcut is left as it is and the tail is one of the two before. Those with the add in front are
+            pre-activation units: the sum is kept, and written where its statistics are taken; where they are not
+            listed, "BN" and "BN+ReLU" is what is left of them. "add+ReLU" is the end of a block that scales what its
+            last BatchNorm gave (squeeze-and-excitation).
         activations: any of "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish" and "mish"; all of
             them by default.
         min_elements: a block that is called with an input of fewer elements runs its own forward; 0 by default, which
