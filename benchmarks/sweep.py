@@ -202,7 +202,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _swept(patterns: tuple[str, ...], parity: bool) -> Iterator[Swept]:
-    for name, architecture in architectures(patterns, _left_out).items():
+    wanted = architectures(patterns, _left_out)
+    for count, (name, architecture) in enumerate(wanted.items(), 1):
+        if count % 50 == 0:
+            print(f"{count} of {len(wanted)}: {name}", file=sys.stderr)
         if (found := sweep(name, architecture, parity)) is not None:
             yield found
 
