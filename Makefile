@@ -7,7 +7,7 @@ READY := $(VENV)/ready
 OUT := out
 # One thread a process: the tensors are small, and processes that share cores must not wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
-CODE := fusedres kernels benchmarks tests setup.py
+CODE := fusedres kernels benchmarks tests examples setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The newest Python with a full set of pinned wheels (torchvision refuses 3.14.1), able to make a virtual environment.
@@ -50,7 +50,7 @@ bench: $(READY)
 	$(BIN)/python -m fusedres bench --out $(OUT)/bench $(ARGS)
 	$(BIN)/pytest benchmarks -p no:xdist --benchmark-only --benchmark-columns=median,iqr,rounds
 
-# Every architecture of torchvision and timm; `make sweep ARGS="'resnet*'"` for some.
+# Every architecture of the packages that are installed; `make sweep ARGS="'resnet*'"` for some.
 sweep: $(READY)
 	$(BIN)/python -W ignore -m fusedres.benchmarks.sweep --out $(OUT)/sweep $(ARGS)
 

@@ -47,8 +47,9 @@ OPERATORS = {
     # The residual's gradient is the output's: nothing to write.
     "bn_add": Operator(True, None, 4, 5),
     "bn_bn_add_relu": Operator(True, "relu", 5, 8, 1, 2, residual_norm=True),
-    "bn_relu_eval": Operator(False, "relu", 2, 5, training=False),
-    "bn_add_relu_eval": Operator(True, "relu", 3, 5, 1, 2, training=False),
+    # With running statistics dx waits for no sum: the backward is one pass.
+    "bn_relu_eval": Operator(False, "relu", 2, 3, training=False),
+    "bn_add_relu_eval": Operator(True, "relu", 3, 4, 1, 1, training=False),
     # At a fork the first pass reads both gradients and writes dz (the residual's gradient), which the second reads. A
     # gradient that came over a projection of stride 2 is a quarter of a tensor.
     "bn_add_relu_fork": Operator(True, "relu", 4, 7, 1, 1, skip=1),

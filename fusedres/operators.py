@@ -288,12 +288,18 @@ def _batch_norm_act_backward(
     dweight = _empty_gradient(weight, need_weight, saved)
     dbias = _empty_gradient(bias, need_bias, saved)
     coefficients = None
+    # With running statistics dx waits for no sum: the pass that reduces writes everything.
+    is_whole = reduces and not training and skip is None and addend is None
     if reduces:
         tile = k.tile(rows, size, k.REDUCING, chip, share)
         partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
+        if is_whole:
+            second = k.skip(None, None, None, dresidual if writes_residual else None)
+        else:
+            second = _skip(k, rows, dx, skip, skip_stride, dz)
         k.grad_reduce(
             dy, input, mask, weight, bias, saved, partial, residual, None, None, None, None,
-            _skip(k, rows, dx, skip, skip_stride, dz), None,
+            second, dx if is_whole and need_input else None,
             rows, bits_stride, pack_channels, tile, *activations.parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
         if training and need_input:
@@ -311,7 +317,7 @@ def _batch_norm_act_backward(
     if dz is not None:
         rows, (input, dy) = _common_rows(dx, input, dz)
         mask = activation = residual = None
-    if need_input or writes_residual:
+    if (need_input or writes_residual) and not is_whole:
         k.grad_apply(
             dy,
             input,

@@ -139,6 +139,38 @@ def test_a_copy_calls_its_own_network(copied):
     assert excess(model, fused, X) <= ALLOWED
 
 
+class ByName(nn.Module):
+    """It calls a child's forward, past the hooks on that child (HRNet's head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.down = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())])
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) + self.down[0].forward(x)
+
+
+def test_a_forward_that_is_called_by_name_is_called_by_name():
+    torch.manual_seed(0)
+    model = ByName().double()
+    fused = copy.deepcopy(model)
+    assert [row.pattern for row in fusedres.fuse_(fused).rows] == ["BN+ReLU"] * 2
+    for each in (model, fused):
+        each.down[0].register_forward_hook(lambda *_: 1 / 0)
+    assert excess(model, fused, X, 3) <= ALLOWED
+
+
+@pytest.mark.parametrize("replaced", [nn.Identity(), nn.Conv2d(4, 4, 3, padding=1).double()])
+def test_a_child_whose_forward_is_called_by_name_may_be_replaced(replaced):
+    torch.manual_seed(0)
+    model = ByName().double()
+    fused = fused_copy(model)
+    for each in (model, fused):
+        each.down[0] = copy.deepcopy(replaced)
+    assert excess(model, fused, X) <= ALLOWED
+
+
 class ConvNorm(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()

@@ -55,19 +55,14 @@ class Reads:
 
 
 class Notes:
-    """How often each (path, name) was read while `on`, in order, and how often each child was called as a module."""
+    """Each (path, name) that was read while `on`, in order."""
 
     def __init__(self) -> None:
         self.on = False
-        self.seen: dict[tuple[Path, str], int] = {}
-        self.calls: dict[Path, int] = {}
+        self.seen: dict[tuple[Path, str], None] = {}
         self.classes: dict[type, type[nn.Module]] = {}
         # Set by who traces: records a call of the attribute at a path.
         self.call: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
-
-    def count_call(self, path: Path) -> None:
-        """A child was called as a module, for which torch.fx reads its `forward` once."""
-        self.calls[path] = self.calls.get(path, 0) + 1
 
 
 class Opaque:
@@ -90,6 +85,19 @@ class Opaque:
 
     def __getattr__(self, name: str) -> Any:
         raise NotTraceable(_depends_on(self._path, self._value))
+
+
+class _Forward:
+    """A child's `forward`, which torch.fx reads where the child is called, and some call by name (past the hooks)."""
+
+    def __init__(self, path: Path, forward: Any, notes: Notes) -> None:
+        self._path, self._forward, self._notes = path, forward, notes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Opaque(".".join((*self._path, "forward")), self._forward, self._notes)(*args, **kwargs)  # fmt: skip
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._forward, name)
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,7 +150,9 @@ def _recording_class(cls: type[nn.Module]) -> type[nn.Module]:
         if not (name.startswith("__") and name.endswith("__")):
             path, notes = object.__getattribute__(self, "__dict__")[_NOTES]
             if notes.on:
-                notes.seen[path, name] = notes.seen.get((path, name), 0) + 1
+                notes.seen[path, name] = None
+                if name == "forward" and path:
+                    return _Forward(path, super(recording, self).__getattribute__(name), notes)
         return super(recording, self).__getattribute__(name)
 
     recording: type[nn.Module] = subclass(
@@ -186,9 +196,7 @@ def collect_reads(twin: nn.Module, notes: Notes) -> tuple[Reads, ...]:
         NotTraceable: something was read that cannot be looked at again cheaply.
     """
     grouped: dict[Path, tuple[list, list, list, list]] = {}
-    for (path, name), times in notes.seen.items():
-        if name == "forward" and path and times > notes.calls.get(path, 0):
-            raise NotTraceable(_calls_a_method(path, name))
+    for path, name in notes.seen:
         if name in _INTERNAL:
             continue
         module = twin

@@ -279,7 +279,6 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         with _Pause(self._notes):
-            self._notes.count_call(tuple(self.path_of_module(m).split(".")))
             return super().call_module(m, forward, args, kwargs)
 
 
