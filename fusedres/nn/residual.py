@@ -35,9 +35,9 @@ class Residual(nn.Module):
         skip: None for the identity; a module; "project": a convolution with a 1x1 kernel, without a bias, of the stride
             that brings one shape to the other (a linear map for [N, C]), whose weight is made at the first call; "pad":
             every stride-th position and channels of zeros, without parameters (option A of He et al. 2015).
-        scale: None; "scalar" (or True) or "channel": a parameter that starts at 0, so that the block starts as the identity; a
-            number, or a tensor of one element or of one per channel: a parameter that starts there. The shape of
-            "channel" is known at the first call.
+        scale: None; "scalar" (or True) or "channel": a parameter that starts at 0, so that the block starts as the
+            identity; a number, or a tensor of one element or of one per channel: a parameter that starts there. The
+            shape of "channel" is known at the first call.
         activation: None, a name as for `fusedres.functional.batch_norm_act`, or a module that is called.
         device, dtype: of `scale`, and of a weight that is made at the first call (on the device of what comes).
 
