@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 # Two summations in float64 that differ in order; the original against itself one ulp away is the unit.
 ALLOWED = 32.0
+# A gradient that is nothing but rounding (of a bias in front of a BatchNorm) is not measured by itself, but by this share
+# of the largest gradient: it would be the unit otherwise, and nothing would be seen.
+_LEAST = 2.0**-10
 
 
 def run(model: nn.Module, x: Tensor, steps: int = 1) -> dict[str, Tensor]:
@@ -49,7 +52,8 @@ def _weighed(output: Tensor) -> Tensor:
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """The largest difference between two runs, each tensor relative to its largest value.
+    """The largest difference between two runs, each tensor relative to its largest value (a gradient's being at least a
+    thousandth of the largest gradient's).
 
     Raises:
         ValueError: they are not runs of the same model.
@@ -57,15 +61,24 @@ def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     if a.keys() != b.keys():
         raise ValueError(f"not the same tensors: {sorted(a.keys() ^ b.keys())}")
     largest = 0.0
+    gradients = [_size(value) for name, value in a.items() if name.startswith("grad ")]
+    least = _LEAST * max(gradients, default=0.0)
     for name, value in a.items():
         value, other = value.detach().double(), b[name].detach().double()
         if value.numel() == 0 or torch.equal(value, other):
             continue
         apart = torch.where(value.isnan() & other.isnan(), 0.0, (value - other).abs())
-        size = float(value.abs().nan_to_num(0.0).max())
+        size = _size(value)
+        if name.startswith("grad "):
+            size = max(size, least)
         found = float(apart.max()) / (size or 1.0)
         largest = max(largest, found) if found == found else float("inf")
     return largest
+
+
+def _size(value: Tensor) -> float:
+    finite = torch.where(value.isfinite(), value.detach(), 0.0)
+    return float(finite.abs().max()) if value.numel() else 0.0
 
 
 def excess(original: nn.Module, fused: nn.Module, x: Tensor, steps: int = 1) -> float:

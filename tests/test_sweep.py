@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedres.benchmarks import packages
 from fusedres.benchmarks.packages import Architecture, architectures
-from fusedres.benchmarks.steps import ALLOWED
+from fusedres.benchmarks.steps import ALLOWED, excess
 from fusedres.benchmarks.sweep import Swept, main, sweep, table
 
 pytestmark = pytest.mark.once
@@ -58,6 +58,22 @@ def test_parity_sees_a_model_that_computes_something_else(monkeypatch):
         return nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten())
 
     assert sweep("wrong", Architecture(build), parity=True).parity > ALLOWED
+
+
+def test_a_gradient_of_pure_rounding_hides_nothing():
+    """A bias in front of a BatchNorm has one; it must not be the unit that all else is measured by."""
+
+    class Wrong(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) * (1 + 1e-9)
+
+    torch.manual_seed(0)
+    model, wrong = (
+        nn.Sequential(nn.Conv2d(3, 4, 1), norm(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+        for norm in (nn.BatchNorm2d, Wrong)
+    )
+    wrong.load_state_dict(model.state_dict())
+    assert excess(model, wrong, torch.randn(2, 3, 5, 5, dtype=torch.float64)) > ALLOWED
 
 
 def test_what_is_left_alone_is_told_with_its_reason():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from ..activations import check_activation
+from ..activations import activate, check_activation
 from ..dispatch import is_eager
 from ..projection import project
 from .activations import activation_of
 from .add import call_scaled_add
 from .batch_norm import run_tail
 from .norms import is_batch_norm, original_class, why_called, why_not_fused
-from .projection import Projection
+from .projection import Projection, why_not_projection
 
 SKIPS, SCALES = ("project", "pad"), ("scalar", "channel")
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -78,7 +80,11 @@ class Residual(nn.Module):
         """
         norm, out = self._branch(x)
         name = self.activation if isinstance(self.activation, str) else None
-        if norm is not None and isinstance(self.skip, Projection):
+        if not isinstance(out, Tensor) or torch.jit.is_tracing():  # a proxy of torch.fx, a trace
+            out = out if norm is None else norm(out)
+            y = activate(self._shortcut(x, out) + self._scaled(out), name)
+        elif norm is not None and isinstance(self.skip, Projection):
+            _check_projection(self.skip, out, x)
             y = self.skip.join(norm, out, x, name)
         elif norm is not None:
             y = run_tail(norm, out, self._shortcut(x, out), name)
@@ -90,8 +96,8 @@ class Residual(nn.Module):
         if isinstance(self.skip, (_Project, _Pad)):
             return self.skip(x, out)
         residual = x if self.skip is None else self.skip(x)
-        if isinstance(out, Tensor) and out.shape != residual.shape:
-            raise ValueError(_mismatch(out, residual))
+        if isinstance(out, Tensor) and _sizes(out) != _sizes(residual):
+            raise ValueError(_mismatch(_sizes(out), _sizes(residual)))
         return residual
 
     def _branch(self, x: Tensor) -> tuple[Any, Tensor]:
@@ -105,6 +111,18 @@ class Residual(nn.Module):
             _materialize(self.scale, (out.shape[1],), out)
             nn.init.zeros_(self.scale)
         return self.scale
+
+    def _scaled(self, out: Any) -> Any:
+        """`scale * out` in a trace; of a proxy, `scale` is one too."""
+        if self.scale is None:
+            return out
+        own = self._parameters.get("scale", self.scale)
+        if isinstance(own, UninitializedParameter):
+            raise ValueError(
+                "Residual: the shape of scale is unknown until the first call, which comes before a trace"
+            )
+        shape = [-1] + [1] * (out.dim() - 2) if max(_sizes(own), default=1) > 1 else []
+        return self.scale.view(shape) * out
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
@@ -173,19 +191,31 @@ def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
     return start
 
 
-def _mismatch(out: Tensor, residual: Tensor) -> str:
+def _mismatch(out: Sequence[int], residual: Sequence[int]) -> str:
     return (
-        f"Residual: the block gives {list(out.shape)} and the skip connection {list(residual.shape)}; expected one "
+        f"Residual: the block gives {list(out)} and the skip connection {list(residual)}; expected one "
         'shape. Give skip="project" (a 1x1 convolution with a stride), skip="pad" (every stride-th position, channels '
         "of zeros), or a module of your own that brings one to the other"
     )
+
+
+def _check_projection(skip: Projection, out: Tensor, x: Tensor) -> None:
+    """Refuse what cannot be joined, before a BatchNorm has counted it."""
+    convolution: Any = skip[0]
+    if why_not_projection(convolution) is not None or x.dim() != convolution.weight.dim():
+        return  # it is called, or PyTorch says what is wrong
+    steps = zip(x.shape[2:], convolution.stride, strict=True)
+    sizes = [(size - 1) // step + 1 for size, step in steps]
+    shape = [x.shape[0], convolution.out_channels, *sizes]
+    if list(out.shape) != shape:
+        raise ValueError(_mismatch(list(out.shape), shape))
 
 
 def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
     if original_class(block) is not nn.Sequential or why_called(block) is not None:
         return None, block(x)
-    children: list[Any] = list(block.children())
+    children: list[Any] = list(block)  # `children()` leaves out a module that stands in it twice
     while children:
         child = children.pop(0)
         if is_batch_norm(child) and why_not_fused(child) is None:
@@ -206,7 +236,16 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     return None, x
 
 
-def _steps(given: torch.Size, wanted: torch.Size) -> tuple[int, ...] | None:
+def _sizes(x: Tensor) -> Sequence[int]:
+    """The shape, of numbers in a trace too."""
+    if not torch.jit.is_tracing():
+        return x.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return [int(size) for size in x.shape]
+
+
+def _steps(given: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...] | None:
     """The stride of each spatial dimension that brings one size to the other; None where there is none."""
     steps = []
     for size, target in zip(given[2:], wanted[2:], strict=True):
@@ -215,6 +254,36 @@ def _steps(given: torch.Size, wanted: torch.Size) -> tuple[int, ...] | None:
             return None
         steps.append(max(step, 1))
     return tuple(steps)
+
+
+@torch.fx.wrap
+def _project_as(x: Tensor, like: Tensor, weight: Tensor) -> Tensor:
+    given, wanted = _sizes(x), _sizes(like)
+    steps = _steps(given, wanted) if len(given) == len(wanted) else None
+    dimensions = x.dim() - 2
+    if steps is None or dimensions not in (0, *_CONVOLVE):
+        raise ValueError(_mismatch(wanted, given))
+    if isinstance(weight, UninitializedParameter):
+        _materialize(weight, (wanted[1], given[1], *(1,) * dimensions), x)
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    if dimensions == 0:
+        return F.linear(x, weight)
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if is_eager() and not casts and not torch.jit.is_tracing() and x.dtype == weight.dtype:
+        return project(x, weight, None, steps, False)[0]
+    return _CONVOLVE[dimensions](x, weight, None, steps)
+
+
+@torch.fx.wrap
+def _pad_as(x: Tensor, like: Tensor) -> Tensor:
+    given, wanted = _sizes(x), _sizes(like)
+    steps = _steps(given, wanted) if len(given) == len(wanted) else None
+    if steps is None or wanted[1] < given[1]:
+        raise ValueError(_mismatch(wanted, given))
+    small = x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))]
+    missing = wanted[1] - given[1]
+    return F.pad(small, (0, 0) * len(steps) + (0, missing)) if missing else small
 
 
 class _Project(nn.Module):
@@ -227,20 +296,7 @@ class _Project(nn.Module):
         self.weight = _unshaped({"device": device, "dtype": dtype})
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        steps = _steps(x.shape, like.shape) if x.dim() == like.dim() else None
-        dimensions = x.dim() - 2
-        if steps is None or dimensions not in (0, *_CONVOLVE):
-            raise ValueError(_mismatch(like, x))
-        if isinstance(self.weight, UninitializedParameter):
-            _materialize(self.weight, (like.shape[1], x.shape[1], *(1,) * dimensions), x)
-            nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
-        if dimensions == 0:
-            return F.linear(x, self.weight)
-        device = x.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if is_eager() and not casts and not torch.jit.is_tracing() and x.dtype == self.weight.dtype:
-            return project(x, self.weight, None, steps, False)[0]
-        return _CONVOLVE[dimensions](x, self.weight, None, steps)
+        return _project_as(x, like, self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
@@ -260,12 +316,7 @@ class _Pad(nn.Module):
     """x [N, Cin, ...] as `like` [N, Cout, ...]: every stride-th position, channels of zeros behind (option A)."""
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
-        steps = _steps(x.shape, like.shape) if x.dim() == like.dim() else None
-        if steps is None or like.shape[1] < x.shape[1]:
-            raise ValueError(_mismatch(like, x))
-        small = x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))]
-        missing = like.shape[1] - x.shape[1]
-        return F.pad(small, (0, 0) * len(steps) + (0, missing)) if missing else small
+        return _pad_as(x, like)
 
 
 # --- parameters whose shape is known at the first call ---------------------------------------------------------------
@@ -277,7 +328,8 @@ def _unshaped(where: dict[str, Any]) -> UninitializedParameter:
 
 
 def _materialize(parameter: UninitializedParameter, shape: tuple[int, ...], like: Tensor) -> None:
-    parameter.materialize(shape, device=like.device, dtype=parameter.dtype)
+    with torch.inference_mode(False):  # a parameter made there could not be trained
+        parameter.materialize(shape, device=like.device, dtype=parameter.dtype)
 
 
 def _uninitialized(module: nn.Module) -> dict[str, UninitializedParameter]:
