@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 # Two summations in float64 that differ in order; the original against itself one ulp away is the unit.
 ALLOWED = 32.0
-# A gradient that is nothing but rounding (of a bias in front of a BatchNorm) is not measured by itself, but by this share
-# of the largest gradient: it would be the unit otherwise, and nothing would be seen.
+# A gradient that is nothing but rounding (of a bias in front of a BatchNorm) is not measured by itself, but by this
+# share of the largest gradient: it would be the unit otherwise, and nothing would be seen.
 _LEAST = 2.0**-10
 
 

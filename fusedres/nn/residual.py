@@ -116,7 +116,7 @@ class Residual(nn.Module):
         """`scale * out` in a trace; of a proxy, `scale` is one too."""
         if self.scale is None:
             return out
-        own = self._parameters.get("scale", self.scale)
+        own: Any = self._parameters.get("scale", self.scale)
         if isinstance(own, UninitializedParameter):
             raise ValueError(
                 "Residual: the shape of scale is unknown until the first call, which comes before a trace"
@@ -215,7 +215,8 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
     if original_class(block) is not nn.Sequential or why_called(block) is not None:
         return None, block(x)
-    children: list[Any] = list(block)  # `children()` leaves out a module that stands in it twice
+    chain: Any = block
+    children = list(chain)  # `children()` leaves out a module that stands in it twice
     while children:
         child = children.pop(0)
         if is_batch_norm(child) and why_not_fused(child) is None:
