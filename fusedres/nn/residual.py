@@ -24,7 +24,18 @@ SKIPS, SCALES = ("project", "pad"), ("scalar", "channel")
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Residual(nn.Module):
+class _MadeLater(nn.Module):
+    """A module with parameters whose shape is known at the first call."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        _shape_as_loaded(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Residual(_MadeLater):
     """`y = activation(skip(x) + scale * block(x))` (He et al. 2015, arXiv:1512.03385; with a scale: Bachlechner et al.
     2020, arXiv:2003.04887).
 
@@ -123,13 +134,6 @@ class Residual(nn.Module):
             )
         shape = [-1] + [1] * (out.dim() - 2) if max(_sizes(own), default=1) > 1 else []
         return self.scale.view(shape) * out
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        _shape_as_loaded(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         scale = self.scale
@@ -287,7 +291,7 @@ def _pad_as(x: Tensor, like: Tensor) -> Tensor:
     return F.pad(small, (0, 0) * len(steps) + (0, missing)) if missing else small
 
 
-class _Project(nn.Module):
+class _Project(_MadeLater):
     """x [N, Cin, ...] as `like` [N, Cout, ...], by a strided 1x1 convolution; its weight is made at the first call."""
 
     weight: Tensor
@@ -298,13 +302,6 @@ class _Project(nn.Module):
 
     def forward(self, x: Tensor, like: Tensor) -> Tensor:
         return _project_as(x, like, self.weight)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        _save(self, destination, prefix, keep_vars, super()._save_to_state_dict)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        _shape_as_loaded(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         shape = "unknown until the first call"
