@@ -216,7 +216,23 @@ def asks_for_a_tensor(self, x):
     return self.relu(self.bn1(self.conv1(x)))
 
 
+def by_grad_mode(self, x):
+    out = self.bn1(self.conv1(x))
+    return F.relu(out) if torch.is_grad_enabled() else out
+
+
+def calls_a_method(self, x):
+    return F.relu(self.bn1(self.conv1._conv_forward(x, self.conv1.weight, None)))
+
+
+def makes_a_constant(self, x):
+    return F.relu(self.bn1(self.conv1(x))) * torch.ones((), dtype=torch.float64)
+
+
 SPELLINGS = {
+    by_grad_mode: ["BN+ReLU"],
+    calls_a_method: ["BN+ReLU"],
+    makes_a_constant: ["BN+ReLU"],
     relu_child: ["BN+ReLU"],
     relu_functional: ["BN+ReLU"],
     relu_functional_in_place: ["BN+ReLU"],
@@ -337,11 +353,6 @@ def by_mode(self, x):
     return F.relu(out) if self.training else out
 
 
-def by_grad_mode(self, x):
-    out = self.bn1(self.conv1(x))
-    return F.relu(out) if torch.is_grad_enabled() else out
-
-
 def by_data(self, x):
     out = F.relu(self.bn1(self.conv1(x)))
     return out * 2 if x.sum() > 0 else out
@@ -389,14 +400,6 @@ def reads_parameters(self, x):
     return F.relu(self.bn1(self.conv1(x)))
 
 
-def calls_a_method(self, x):
-    return F.relu(self.bn1(self.conv1._conv_forward(x, self.conv1.weight, None)))
-
-
-def makes_a_constant(self, x):
-    return F.relu(self.bn1(self.conv1(x))) * torch.ones((), dtype=torch.float64)
-
-
 def keyword_only(self, x, *, must=1.0, **rest):
     return operator.add(self.bn1(x), must)
 
@@ -417,22 +420,19 @@ LEFT_ALONE = {
     called_between: ("BN+add+ReLU", "bn1: it is called again before the site ends"),
     statistics_between: ("BN+add+ReLU", "bn1.running_mean is used before the site ends"),
     by_mode: ("unknown", "another one in train and in eval mode"),
-    by_grad_mode: ("unknown", "another one in train and in eval mode"),
-    by_data: ("unknown", "torch.fx cannot trace its forward: TraceError"),
-    by_chance: ("unknown", "draws random numbers"),
-    without_gradient: ("unknown", "switches gradients"),
-    under_autocast: ("unknown", "switches gradients, autocast"),
-    checkpointed: ("unknown", "torch.fx cannot trace its forward"),
-    offloaded: ("unknown", "switches gradients, autocast, checkpointing"),
-    writes_itself: ("unknown", "its forward writes to self.last"),
-    reads_a_dict: ("unknown", "depends on self.options, a dict"),
-    reads_parameters: ("unknown", "looks through its own parameters"),
-    calls_a_method: ("unknown", "its forward calls self.conv1._conv_forward, not the child itself"),
-    makes_a_constant: ("unknown", "makes a constant tensor"),
+    by_data: ("unknown", "it branches on a value computed from its input"),
+    by_chance: ("unknown", "it branches on a value computed from its input"),
+    without_gradient: ("unknown", "it enters torch.autograd.grad_mode.no_grad on its way"),
+    under_autocast: ("unknown", "it enters torch.amp.autocast_mode.autocast on its way"),
+    checkpointed: ("unknown", "call checkpoint around the block, not inside it"),
+    offloaded: ("unknown", "it enters torch.autograd.graph.save_on_cpu on its way"),
+    writes_itself: ("unknown", "its forward writes to an attribute, last (swap_blocks.py:"),
+    reads_parameters: ("unknown", "it calls self.parameters(), nn.Module's own"),
 }
 
 # forward: a part of the note that says why its BatchNorm runs by itself
 BY_ITSELF = {
+    reads_a_dict: "nothing to fuse follows it: its output goes to mul",
     plain: "nothing to fuse follows it: its output is returned",
     other_activation: "nothing to fuse follows it: its output goes to hardtanh",
     dropped: "nothing to fuse follows it: its output goes to dropout (Dropout)",

@@ -354,7 +354,6 @@ TOLD = {
     group_norm: "bn1: it is a GroupNorm, not an nn.BatchNorm",
     without_norm: "bn1: it is a Identity, not an nn.BatchNorm",
     relu_forward: "relu: its forward was replaced on the instance",
-    own_forward: "its forward was replaced on the instance",
 }
 
 
@@ -364,6 +363,12 @@ def test_the_fallback_is_told(change):
     row = fusedres.explain(fused).rows[0]
     assert row.status == "own forward"
     assert TOLD[change] in row.reason
+
+
+def test_a_forward_put_over_the_fused_one_is_told():
+    _, fused = same_change(own_forward)
+    row = fusedres.explain(fused).rows[0]
+    assert (row.status, row.reason) == ("left alone", "its forward was replaced on the instance")
 
 
 def test_fusing_again_takes_in_what_was_changed():
@@ -479,30 +484,34 @@ def test_jit_script_of_a_parent_that_is_not_fused(plain):
     assert torch.equal(parent(X), scripted(X))
 
 
-def test_a_class_that_cannot_be_derived_from_is_told():
-    class Final(type):
-        def __new__(cls, name, bases, body):
-            if name == "Sealed" and "forward" not in body:
-                raise TypeError("Sealed is final")
-            return super().__new__(cls, name, bases, body)
+class Final(type):
+    """Its classes cannot be derived from, except by those with a forward of their own."""
 
-    sealed = Final("Sealed", (type(make(tail)),), {"forward": tail})()
-    row = fusedres.fuse_(sealed).rows[0]
-    assert (row.status, row.reason) == (
-        "left alone",
-        "a class in it cannot be derived from: Sealed is final",
-    )
+    def __new__(cls, name, bases, body):
+        if nn.Module in bases:
+            raise TypeError(f"{name} is final")
+        return super().__new__(cls, name, bases, body)
 
 
 class Slotted(type(make(tail))):
     __slots__ = ("extra",)
+    forward = tail
 
 
-def test_a_module_with_slots_is_left_as_it_is():
-    block = Slotted()
-    report = fusedres.fuse_(block)
-    assert {row.status for row in report.rows} == {"left alone"}
-    assert type(block) is Slotted
+UNDERIVABLE = {
+    "final": Final("Sealed", (type(make(tail)),), {"forward": tail}),
+    "slots": Slotted,
+    "Sequential": lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("name", UNDERIVABLE)
+def test_a_module_whose_class_takes_no_plan_keeps_it(name):
+    model = UNDERIVABLE[name]().double()
+    fused = copy.deepcopy(model)
+    is_fused = [row.status == "fused" for row in fusedres.fuse_(fused).rows]
+    assert (all(is_fused), type(fused)) == (True, type(model))
+    assert excess(model, fused, images(2, 4, 6, 6), 3) <= ALLOWED
 
 
 # --- what people do to timm's models -----------------------------------------------------------------------------

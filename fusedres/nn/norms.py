@@ -17,21 +17,14 @@ _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d"), (_TIMM, "FrozenBatchNo
 _WITH_PARTS = {(_TIMM, name) for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")}  # fmt: skip
 
 
-# An attribute of a class that `fuse_` made: the class it was made from.
-ORIGINAL = "_fusedres_original"
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class before any swap."""
-    return getattr(type(module), ORIGINAL, type(module))
-
-
 def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether this is a BatchNorm of some kind, one that cannot be fused included."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "BatchNorm" in str(getattr(module, "original_name", ""))
     if isinstance(module, _BatchNorm) or "BatchNorm" not in type(module).__name__:
         return isinstance(module, _BatchNorm)
     # A block that is called so for the BatchNorm in it is none; a module of ours is.
@@ -65,9 +58,15 @@ def why_called(child: nn.Module) -> str | None:
         or child._backward_pre_hooks
     ):
         return "it has hooks, which run only when the module itself is called"
-    if "forward" in child.__dict__:
+    if is_replaced(child):
         return "its forward was replaced on the instance"
     return None
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether somebody gave an instance a forward of its own; what `fuse_` put there says what it is."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not hasattr(type(forward), "_fusedres_seat")
 
 
 def why_not_fused(norm: nn.Module) -> str | None:
@@ -97,6 +96,10 @@ def _why_not_of_kind(kind: type, norm: Any) -> str | None:
         return f"it shares its statistics among {processes} processes" if processes > 1 else None
     if is_frozen(norm) or _name(kind) in _WITH_PARTS:
         return None
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        return "it waits for its first input; run one batch first, then fuse"
+    if isinstance(norm, torch.jit.ScriptModule):
+        return "it is a TorchScript module; fuse before torch.jit.script or trace"
     return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
 
 

@@ -17,7 +17,7 @@ from ..projection import project
 from .activations import activation_of
 from .add import call_scaled_add
 from .batch_norm import run_tail
-from .norms import is_batch_norm, original_class, why_called, why_not_fused
+from .norms import is_batch_norm, why_called, why_not_fused
 from .projection import Projection, why_not_projection
 
 SKIPS, SCALES = ("project", "pad"), ("scalar", "channel")
@@ -217,7 +217,7 @@ def _check_projection(skip: Projection, out: Tensor, x: Tensor) -> None:
 
 def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
     """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
-    if original_class(block) is not nn.Sequential or why_called(block) is not None:
+    if type(block) is not nn.Sequential or why_called(block) is not None:
         return None, block(x)
     chain: Any = block
     children = list(chain)  # `children()` leaves out a module that stands in it twice

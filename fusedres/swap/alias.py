@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from ..nn.norms import is_frozen, why_called
-from .record import Reads
+from .guards import Guard
+from .operators import unpack
 
 IN_PLACE_OPERATORS = frozenset(
     (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow,
@@ -40,11 +40,11 @@ _KNOWN_PACKAGES = ("torch", "_operator", "math", "builtins")
 class Made(NamedTuple):
     """That what a child gives back is new memory.
 
-    names: the children below it that were trusted in that. reads: what their forwards depend on.
+    names: the children below it that were trusted in that. guards: what their forwards depend on.
     """
 
     names: tuple[str, ...] = ()
-    reads: tuple[Reads, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
 
 _NOTHING = Made()
@@ -116,17 +116,15 @@ class Effects:
     def trusted(self, read: fx.Node, last: fx.Node) -> Made:
         """The children that `is_private` has trusted: what they are must not change."""
         names: list[str] = []
-        reads: list[Reads] = []
+        guards: list[Guard] = []
         for node in self._order:
             is_one = node.op == "call_module" and self._find(node) is self._find(read)
             if is_one and self._order[node] < self._order[last]:
                 path = str(node.target)
                 below = self._made.get(node, _NOTHING)
                 names += (path, *(f"{path}.{name}" for name in below.names))
-                reads += (
-                    replace(each, path=(*path.split("."), *each.path)) for each in below.reads
-                )
-        return Made(tuple(names), tuple(reads))
+                guards += (each.below(tuple(path.split("."))) for each in below.guards)
+        return Made(tuple(names), tuple(guards))
 
     def _makes(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -201,6 +199,8 @@ def is_fresh_module(child: nn.Module | None) -> bool:
     """Whether a child takes one tensor, only reads it, and gives back new memory."""
     if child is None or is_frozen(child):
         return child is not None
+    if not isinstance(child, _FRESH_MODULES):
+        return False
     # A class derived from these, with a forward of its own, may do anything.
     forward = type(child).forward
     is_known = type(child).__module__.startswith(("torch.nn.", "timm.layers."))
@@ -208,7 +208,7 @@ def is_fresh_module(child: nn.Module | None) -> bool:
         base.__module__.startswith("torch.nn.") and vars(base).get("forward") is forward
         for base in type(child).__mro__
     )
-    return isinstance(child, _FRESH_MODULES) and (is_known or inherits)
+    return is_known or inherits
 
 
 def in_place(node: fx.Node) -> bool:
@@ -229,7 +229,7 @@ def _is_true(value: Any) -> bool:
 
 
 def _is_known(node: fx.Node) -> bool:
-    if node.op == "call_method":
+    if node.op == "call_method" or node.target is unpack:
         return True
     package = str(getattr(node.target, "__module__", None) or "torch").partition(".")[0]
     return package in _KNOWN_PACKAGES

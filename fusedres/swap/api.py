@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..dispatch import current_backend
-from ..nn.norms import is_batch_norm, original_class
+from ..nn.norms import is_batch_norm
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
-from .install import fused_class, is_covered, plan_of, set_class, why_plan_is_stale
+from .install import fused_forward, install, plan_of, why_plan_is_stale
 from .nodes import family_of
 from .plan import Plan, Site, decide, is_list, owned_norms, told_norms
 from .report import ALONE, EXCLUDED, FALLBACK, FUSABLE, FUSED, FuseReport, Row, fallback_note
@@ -25,7 +26,6 @@ class _Owner:
 
     name: str
     module: nn.Module
-    cls: type[nn.Module]
     plan: Plan | None
     sites: tuple[Site, ...]
 
@@ -64,19 +64,34 @@ def fuse_(
 
     After an error the model is what it was.
     """
+    with _LOCK:
+        return _fuse(model, config, filter_fn, strict, input_shape)
+
+
+# A model that is being fused in one thread is not looked at in another; nothing outside of it is touched.
+_LOCK = threading.RLock()
+
+
+def _fuse(
+    model: nn.Module,
+    config: FuseConfig | None,
+    filter_fn: FilterFn | None,
+    strict: bool,
+    input_shape: Sequence[int] | None,
+) -> FuseReport:
     owners = list(_decisions("fuse_", model, config, filter_fn))
     report = _estimated(_report(owners, dry=False), model, input_shape, "fuse_")
     if strict:
         _raise_if_left(report)
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    changed: list[tuple[nn.Module, Plan | None]] = []
     try:
         for owner in owners:
-            if (before := type(owner.module)) is not owner.cls:
-                set_class(owner.module, owner.cls)
+            if (before := plan_of(owner.module)) != owner.plan:
                 changed.append((owner.module, before))
+                install(owner.module, owner.plan)
     except BaseException:
         for module, before in changed:
-            set_class(module, before)
+            install(module, before)
         raise
     return report
 
@@ -102,29 +117,21 @@ def explain(
         TypeError: an argument of the wrong type.
         ValueError: the model does not take an input of `input_shape`.
     """
-    owners = list(_decisions("explain", model, config, filter_fn, keep=True))
-    return _estimated(_report(owners, dry=True), model, input_shape, "explain")
+    with _LOCK:
+        owners = list(_decisions("explain", model, config, filter_fn, keep=True))
+        return _estimated(_report(owners, dry=True), model, input_shape, "explain")
 
 
 def unfuse_(model: nn.Module) -> None:
-    """The inverse of `fuse_`: every module inside has its own class and forward again.
+    """The inverse of `fuse_`: every module inside has its own forward again.
 
     Raises:
         TypeError: `model` is not a module.
-        RuntimeError: a module was given another class after `fuse_` (a parametrization, FSDP); nothing is changed then.
     """
     check_model("unfuse_", model)
-    fused = [
-        (name, module) for name, module in model.named_modules() if plan_of(module) is not None
-    ]
-    for name, module in fused:
-        if is_covered(module):
-            raise RuntimeError(
-                f"unfuse_: {name or 'the model'} was given the class {type(module).__name__} after it was fused; "
-                "undo that first (remove the parametrization, unshard it), then call unfuse_"
-            )
-    for _, module in fused:
-        set_class(module, original_class(module))
+    with _LOCK:
+        for module in model.modules():
+            install(module, None)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -163,12 +170,12 @@ def _decisions(
             told_by_another |= {
                 prefix + site.norm.rpartition(".")[0] for site in told if "." in site.norm
             }
-            yield _Owner(name, module, type(module), None, told)
+            yield _Owner(name, module, None, told)
         elif owned and not allows(module, name):
             sites = _excluded(owned) if plan is None else plan.sites
-            yield _Owner(name, module, type(module), plan, sites)
-        elif plan is not None and (keep or is_covered(module)):
-            yield _Owner(name, module, type(module), plan, plan.sites)
+            yield _Owner(name, module, plan, sites)
+        elif plan is not None and keep:
+            yield _Owner(name, module, plan, plan.sites)
         else:
             owner = _planned(name, module, config, traces, allows)
             if owned or owner.plan is None or allows(module, name):
@@ -195,7 +202,7 @@ def _names_batch_norm(module: nn.Module) -> bool:
     """Whether a method of its class, PyTorch's own ones apart, says `batch_norm`."""
     return any(
         "batch_norm" in getattr(getattr(value, "__code__", None), "co_names", ())
-        for cls in original_class(module).__mro__
+        for cls in type(module).__mro__
         if not cls.__module__.startswith("torch.")
         for value in vars(cls).values()
     )
@@ -208,20 +215,16 @@ def _planned(
     traces: Traces,
     allows: Callable[[nn.Module, str], bool],
 ) -> _Owner:
-    original, prefix = original_class(module), f"{name}." if name else ""
+    prefix = f"{name}." if name else ""
     decision = decide(
         module, traces, config, lambda path: allows(module.get_submodule(path), prefix + path)
     )
-    if decision.plan is None:
-        return _Owner(name, module, original, None, decision.sites)
-    try:
-        cls = fused_class(original, decision.plan)
-    except (TypeError, SyntaxError) as error:
-        is_class = isinstance(error, TypeError)
-        what = "class cannot be derived from" if is_class else "forward cannot be written down"
-        decision = decision.refused(f"its {what}: {error}")
-        return _Owner(name, module, original, None, decision.sites)
-    return _Owner(name, module, cls, decision.plan, decision.sites)
+    if decision.plan is not None:
+        try:
+            fused_forward(type(module), decision.plan)
+        except SyntaxError as error:
+            decision = decision.refused(f"its forward cannot be written down: {error}")
+    return _Owner(name, module, decision.plan, decision.sites)
 
 
 def _excluded(norms: tuple[str, ...]) -> tuple[Site, ...]:
@@ -241,7 +244,7 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
             if where not in told or _tells(owner, found) > _tells(*told[where]):
                 told[where] = owner, found
     stale = {
-        owner.name: _why_not_now(owner.module, owner.plan)
+        owner.name: why_plan_is_stale(owner.module, owner.plan)
         for owner in owners
         if owner.plan is not None
     }
@@ -253,7 +256,7 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         status = EXCLUDED if site.excluded else ALONE if reason else active
         if why_own is not None and status == FUSED:
             status, reason = FALLBACK, why_own
-        block, note = original_class(owner.module).__name__, "" if reason else site.note
+        block, note = type(owner.module).__name__, "" if reason else site.note
         rows.append(Row(where, block, site.pattern, status, reason, note))
     return FuseReport(tuple(rows), fallback_note(current_backend()))
 
@@ -286,12 +289,6 @@ def _tells(owner: _Owner, sites: list[Site]) -> int:
     if all(site.pattern in ("BN", "unknown") and not site.excluded for site in sites):
         return int(is_fused)
     return 3 if is_fused else 2
-
-
-def _why_not_now(module: nn.Module, plan: Plan) -> str | None:
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    return why_plan_is_stale(module, plan)
 
 
 def _raise_if_left(report: FuseReport) -> None:

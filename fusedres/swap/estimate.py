@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.norms import is_batch_norm, original_class
+from ..nn.norms import is_batch_norm
+from .install import install
 
 # Passes, forward and backward: (eager, fused); where an activation follows, and it is one that a bit an element is kept
 # for, the bit is written once and read twice.
@@ -95,7 +96,7 @@ def _double(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
     double = copy.deepcopy(model, memo)
     for module in double.modules():
-        object.__setattr__(module, "__class__", original_class(module))
+        install(module, None)
         for name, hooks in vars(module).items():
             if name.endswith("_hooks") and isinstance(hooks, OrderedDict):
                 hooks.clear()

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from ..nn.norms import is_batch_norm, original_class, parts_inside, why_called, why_not_fused
+from ..nn.norms import is_batch_norm, parts_inside, why_called, why_not_fused
 from .alias import Effects, Made, is_fresh_module
+from .guards import Guard
 from .nodes import (
     Modules,
     Skipped,
@@ -29,15 +30,15 @@ from .nodes import (
     skipped,
     why_not_skipped,
 )
-from .record import NotTraceable, Reads
 from .trace import Trace, trace
+from .values import NotTraceable
 
 
 class Traces:
     """The traced forwards of modules, each traced once while one `fuse_` looks at a model."""
 
     def __init__(self) -> None:
-        self._found: dict[int, tuple[nn.Module, Trace | NotTraceable]] = {}
+        self._found: dict[int, tuple[nn.Module, Trace | str]] = {}
         self._made: dict[int, Made | None] = {}
 
     def of(self, module: nn.Module) -> Trace:
@@ -48,14 +49,15 @@ class Traces:
         """
         if id(module) not in self._found:
             try:
-                found: Trace | NotTraceable = trace(module, original_class(module))
+                found: Trace | str = trace(module)
             except NotTraceable as error:
-                found = error
+                # Not the error, whose traceback would keep the model alive.
+                found = str(error)
             # With the module, whose id may not be used again meanwhile.
             self._found[id(module)] = module, found
         found = self._found[id(module)][1]
-        if isinstance(found, NotTraceable):
-            raise found
+        if isinstance(found, str):
+            raise NotTraceable(found)
         return found
 
     def made(self, module: nn.Module) -> Made | None:
@@ -82,7 +84,7 @@ class Traces:
         if result is None or not effects.is_private(result, end):
             return None
         below = effects.trusted(result, end)
-        return Made(below.names, (*traced.reads, *below.reads))
+        return Made(below.names, (*traced.guards, *below.guards))
 
 
 def may_be_traced(module: nn.Module) -> bool:
@@ -106,13 +108,13 @@ class Inlined:
 
     Args:
         skipped: children that are not called any more, and what class they must be of.
-        reads: what their forwards depend on.
+        guards: what their forwards depend on.
         refused: calls of children that end in a BatchNorm and stay: its name, and why.
         inside: for each BatchNorm with an activation inside, the calls of its parts, which `fold` takes back.
     """
 
     skipped: list[Skipped] = field(default_factory=list)
-    reads: list[Reads] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
     refused: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     inside: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
@@ -274,7 +276,5 @@ def _put_in(node: fx.Node, child: nn.Module, traces: Traces, found: Inlined) -> 
         node.replace_all_uses_with(copies[result])
     node.graph.erase_node(node)
     found.skipped.append(skipped(prefix, child))
-    found.reads.extend(
-        replace(reads, path=(*prefix.split("."), *reads.path)) for reads in traced.reads
-    )
+    found.guards.extend(guard.below(tuple(prefix.split("."))) for guard in traced.guards)
     return [copy for inner, copy in copies.items() if inner.op != "placeholder"]

@@ -1,13 +1,21 @@
-"""Putting a plan into an instance: its class becomes a subclass of its own class, with another forward.
+"""Putting a plan into an instance, so that its author, and whoever looks at it, notices as little as can be.
 
-The subclass, not the instance, holds the plan. So forward gets the `self` it is called on (copies and replicas
-too), the instance's `__dict__` is left as it is, and taking the plan out is giving the class back.
+The instance gets a `forward` of its own, a `Seat`; its class stays exactly what it was, for who asks by `type(layer) is
+nn.Sequential`, for `super(type(self), self)`, for tables by type, for those who derive a class and assign it
+(parametrizations, FSDP). Copies, pickles and replicas have a seat of their own; taking it out is removing the entry.
+
+What remains: a clone made by copying the `__dict__` shares its seat, which finds the clone by who calls it; where that
+cannot be asked (the clone's `forward` called by name, or under torch.compile) it would run on the original.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
+import types
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,58 +23,57 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..dispatch import current_backend
-from ..nn.norms import ORIGINAL, original_class, why_not_fused
-from .nodes import why_not_skipped
+from ..nn.norms import is_replaced
+from .guards import compiled, why_not
 from .plan import Plan
-from .record import child_at, how_reads_differ
 from .rewrite import compile_source, fingerprint
-from .subclass import PLAN, subclass
 
-# One class for all blocks of a kind that are fused alike; it goes when the last of them does.
-_CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = (
+# What a seat puts into an instance.
+_ENTRIES = ("forward", "__prepare_scriptable__")
+# One function for all blocks of a kind that are fused alike; it goes when the last of them does.
+_FORWARDS: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], Any] = (
     weakref.WeakValueDictionary()
 )
 
 
+def seat_of(module: nn.Module) -> Seat | None:
+    """The seat that a module has; None for one that is not fused."""
+    forward = vars(module).get("forward")
+    return forward if type(forward) is Seat else None
+
+
 def plan_of(module: nn.Module) -> Plan | None:
     """The plan a module runs by; None for a module that is not fused."""
-    return getattr(type(module), PLAN, None)
+    seat = seat_of(module)
+    return None if seat is None else seat.plan
 
 
-def is_covered(module: nn.Module) -> bool:
-    """Whether somebody derived a class from the fused one, as parametrizations and FSDP do."""
-    return plan_of(module) is not None and PLAN not in vars(type(module))
+def install(module: nn.Module, plan: Plan | None) -> None:
+    """Let a module run by a plan, or (None) by its own forward again; past any `__setattr__` of its own."""
+    if seat_of(module) is not None:
+        for name in _ENTRIES:
+            vars(module).pop(name, None)
+    if plan is not None:
+        seat = Seat(module, plan, type(module))
+        vars(module).update(zip(_ENTRIES, (seat, seat.double), strict=True))
 
 
-def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Assign the class past any `__setattr__` of the module's own."""
-    object.__setattr__(module, "__class__", cls)
-
-
-def fused_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
-    """The subclass of `original` that runs by `plan`.
+def fused_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
+    """The forward of a plan, as a function of the module it is called on; one for all that are fused alike.
 
     Raises:
-        TypeError: `original` cannot be derived from.
+        SyntaxError: the plan's source is none.
     """
-    found = _CLASSES.get((original, plan))
+    found = _FORWARDS.get((original, plan))
     if found is None:
-        body = {
-            PLAN: plan,
-            ORIGINAL: original,
-            "forward": _make_forward(original, plan),
-            "__reduce_ex__": _reduce_ex,
-            "__prepare_scriptable__": _prepare_scriptable,
-        }
-        found = _CLASSES[original, plan] = subclass(original, body)
+        found = _FORWARDS[original, plan] = _make_forward(original, plan)
     return found
 
 
-def _make_forward(original: type[nn.Module], plan: Plan):
-    fused = compile_source(plan.source, plan.imports)
-    traced = original.forward
+def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
+    fused, fits = compile_source(plan.source, plan.imports), compiled(plan.guards)
+    traced: Any = original.forward
     count, smallest = len(plan.inputs), plan.min_elements
-    inner = {each.kind: each.kind.forward for each in plan.skipped}
 
     @functools.wraps(traced)
     def forward(self, *args, **kwargs):
@@ -75,16 +82,92 @@ def _make_forward(original: type[nn.Module], plan: Plan):
         if (
             kwargs
             or len(args) != count
-            or original.forward is not traced
-            or any(kind.forward is not known for kind, known in inner.items())
-            or why_own_forward(self, plan) is not None
+            or type(self).forward is not traced
+            or runs_own_forward()
+            or not fits(self)
             or not _are_plain_tensors(args)
             or (smallest and any(arg.numel() < smallest for arg in args))
         ):
-            return original.forward(self, *args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         return fused(self, *args)
 
     return forward
+
+
+class Seat:
+    """The fused forward of one module, `forward` in its `__dict__`.
+
+    It knows its module weakly, so that the module goes when its last owner lets go of it. A clone that was made by
+    copying the `__dict__` (replicas of DataParallel, MAML's clone_module) calls it as its own: then it runs on that.
+
+    Args:
+        plan: None for one that comes out of a pickle and no longer fits: it runs the module's own forward.
+        kind: the class whose forward was traced.
+    """
+
+    _fusedres_seat = True  # for the floors below, which do not know this class
+
+    def __init__(self, module: nn.Module, plan: Plan | None, kind: Any) -> None:
+        self._module = weakref.ref(module)
+        self.plan = plan
+        self.kind = kind
+        self._forward: Any = kind.forward if plan is None else fused_forward(kind, plan)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self._caller(), *args, **kwargs)
+
+    def _caller(self) -> Any:
+        module = self._module()
+        if torch.compiler.is_compiling():
+            return module
+        # nn.Module's call names itself `self`.
+        caller = sys._getframe(2).f_locals.get("self")
+        if caller is not module and isinstance(caller, nn.Module):
+            return caller if vars(caller).get("forward") is self else module
+        return module
+
+    # What is asked of a bound method: exporters want its code, libraries its arguments.
+
+    @property
+    def __self__(self) -> Any:
+        return self._module()
+
+    @property
+    def __func__(self) -> Any:
+        return self._forward
+
+    @property
+    def __code__(self) -> types.CodeType:
+        return self.kind.forward.__code__
+
+    @property
+    def __name__(self) -> str:
+        return "forward"
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.kind.forward.__doc__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.kind.forward.__get__(self._module()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
+        module: Any = self._module()
+        return Seat(memo.get(id(module), module), self.plan, self.kind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _seated, (self._module(), self.plan, self.kind)
+
+    def double(self) -> nn.Module:
+        """`__prepare_scriptable__` of the module: what TorchScript compiles in its place."""
+        return unfused_double(self._caller(), {})
+
+
+def _seated(module: nn.Module, plan: Plan | None, kind: type[nn.Module]) -> Seat:
+    """The seat of a pickle."""
+    is_current = plan is not None and fingerprint(kind, plan.skipped) == plan.fingerprint
+    return Seat(module, plan if is_current else None, kind)
 
 
 def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -112,56 +195,20 @@ def _are_plain_tensors(args: tuple) -> bool:
     return all(type(arg) is Tensor or type(arg) is nn.Parameter for arg in args)
 
 
-def why_own_forward(module: nn.Module, plan: Plan) -> str | None:
-    """Why the module runs its own forward if it is called now; None when it runs fused.
-
-    Called at each forward: what the children are, and what else the plan depends on, may change at any time.
-    """
-    if current_backend() == "off":
-        return "the backend is 'off'"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace records it"
-    if _has_any_global_hook():
-        return "hooks on all modules are registered, which run only when each child is called"
-    return why_plan_is_stale(module, plan)
+def runs_own_forward() -> bool:
+    """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
+    modules wait for each child's call."""
+    return current_backend() == "off" or torch.jit.is_tracing() or _has_any_global_hook()
 
 
 def why_plan_is_stale(module: nn.Module, plan: Plan) -> str | None:
     """Why the plan no longer fits the module; None when it does."""
-    for reads in plan.reads:
-        if (reason := how_reads_differ(module, reads)) is not None:
-            return reason
-    for path in plan.norms:
-        norm = child_at(module, path)
-        if norm is None or (reason := why_not_fused(norm)) is not None:
-            return f"{'.'.join(path)}: {'it was removed' if norm is None else reason}"
-    for skipped in plan.skipped:
-        if (reason := why_not_skipped(child_at(module, skipped.path), skipped)) is not None:
-            return f"{'.'.join(skipped.path)}: {reason}"
-    return None
-
-
-def _reduce_ex(self, protocol):
-    """What the original class gives, told to put the plan back in afterwards."""
-    original = original_class(self)
-    function, arguments, *rest = super(vars_owner(self), self).__reduce_ex__(protocol)
-    if is_covered(self):
-        return (function, arguments, *rest)
-    arguments = tuple(original if item is type(self) else item for item in arguments)
-    return (restore, (plan_of(self), function, arguments), *rest)
-
-
-def vars_owner(module: nn.Module) -> type[nn.Module]:
-    """The class in the module's ancestry that holds the plan."""
-    return next(cls for cls in type(module).__mro__ if PLAN in vars(cls))
-
-
-def restore(plan: Plan, function: Any, arguments: tuple) -> nn.Module:
-    """Make a fused module again from its pickle, or a plain one if its class's code is not what was traced."""
-    module = function(*arguments)
-    if fingerprint(type(module), plan.skipped) == plan.fingerprint:
-        set_class(module, fused_class(type(module), plan))
-    return module
+    if is_replaced(module):
+        return "its forward was replaced on the instance"
+    seat = seat_of(module)
+    if seat is not None and type(module).forward is not seat.kind.forward:
+        return "its class has another forward than when it was fused"
+    return why_not(module, plan.guards)
 
 
 # TorchScript remembers what it has prepared by id, and lets go of the fused module that its double replaces: an id that
@@ -169,25 +216,23 @@ def restore(plan: Plan, function: Any, arguments: tuple) -> nn.Module:
 _DOUBLED: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
 
-def _prepare_scriptable(self):
-    """The unfused double that TorchScript compiles; it shares parameters and buffers with this module.
+def unfused_double(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """The same tree of modules with no fused one in it, sharing parameters and buffers: what TorchScript compiles.
 
     TorchScript's preparation puts what it gets back into the parent. A fused parent is a double itself by then; one
     that is not fused keeps the doubles, which compute the same: script a deepcopy of it.
     """
-    return unfused_double(self, {})
-
-
-def unfused_double(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """The same tree of modules with no fused one in it; TorchScript's preparation writes to it."""
     if id(module) not in memo:
         if isinstance(module, torch.jit.ScriptModule):
             return module
-        cls = original_class(module)
-        double: nn.Module = object.__new__(cls)
+        double: nn.Module = object.__new__(type(module))
         memo[id(module)] = double
         _DOUBLED[double] = module
-        object.__setattr__(double, "__dict__", dict(vars(module)))
+        state = dict(vars(module))
+        if seat_of(module) is not None:
+            for name in _ENTRIES:
+                state.pop(name, None)
+        object.__setattr__(double, "__dict__", state)
         vars(double)["_modules"] = {
             name: None if child is None else unfused_double(child, memo)
             for name, child in module._modules.items()

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from ..activations import SLOPE, is_piecewise
 from ..nn.activations import activation_of, gelu, leaky
-from ..nn.norms import is_batch_norm, original_class, why_called
-from .record import Path
+from ..nn.norms import is_batch_norm, why_called
+from .values import Path
 
 Modules = Mapping[str, nn.Module]
 
@@ -54,7 +54,7 @@ class Skipped(NamedTuple):
 
 def skipped(path: str, child: nn.Module) -> Skipped:
     """The child as it is now."""
-    return Skipped(tuple(path.split(".")), original_class(child), activation_of(child))
+    return Skipped(tuple(path.split(".")), type(child), activation_of(child))
 
 
 def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
@@ -62,7 +62,7 @@ def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
     if child is None:
         return "it was removed"
     kind = expected.kind
-    if original_class(child) is not kind:
+    if type(child) is not kind:
         name = kind.__name__
         package = "nn." if kind.__module__.startswith("torch.nn.") else ""
         return f"it is a {type(child).__name__}, not an {package}{name}"

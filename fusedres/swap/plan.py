@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import fx, nn
 
 from ..activations import NAMES, parse
 from ..nn.blocks import BATCH_NORM_ACTS, norm_pattern
-from ..nn.norms import is_batch_norm, original_class, why_not_fused
+from ..nn.norms import is_batch_norm, is_replaced, why_not_fused
 from .config import SUM, FuseConfig
+from .guards import Guard, NotPortable, packed, unpacked, why_not
 from .inline import Traces, inline
+from .layers import guards_behind
 from .match import Match, Sum, find_matches, find_sums
-from .nodes import Skipped, family_of, skipped, title
-from .record import NotTraceable, Path, Reads
+from .nodes import Skipped, family_of, skipped, title, why_not_skipped
 from .rewrite import fingerprint, rewrite
 from .trace import copy_of
+from .values import NotTraceable
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,16 @@ class Site:
 class Plan:
     """The fused forward of one module, as source, with all that it depends on.
 
-    imports: (name, module, attribute) for each global of the source. norms, skipped: the children that the source does
-    not call, and the class that the latter have. fingerprint: of the code that was traced; another release of it is not
-    replayed from a pickle. min_elements: of an input that is to run fused.
+    imports: (name, module, attribute) for each global of the source. guards: what must be as it was. skipped: the
+    children that the source does not call, the BatchNorms apart. fingerprint: of the code that was traced; another
+    release of it is not replayed from a pickle. min_elements: of an input that is to run fused.
     """
 
     source: str
     imports: tuple[tuple[str, str, str], ...]
     inputs: tuple[str, ...]
     defaults: tuple[tuple[str, Any], ...]
-    reads: tuple[Reads, ...]
-    norms: tuple[Path, ...]
+    guards: tuple[Guard, ...]
     skipped: tuple[Skipped, ...]
     sites: tuple[Site, ...]
     fingerprint: str
@@ -58,6 +59,27 @@ class Plan:
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name; None where a guard is about something that has none (a lambda), so that the copy is not fused."""
+        try:
+            guards = tuple(map(packed, self.guards))
+        except NotPortable:
+            return _nothing, ()
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _loaded, ({**values, "guards": guards},)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _loaded(values: dict[str, Any]) -> Plan | None:
+    """The plan of a pickle; None where what it depends on is not there, or is other code."""
+    try:
+        return Plan(**{**values, "guards": tuple(map(unpacked, values["guards"]))})
+    except NotPortable:
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,9 +116,9 @@ def told_norms(module: nn.Module) -> tuple[Site, ...] | None:
     Such a class has a forward and a method `fused_norms`, which gives for each BatchNorm below it, by its name, the
     pattern that it runs in, with the activation's own name at the end: `{"bn1": "BN+relu"}`.
     """
-    cls = original_class(module)
+    cls = type(module)
     teller: Any = next((each for each in cls.__mro__ if "fused_norms" in vars(each)), None)
-    if teller is None or cls.forward is not teller.forward or "forward" in vars(module):
+    if teller is None or cls.forward is not teller.forward or is_replaced(module):
         return None
     modules, told = dict(module.named_modules(remove_duplicate=False)), teller.fused_norms(module)
     return tuple(
@@ -160,7 +182,7 @@ def decide(
         if norm in norms_taken
         for part in parts
     ]
-    trusted = [reads for each in (*chosen, *sums) for reads in each.trusted.reads]
+    trusted = [guard for each in (*chosen, *sums) for guard in each.trusted.guards]
     shortcuts = [match.projected for match in chosen if match.projected is not None]
     left_out = tuple(
         dict.fromkeys((*inlined.skipped, *inside, *_skipped([*chosen, *sums], modules)))
@@ -169,18 +191,32 @@ def decide(
         source, imports = rewrite(graph, chosen, sums)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
+    norms = (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
+    run = [
+        *(Guard(tuple(name.split(".")), "{0}({m}) is None", (why_not_fused,)) for name in norms),
+        *(Guard(each.path, "{0}({m}, {1}) is None", (why_not_skipped, each)) for each in left_out),
+    ]
+    run += guards_behind(
+        [None if match.call is not None else modules[match.name] for match in chosen]
+        + [modules[shortcut.norm] for shortcut in shortcuts],
+        left_out,
+        [match.activation for match in (*chosen, *sums)],
+    )
+    if (reason := why_not(module, run)) is not None:
+        return Decision(None, sites).refused(reason)
     plan = Plan(
         source=source,
         imports=imports,
         inputs=traced.inputs,
         defaults=traced.defaults,
-        reads=(*traced.reads, *inlined.reads, *trusted, *_modes(graph, modules)),
-        norms=_paths(
-            (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
+        guards=tuple(
+            dict.fromkeys(
+                (*run, *traced.guards, *inlined.guards, *trusted, *_modes(graph, modules))
+            )
         ),
         skipped=left_out,
         sites=sites,
-        fingerprint=fingerprint(original_class(module), left_out),
+        fingerprint=fingerprint(type(module), left_out),
         min_elements=config.min_elements,
     )
     return Decision(plan, sites)
@@ -223,11 +259,16 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
     return tuple(sites), chosen
 
 
-def _modes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Reads]:
+def _modes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Guard]:
     """That the children which are called still work in place, or not, as they did."""
     names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
     return [
-        Reads(tuple(name.split(".")), (), (("inplace", modules[name].inplace),), ())
+        Guard(
+            tuple(name.split(".")),
+            f"{{m}}.inplace is {modules[name].inplace}",
+            (),
+            "self.inplace was changed after it was fused",
+        )
         for name in names
         if type(getattr(modules[name], "inplace", None)) is bool
     ]
@@ -278,7 +319,3 @@ def _skipped(chosen: Iterable[Match | Sum], modules: Mapping[str, nn.Module]) ->
         if isinstance(match, Match) and match.projected is not None:
             found.extend(match.projected.skipped)
     return found
-
-
-def _paths(names: Iterable[str]) -> tuple[Path, ...]:
-    return tuple(dict.fromkeys(tuple(name.split(".")) for name in names))

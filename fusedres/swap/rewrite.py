@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import linecache
 import operator
-import re
 import types
-from typing import Any
 
 from torch import fx, nn
 
@@ -16,11 +13,11 @@ from ..nn.add import call_add
 from ..nn.batch_norm import call_add_batch_norm, call_function, call_tail
 from ..nn.projection import call_projected_tail
 from .alias import in_place
+from .guards import digest
 from .match import Match, Sum
 from .nodes import Skipped, operands
-from .record import NotTraceable
-
-Imports = tuple[tuple[str, str, str], ...]
+from .source import Imports, resolve, written
+from .values import NotTraceable
 
 _FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
 
@@ -47,15 +44,7 @@ def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str
         raise NotTraceable(
             f"its rewritten forward is not valid, please report it: {error}"
         ) from error
-    code = graph.python_code("self")
-    imports = []
-    for name, value in code.globals.items():
-        if re.search(rf"\b{name}\b", code.src) is None:
-            continue
-        if (where := _import_of(value)) is None:
-            raise NotTraceable(f"its forward uses {name}, which cannot be imported by name")
-        imports.append((name, *where))
-    return code.src.strip() + "\n", tuple(imports)
+    return written(graph)
 
 
 def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -117,31 +106,6 @@ def _replace_sum(graph: fx.Graph, each: Sum, now: dict[fx.Node, fx.Node]) -> Non
         graph.erase_node(node)
 
 
-def _import_of(value: Any) -> tuple[str, str] | None:
-    if isinstance(value, types.ModuleType):
-        return value.__name__, ""
-    if value is type(None):
-        return "types", "NoneType"
-    if isinstance(value, float):
-        return "math", repr(value)
-    module = getattr(value, "__module__", None)
-    name = getattr(value, "__qualname__", getattr(value, "__name__", None))
-    if not isinstance(module, str) or not isinstance(name, str):
-        return None
-    try:
-        return (module, name) if resolve(module, name) is value else None
-    except (ImportError, AttributeError):
-        return None
-
-
-def resolve(module: str, attribute: str) -> Any:
-    """The object that an import of a plan names."""
-    found: Any = importlib.import_module(module)
-    for part in attribute.split(".") if attribute else ():
-        found = getattr(found, part)
-    return found
-
-
 def compile_source(source: str, imports: Imports) -> types.FunctionType:
     """The function `forward` that the source defines; the same one for the same source."""
     key = (source, imports)
@@ -157,17 +121,12 @@ def compile_source(source: str, imports: Imports) -> types.FunctionType:
 
 def fingerprint(cls: type[nn.Module], skipped: tuple[Skipped, ...] = ()) -> str:
     """A digest of the code of a class's own methods, down to nn.Module, and of children that are walked through."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for base in (*cls.__mro__, *(base for each in skipped for base in each.kind.__mro__)):
         if base in (nn.Module, object):
             continue
         for name, value in sorted(vars(base).items()):
             function = getattr(value, "__func__", value)
             if isinstance(function, types.FunctionType):
-                code = function.__code__
-                # Nested code prints its address, and a set its order, which differ from process to process.
-                constants = [
-                    c for c in code.co_consts if not isinstance(c, (types.CodeType, frozenset))
-                ]
-                digest.update(repr((name, code.co_code, code.co_names, constants)).encode())
-    return digest.hexdigest()[:16]
+                found.update(f"{name} {digest(function.__code__)}".encode())
+    return found.hexdigest()[:16]

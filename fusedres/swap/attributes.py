@@ -1,0 +1,342 @@
+"""Reading an attribute, a global or an item while a forward is interpreted, and the guard that this leaves.
+
+Nothing of the user's runs here: no property, no `__getattr__`, no descriptor is called; those written in Python are
+interpreted, others are a reason to leave the module alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .guards import Guard, stays
+from .known import TENSOR_METHODS
+from .reads import Reads, described, is_named, is_plain_object
+from .values import (
+    ABSENT,
+    HOLDERS,
+    NAMED,
+    PLAIN,
+    Bound,
+    Closure,
+    ModuleAt,
+    Native,
+    NotTraceable,
+    Opaque,
+    Source,
+    Super,
+    Symbol,
+    SymbolAttribute,
+    Thing,
+)
+
+# An nn.Module's own, which no forward should look through, and what `train()` sets.
+_INTERNAL = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules", "training"}
+
+
+class Attributes(Reads):
+    """The part of the interpreter that reads attributes."""
+
+    training: bool
+    enter: Callable[..., Any]
+    node: Callable[..., Symbol]
+
+    # --- attributes -------------------------------------------------------------------------------------------------
+
+    def attribute(self, value: Any, name: str) -> Any:
+        """`value.name`.
+
+        Raises:
+            NotTraceable: there is none, or what it gives cannot be known.
+        """
+        found = self.attribute_or_absent(value, name)
+        if found is ABSENT:
+            raise NotTraceable(f"{described(value)} has no attribute {name}")
+        return found
+
+    def attribute_or_absent(self, value: Any, name: str) -> Any:
+        """The same; ABSENT where there is none, with a guard that there is none."""
+        if isinstance(value, Symbol):
+            return self._of_symbol(value, name)
+        if isinstance(value, SymbolAttribute):
+            return SymbolAttribute(self.value_of(value), name)
+        if isinstance(value, ModuleAt):
+            return self.of_module(value, name)
+        if isinstance(value, Super):
+            return self._behind(value.cls, value.owner, name)
+        if isinstance(value, Thing):
+            return self._of_thing(value, name)
+        if isinstance(value, Opaque):
+            raise NotTraceable(
+                f"its forward depends on self.{value.path}, a {type(value.value).__name__}, whose contents may change"
+            )
+        if isinstance(value, (types.ModuleType, type)):
+            return self._of_named(value, name)
+        if isinstance(value, (Bound, Native, Closure, types.FunctionType)):
+            raise NotTraceable(f"it looks at {described(value)}, a function")
+        return self._of_plain(value, name)
+
+    def _of_plain(self, value: Any, name: str) -> Any:
+        if id(value) in self.outside and not hasattr(type(value), name):
+            return ABSENT
+        if callable(getattr(type(value), name, None)):
+            return Native(value, name)
+        if isinstance(value, PLAIN) and hasattr(value, name):
+            return getattr(value, name)
+        fields = getattr(type(value), "_fields", ())
+        if isinstance(value, tuple) and name in fields:
+            return value[fields.index(name)]
+        return ABSENT
+
+    def _of_symbol(self, symbol: Symbol, name: str) -> Any:
+        if not symbol.is_tensor:
+            return SymbolAttribute(symbol, name)
+        if name in TENSOR_METHODS:
+            return SymbolAttribute(symbol, name)
+        if name.startswith("__"):
+            raise NotTraceable(f"it asks a tensor for {name}")
+        made = self.node("call_function", getattr, (symbol, name))
+        made.is_tensor = name in ("T", "mT", "H", "mH", "data", "real", "imag")
+        return made
+
+    def value_of(self, value: Any) -> Any:
+        """An attribute of a symbol as a value."""
+        if isinstance(value, SymbolAttribute):
+            if value.symbol.is_tensor and value.name in TENSOR_METHODS:
+                raise NotTraceable(f"it uses a tensor's method {value.name} as a value")
+            return self.node("call_function", getattr, (value.symbol, value.name))
+        return value
+
+    def _of_named(self, owner: Any, name: str) -> Any:
+        """Of a package or a class."""
+        if isinstance(owner, types.ModuleType):
+            found: Any = vars(owner).get(name, ABSENT)
+            if found is ABSENT:
+                # A lazy one (module __getattr__) is there once somebody has asked for it.
+                raise NotTraceable(f"{owner.__name__} has no attribute {name}")
+            text = f"{owner.__name__.rpartition('.')[2]}.{name}"
+            return self.admitted(found, Source(None, f"{{0}}.{name}", (owner,), text))
+        raw = inspect.getattr_static(owner, name, ABSENT)
+        if raw is ABSENT:
+            return ABSENT
+        source = Source(None, f"{{0}}.{name}", (owner,), f"{owner.__name__}.{name}")
+        if isinstance(raw, staticmethod):
+            return self.admitted(raw.__func__, source)
+        if isinstance(raw, classmethod):
+            self._class_keeps(None, owner, name, raw)
+            return Bound(raw.__func__, owner)
+        if isinstance(raw, (types.FunctionType, *PLAIN, *HOLDERS)) or is_named(raw):
+            return self.admitted(raw, source)
+        raise NotTraceable(f"it uses {source.text}, a {type(raw).__name__}")
+
+    def _of_thing(self, thing: Thing, name: str) -> Any:
+        state = getattr(thing.value, "__dict__", {})
+        source = thing.source.attribute(name)
+        if isinstance(thing.value, functools.partial) or not is_plain_object(type(thing.value)):
+            raise NotTraceable(
+                f"its forward depends on {thing.source.text}, a {type(thing.value).__name__}, whose contents may change"
+            )
+        raw = inspect.getattr_static(type(thing.value), name, ABSENT)
+        if name in state and not _is_data(raw):
+            return self.admitted(state[name], source)
+        if isinstance(raw, PLAIN):
+            return self.admitted(raw, source)
+        if raw is ABSENT:
+            reason = f"{source.text} was set after it was fused"
+            test = f"{name!r} not in {thing.source.expression}.__dict__"
+            self.guard(Guard(source.path, test, source.constants, reason))
+            return ABSENT
+        if isinstance(raw, types.FunctionType):
+            self._class_keeps(None, type(thing.value), name, raw)
+            return Bound(raw, thing)
+        if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
+            self._class_keeps(None, type(thing.value), name, raw)
+            return self.enter(raw.fget, [thing], {})
+        raise NotTraceable(f"it uses {source.text}, a {type(raw).__name__}")
+
+    # --- of a module ------------------------------------------------------------------------------------------------
+
+    def of_module(self, at: ModuleAt, name: str) -> Any:
+        """What `module.name` gives, as nn.Module and its class look for it; ABSENT where there is nothing."""
+        module, cls = at.module, at.cls
+        if cls.__getattribute__ not in (object.__getattribute__, nn.Module.__getattribute__):
+            raise NotTraceable(f"its class {cls.__name__} has a __getattribute__ of its own")
+        if name == "training":
+            return self._mode(at)
+        if name == "__class__":
+            return cls
+        if name in ("__dict__", "_parameters", "_buffers"):
+            raise NotTraceable("its forward looks through its own parameters or buffers")
+        if name == "_modules":
+            return dict(self.children(at))
+        if name in _INTERNAL:
+            raise NotTraceable(f"it reads self.{name}, which belongs to nn.Module")
+        if name == "forward" and at.path:
+            return Opaque(".".join((*at.path, "forward")), module)
+        raw = inspect.getattr_static(cls, name, ABSENT)
+        state = vars(module)
+        if raw is not ABSENT and _is_data(raw):
+            return self._computed(at, name, raw)
+        if name in state:
+            return self._own(at, name, state[name])
+        if raw is not ABSENT:
+            self._not_own(at, name)
+            return self._of_class(at, name, raw)
+        hook = cls.__getattr__
+        if hook is not nn.Module.__getattr__:
+            if not isinstance(hook, types.FunctionType):
+                raise NotTraceable(
+                    f"its class {cls.__name__} has a __getattr__ that cannot be read"
+                )
+            self._class_keeps(at, cls, "__getattr__", hook)
+            return self.enter(hook, [at, name], {})
+        return self.registered(at, name)
+
+    def registered(self, at: ModuleAt, name: str) -> Any:
+        """What nn.Module.__getattr__ gives: a parameter, a buffer, a child; ABSENT where there is none."""
+        module = at.module
+        for group in (module._parameters, module._buffers):
+            if name in group:
+                if group[name] is None:
+                    self.guard(stays(self.source(at, name), None))
+                    return None
+                return self.get_attr(at, name)
+        if name in module._modules:
+            child = module._modules[name]
+            if child is None:
+                self.guard(stays(self.source(at, name), None))
+                return None
+            return self.child(at, name, child)
+        self._not_own(at, name)
+        return ABSENT
+
+    def child(self, at: ModuleAt, name: str, child: nn.Module) -> ModuleAt:
+        """A child, with a guard that there is one."""
+        reason = f"{name} was removed after it was fused"
+        self.guard(Guard(at.path, f"{{m}}._modules[{name!r}] is not None", (), reason))
+        return ModuleAt((*at.path, name), child)
+
+    def children(self, at: ModuleAt) -> list[tuple[str, Any]]:
+        """All children by name, with a guard that they stay as many, in that order."""
+        children = at.module._modules
+        reason = "its children are no longer those that were fused"
+        if at.path:
+            self.guard(Guard(at.path, "isinstance({m}, {0})", (at.cls,), reason))
+        self.guard(Guard(at.path, "tuple({m}._modules) == {0}", (tuple(children),), reason))
+        return [
+            (name, None if child is None else self.child(at, name, child))
+            for name, child in children.items()
+        ]
+
+    def get_attr(self, at: ModuleAt, name: str) -> Symbol:
+        """A tensor that stands on a module, read when the forward runs."""
+        made = self.node("get_attr", ".".join((*at.path, name)))
+        made.is_tensor = True
+        return made
+
+    def source(self, at: ModuleAt, name: str) -> Source:
+        """An attribute of a module, wherever it stands."""
+        read = f"{{m}}.{name}" if name.isidentifier() else f"getattr({{m}}, {name!r})"
+        return Source(at.path, read, (), f"self.{'.'.join((*at.path, name))}")
+
+    def _mode(self, at: ModuleAt) -> bool:
+        # Both modes are interpreted, and must give one graph.
+        if at.path:
+            reason = f"{'.'.join(at.path)} is in another mode than its owner"
+            self.guard(Guard(at.path, "{m}.training is {s}.training", (), reason))
+        return self.training
+
+    def _own(self, at: ModuleAt, name: str, value: Any) -> Any:
+        """An attribute that stands in the instance."""
+        source = Source(
+            at.path, f"{{m}}.__dict__[{name!r}]", (), f"self.{'.'.join((*at.path, name))}"
+        )
+        if isinstance(value, Tensor):
+            reason = f"{source.text} was changed after it was fused"
+            self.guard(Guard(at.path, f"isinstance({source.expression}, {{0}})", (Tensor,), reason))
+            return self.get_attr(at, name)
+        if isinstance(value, functools.cached_property):
+            raise NotTraceable(f"it uses {source.text}, which is computed once")
+        is_called = callable(value) and not isinstance(value, (*PLAIN, *NAMED, nn.Module))
+        if is_called:
+            # By name: the class of a bound method cannot be pickled.
+            kind = type(value).__qualname__
+            reason = f"{source.text} was changed after it was fused"
+            test = f"type({source.expression}).__qualname__ == {{0}}"
+            self.guard(Guard(at.path, test, (kind,), reason))
+            return Opaque(".".join((*at.path, name)), value)
+        return self.admitted(value, source)
+
+    def _not_own(self, at: ModuleAt, name: str) -> None:
+        """That nothing of the instance hides what the class has, or has not."""
+        test = " and ".join(
+            f"{name!r} not in {{m}}.{where}"
+            for where in ("__dict__", "_modules", "_parameters", "_buffers")
+        )
+        self.guard(Guard(at.path, test, (), f"self.{name} was set after it was fused"))
+
+    def _class_keeps(self, at: ModuleAt | None, cls: type, name: str, raw: Any) -> None:
+        """That a name of a class still stands for this."""
+        reason = f"{cls.__name__}.{name} was changed after it was fused"
+        value = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+        end = ".__func__" if isinstance(raw, classmethod) else ""
+        if at is None:
+            self.guard(Guard(None, f"{{0}}.{name}{end} is {{1}}", (cls, value), reason))
+        else:
+            self.guard(Guard(at.path, f"type({{m}}).{name}{end} is {{0}}", (value,), reason))
+
+    def _of_class(self, at: ModuleAt, name: str, raw: Any) -> Any:
+        if isinstance(raw, types.FunctionType):
+            self._class_keeps(at, at.cls, name, raw)
+            return Bound(raw, at)
+        if isinstance(raw, staticmethod):
+            self._class_keeps(at, at.cls, name, raw)
+            return raw.__func__
+        if isinstance(raw, classmethod):
+            self._class_keeps(at, at.cls, name, raw)
+            return Bound(raw.__func__, at.cls)
+        if isinstance(raw, (*PLAIN, *HOLDERS)) or is_named(raw):
+            return self.admitted(raw, self.source(at, name))
+        raise NotTraceable(
+            f"its forward depends on self.{'.'.join((*at.path, name))}, a {type(raw).__name__} of its class"
+        )
+
+    def _computed(self, at: ModuleAt, name: str, raw: Any) -> Any:
+        if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
+            self._class_keeps(at, at.cls, name, raw)
+            return self.enter(raw.fget, [at], {})
+        raise NotTraceable(
+            f"its forward depends on self.{'.'.join((*at.path, name))}, a {type(raw).__name__} of its class"
+        )
+
+    # --- super() ----------------------------------------------------------------------------------------------------
+
+    def super_attribute(self, owner: Any, cls: Any, name: str) -> Any:
+        """`super().name` in a method of `cls`."""
+        if not isinstance(owner, ModuleAt) or not isinstance(cls, type):
+            raise NotTraceable("it calls super() of something else than a module")
+        return self._behind(cls, owner, name)
+
+    def _behind(self, cls: type, at: ModuleAt, name: str) -> Any:
+        ancestry = at.cls.__mro__
+        if cls not in ancestry:
+            raise NotTraceable(f"it calls super() of {cls.__name__}, which it is no instance of")
+        for base in ancestry[ancestry.index(cls) + 1 :]:
+            if name in vars(base):
+                raw = vars(base)[name]
+                if base is nn.Module and name == "__getattr__":
+                    return Bound(nn.Module.__getattr__, at)
+                if isinstance(raw, types.FunctionType):
+                    self._class_keeps(None, base, name, raw)
+                    return Bound(raw, at)
+                raise NotTraceable(f"it uses super().{name}, a {type(raw).__name__}")
+        return ABSENT
+
+
+def _is_data(raw: Any) -> bool:
+    return hasattr(type(raw), "__set__") or hasattr(type(raw), "__delete__")

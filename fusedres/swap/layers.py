@@ -1,0 +1,88 @@
+"""What the layers and functions that a fused site stands for are made of, as it was when fusedres was imported.
+
+Somebody may replace one for the whole process (guided backpropagation replaces ReLU's, test-time adaptation
+BatchNorm's): a site that stands for it must not run then.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..activations import NAMES
+from ..nn.norms import FUSED_NORMS
+from ..nn.projection import CONVOLUTIONS
+from .guards import Guard
+from .nodes import Skipped
+
+_BEHIND_NORM = ((F, "batch_norm"), (torch, "batch_norm"))
+_CLASSES = (*FUSED_NORMS, *CONVOLUTIONS, nn.SyncBatchNorm, nn.Identity, nn.Sequential)
+
+
+def _functions_of(activation: str) -> Iterator[tuple[Any, str]]:
+    base = activation.partition("(")[0].removesuffix("_tanh")
+    for owner in (F, torch):
+        for name in (base, f"{base}_"):
+            if hasattr(owner, name):
+                yield owner, name
+
+
+def _names_in(cls: type) -> Iterator[tuple[Any, str]]:
+    for name in ("forward", "_check_input_dim", "_conv_forward"):
+        if hasattr(cls, name):
+            yield cls, name
+
+
+def _is_pytorchs(value: Any) -> bool:
+    if isinstance(value, types.FunctionType):
+        return value.__globals__.get("__name__", "").startswith("torch.")
+    return isinstance(value, types.BuiltinFunctionType)
+
+
+_KNOWN: dict[tuple[Any, str], Any] = {
+    (owner, name): value if _is_pytorchs(value := getattr(owner, name)) else object()
+    for owner, name in (
+        *_BEHIND_NORM,
+        *(pair for name in NAMES for pair in _functions_of(name)),
+        *((F, f"conv{n}d") for n in (1, 2, 3)),
+        *(pair for cls in _CLASSES for pair in _names_in(cls)),
+        (nn.Module, "__call__"),
+    )
+}  # fmt: skip
+
+
+def guards_behind(
+    norms: Iterable[nn.Module | None], skipped: Iterable[Skipped], activations: Iterable[str | None]
+) -> list[Guard]:
+    """That what the BatchNorms, the other children that are not called, and the activations compute is what it was.
+
+    Args:
+        norms: None for one that is called as a function.
+    """
+    wanted: dict[tuple[Any, str], None] = {(nn.Module, "__call__"): None}
+    for norm in norms:
+        wanted |= dict.fromkeys(_BEHIND_NORM)
+        if norm is not None:
+            wanted |= dict.fromkeys(_names_in(type(norm)))
+    for each in skipped:
+        wanted |= dict.fromkeys(_names_in(each.kind))
+        if each.kind in CONVOLUTIONS:
+            wanted[F, f"conv{CONVOLUTIONS.index(each.kind) + 1}d"] = None
+    for name in activations:
+        if name is not None:
+            wanted |= dict.fromkeys(_functions_of(name))
+    return [_stays(owner, name) for owner, name in wanted]
+
+
+def _stays(owner: Any, name: str) -> Guard:
+    # Of a class that is not PyTorch's, what it is now.
+    value = _KNOWN.get((owner, name), getattr(owner, name))
+    text = f"{owner.__name__.rpartition('.')[2]}.{name}"
+    return Guard(
+        None, f"{{0}}.{name} is {{1}}", (owner, value), f"{text} was replaced for the whole process"
+    )
