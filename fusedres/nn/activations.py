@@ -40,6 +40,9 @@ _MODULES: dict[Any, Callable[[Any], str]] = {
 }
 
 
+LAYERS = tuple(kind for kind in _MODULES if isinstance(kind, type))
+
+
 def activation_of(child: nn.Module) -> str | None:
     """The name of the activation that this child is; None where it is none that the kernels know."""
     kind = type(child)

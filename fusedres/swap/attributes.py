@@ -33,6 +33,8 @@ from .values import (
     Symbol,
     SymbolAttribute,
     Thing,
+    literal,
+    reading,
 )
 
 # An nn.Module's own, which no forward should look through, and what `train()` sets.
@@ -120,11 +122,11 @@ class Attributes(Reads):
                 # A lazy one (module __getattr__) is there once somebody has asked for it.
                 raise NotTraceable(f"{owner.__name__} has no attribute {name}")
             text = f"{owner.__name__.rpartition('.')[2]}.{name}"
-            return self.admitted(found, Source(None, f"{{0}}.{name}", (owner,), text))
+            return self.admitted(found, Source(None, reading("{0}", name), (owner,), text))
         raw = inspect.getattr_static(owner, name, ABSENT)
         if raw is ABSENT:
             return ABSENT
-        source = Source(None, f"{{0}}.{name}", (owner,), f"{owner.__name__}.{name}")
+        source = Source(None, reading("{0}", name), (owner,), f"{owner.__name__}.{name}")
         if isinstance(raw, staticmethod):
             return self.admitted(raw.__func__, source)
         if isinstance(raw, classmethod):
@@ -148,7 +150,7 @@ class Attributes(Reads):
             return self.admitted(raw, source)
         if raw is ABSENT:
             reason = f"{source.text} was set after it was fused"
-            test = f"{name!r} not in {thing.source.expression}.__dict__"
+            test = f"{literal(name)} not in {thing.source.expression}.__dict__"
             self.guard(Guard(source.path, test, source.constants, reason))
             return ABSENT
         if isinstance(raw, types.FunctionType):
@@ -218,7 +220,7 @@ class Attributes(Reads):
     def child(self, at: ModuleAt, name: str, child: nn.Module) -> ModuleAt:
         """A child, with a guard that there is one."""
         reason = f"{name} was removed after it was fused"
-        self.guard(Guard(at.path, f"{{m}}._modules[{name!r}] is not None", (), reason))
+        self.guard(Guard(at.path, f"{{m}}._modules[{literal(name)}] is not None", (), reason))
         return ModuleAt((*at.path, name), child)
 
     def children(self, at: ModuleAt) -> list[tuple[str, Any]]:
@@ -241,8 +243,8 @@ class Attributes(Reads):
 
     def source(self, at: ModuleAt, name: str) -> Source:
         """An attribute of a module, wherever it stands."""
-        read = f"{{m}}.{name}" if name.isidentifier() else f"getattr({{m}}, {name!r})"
-        return Source(at.path, read, (), f"self.{'.'.join((*at.path, name))}")
+        text = f"self.{'.'.join((*at.path, name))}"
+        return Source(at.path, reading("{m}", name), (), text)
 
     def _mode(self, at: ModuleAt) -> bool:
         # Both modes are interpreted, and must give one graph.
@@ -254,7 +256,7 @@ class Attributes(Reads):
     def _own(self, at: ModuleAt, name: str, value: Any) -> Any:
         """An attribute that stands in the instance."""
         source = Source(
-            at.path, f"{{m}}.__dict__[{name!r}]", (), f"self.{'.'.join((*at.path, name))}"
+            at.path, f"{{m}}.__dict__[{literal(name)}]", (), f"self.{'.'.join((*at.path, name))}"
         )
         if isinstance(value, Tensor):
             reason = f"{source.text} was changed after it was fused"
@@ -275,7 +277,7 @@ class Attributes(Reads):
     def _not_own(self, at: ModuleAt, name: str) -> None:
         """That nothing of the instance hides what the class has, or has not."""
         test = " and ".join(
-            f"{name!r} not in {{m}}.{where}"
+            f"{literal(name)} not in {{m}}.{where}"
             for where in ("__dict__", "_modules", "_parameters", "_buffers")
         )
         self.guard(Guard(at.path, test, (), f"self.{name} was set after it was fused"))
@@ -286,9 +288,11 @@ class Attributes(Reads):
         value = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
         end = ".__func__" if isinstance(raw, classmethod) else ""
         if at is None:
-            self.guard(Guard(None, f"{{0}}.{name}{end} is {{1}}", (cls, value), reason))
+            self.guard(Guard(None, f"{reading('{0}', name)}{end} is {{1}}", (cls, value), reason))
         else:
-            self.guard(Guard(at.path, f"type({{m}}).{name}{end} is {{0}}", (value,), reason))
+            self.guard(
+                Guard(at.path, f"{reading('type({m})', name)}{end} is {{0}}", (value,), reason)
+            )
 
     def _of_class(self, at: ModuleAt, name: str, raw: Any) -> Any:
         if isinstance(raw, types.FunctionType):

@@ -177,6 +177,8 @@ class Calls(Operators):
             raise NotTraceable(f"it calls {method.name}, which a Tensor does not have")
         if method.symbol.is_tensor:
             function = getattr(Tensor, method.name)
+            if isinstance(function, types.FunctionType) and known.may_be_entered(function):
+                raise NotTraceable(f"Tensor.{method.name} was replaced for the whole process")
             reason = f"Tensor.{method.name} was changed after it was fused"
             self.guard(Guard(None, f"{{0}}.{method.name} is {{1}}", (Tensor, function), reason))
         return self.node("call_method", method.name, (method.symbol, *args), keywords)
@@ -205,7 +207,7 @@ class Calls(Operators):
                     return found
             if function.__module__ == nn.Module.__module__:
                 raise NotTraceable(f"it calls self.{function.__name__}(), nn.Module's own")
-        if not isinstance(function, types.FunctionType):
+        if not isinstance(function, types.FunctionType) or not known.may_be_entered(function):
             raise NotTraceable(_why_not_called(function))
         return self.enter(function, [owner, *args], keywords)
 

@@ -107,8 +107,8 @@ class Seat:
 
     _fusedres_seat = True  # for the floors below, which do not know this class
 
-    def __init__(self, module: nn.Module, plan: Plan | None, kind: Any) -> None:
-        self._module = weakref.ref(module)
+    def __init__(self, module: nn.Module | None, plan: Plan | None, kind: Any) -> None:
+        self._module: Callable[[], Any] = _nobody if module is None else weakref.ref(module)
         self.plan = plan
         self.kind = kind
         self._forward: Any = kind.forward if plan is None else fused_forward(kind, plan)
@@ -118,12 +118,19 @@ class Seat:
 
     def _caller(self) -> Any:
         module = self._module()
-        if torch.compiler.is_compiling():
-            return module
-        # nn.Module's call names itself `self`.
-        caller = sys._getframe(2).f_locals.get("self")
-        if caller is not module and isinstance(caller, nn.Module):
-            return caller if vars(caller).get("forward") is self else module
+        if not torch.compiler.is_compiling():
+            # nn.Module's call names itself `self`.
+            caller = sys._getframe(2).f_locals.get("self")
+            if caller is not module and isinstance(caller, nn.Module):
+                if vars(caller).get("forward") is not self:
+                    caller = module
+                elif module is None:
+                    self._module = weakref.ref(caller)
+                module = caller
+        if module is None:
+            raise RuntimeError(
+                "the forward of a fused module was copied without it; call the copy itself, or fuse it anew"
+            )
         return module
 
     # What is asked of a bound method: exporters want its code, libraries its arguments.
@@ -153,8 +160,8 @@ class Seat:
         return inspect.signature(self.kind.forward.__get__(self._module()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seat:
-        module: Any = self._module()
-        return Seat(memo.get(id(module), module), self.plan, self.kind)
+        # Where its module is not copied, who has the copy is known when it is called.
+        return Seat(memo.get(id(self._module())), self.plan, self.kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _seated, (self._module(), self.plan, self.kind)
@@ -164,7 +171,11 @@ class Seat:
         return unfused_double(self._caller(), {})
 
 
-def _seated(module: nn.Module, plan: Plan | None, kind: type[nn.Module]) -> Seat:
+def _nobody() -> None:
+    return None
+
+
+def _seated(module: nn.Module | None, plan: Plan | None, kind: type[nn.Module]) -> Seat:
     """The seat of a pickle."""
     is_current = plan is not None and fingerprint(kind, plan.skipped) == plan.fingerprint
     return Seat(module, plan if is_current else None, kind)

@@ -8,7 +8,9 @@ import functools
 import itertools
 import math
 import operator
+import sys
 import types
+import typing
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -165,14 +167,15 @@ def advice(function: Any) -> str:
 
 
 def may_be_entered(function: types.FunctionType) -> bool:
-    """Whether a Python function is interpreted: anybody's but PyTorch's own machinery, whose layers are."""
-    module = str(function.__module__)
-    is_torch = module == "torch" or module.startswith("torch.")
-    return not is_torch or module.startswith(_LAYERS) or function in _ENTERED
+    """Whether a Python function is interpreted: anybody's but PyTorch's (its layers are) and the standard library's."""
+    module = str(function.__globals__.get("__name__"))
+    package = module.partition(".")[0]
+    is_machinery = package == "torch" or package in sys.stdlib_module_names - {"__main__"}
+    return not is_machinery or module.startswith(_LAYERS) or function in _ENTERED
 
 
 _LAYERS = ("torch.nn.modules.", "torch.ao.nn.", "torch.nn.intrinsic.")
-_ENTERED = (torch.jit.annotate, torch.is_tensor)
+_ENTERED = (torch.jit.annotate, torch.is_tensor, typing.cast)
 
 TENSOR_METHODS = frozenset(
     name for name in dir(torch.Tensor) if callable(getattr(torch.Tensor, name, None))

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..activations import NAMES
+from ..nn.activations import LAYERS
 from ..nn.norms import FUSED_NORMS
 from ..nn.projection import CONVOLUTIONS
 from .guards import Guard
 from .nodes import Skipped
 
 _BEHIND_NORM = ((F, "batch_norm"), (torch, "batch_norm"))
-_CLASSES = (*FUSED_NORMS, *CONVOLUTIONS, nn.SyncBatchNorm, nn.Identity, nn.Sequential)
+_CLASSES = (*FUSED_NORMS, *CONVOLUTIONS, *LAYERS, nn.SyncBatchNorm, nn.Identity, nn.Sequential)
 
 
 def _functions_of(activation: str) -> Iterator[tuple[Any, str]]:

@@ -31,7 +31,9 @@ from .values import (
 )
 
 SYMBOLS = (Symbol, SymbolAttribute)
-_VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_ITERABLE: Any = (
+    *HOLDERS, str, bytes, range, type({}.keys()), type({}.values()), type({}.items()),
+)  # fmt: skip
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
@@ -184,7 +186,7 @@ class Operators(Attributes):
             return self.iterate(self.call(method, [], {}, None))
         if isinstance(value, (Generator, Iterator)):
             return value
-        if isinstance(value, (*HOLDERS, str, bytes, range, *_VIEWS)):
+        if isinstance(value, _ITERABLE):
             return iter(value)
         raise NotTraceable(f"it goes through {described(value)}")
 

@@ -22,6 +22,7 @@ from .values import (
     Symbol,
     SymbolAttribute,
     Thing,
+    literal,
 )
 
 
@@ -43,12 +44,12 @@ class Reads:
         builtins_now = getattr(builtins_now, "__dict__", builtins_now)
         if name in scope:
             value = scope[name]
-            source = Source(None, f"{{0}}[{name!r}]", (Held(scope),), name)
+            source = Source(None, f"{{0}}[{literal(name)}]", (Held(scope),), name)
             return self.admitted(value, source)
         if name not in builtins_now:
             raise NotTraceable(f"it uses {name}, which is not defined")
         reason = f"a global {name} was defined after it was fused"
-        self.guard(Guard(None, f"{name!r} not in {{0}}", (Held(scope),), reason))
+        self.guard(Guard(None, f"{literal(name)} not in {{0}}", (Held(scope),), reason))
         return builtins_now[name]
 
     def imported(self, name: str, level: int, names: Any, scope: dict[str, Any]) -> Any:
@@ -62,7 +63,9 @@ class Reads:
         if not names:
             name = name.partition(".")[0]
             found = sys.modules[name]
-        self.guard(stays(Source(None, f"{{0}}.get({name!r})", (Held(sys.modules),), name), found))
+        self.guard(
+            stays(Source(None, f"{{0}}.get({literal(name)})", (Held(sys.modules),), name), found)
+        )
         return found
 
     def cell(self, cell: Any, name: str) -> Any:
@@ -151,8 +154,8 @@ def is_named(value: Any) -> bool:
 
 def is_plain_object(kind: type) -> bool:
     """Whether attributes of its instances are what stands in their `__dict__`."""
-    read: Any = kind.__getattribute__
-    is_plain = read is object.__getattribute__ and not hasattr(kind, "__getattr__")
+    reader = next(base for base in kind.__mro__ if "__getattribute__" in vars(base))
+    is_plain = reader in (object, types.SimpleNamespace) and not hasattr(kind, "__getattr__")
     return is_plain and not issubclass(kind, (*HOLDERS, *PLAIN)) and kind.__dictoffset__ != 0
 
 

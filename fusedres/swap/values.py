@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import keyword
 import types
 from collections import OrderedDict
 from collections.abc import Callable
@@ -127,6 +128,17 @@ class Modules(list):
     """A slice of a container of modules."""
 
 
+def literal(name: str) -> str:
+    """A name as it stands in the source of a guard, where braces are places to fill in."""
+    return repr(name).replace("{", "\\x7b").replace("}", "\\x7d")
+
+
+def reading(owner: str, name: str) -> str:
+    """`owner.name` in the source of a guard, for any name."""
+    is_plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+    return f"{owner}.{name}" if is_plain else f"getattr({owner}, {literal(name)})"
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a value was read: an expression over the module at `path` (None: of no module) and constants.
@@ -141,8 +153,8 @@ class Source:
 
     def attribute(self, name: str) -> Source:
         """Where an attribute of an object stands."""
-        read = f".{name}" if name.isidentifier() else f".__dict__[{name!r}]"
-        return Source(self.path, self.expression + read, self.constants, f"{self.text}.{name}")
+        read = reading(self.expression, name)
+        return Source(self.path, read, self.constants, f"{self.text}.{name}")
 
 
 OPERATIONS: dict[str, Callable[..., Any]]
