@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fusedres
 from fusedres.benchmarks.floors import OPERATORS
+from fusedres.cli.models import build_model
+from fusedres.nn.norms import is_batch_norm
 from fusedres.swap.estimate import passes
 from fusedres.swap.nodes import family_of
 from fusedres.swap.report import FuseReport, Row
@@ -22,16 +29,63 @@ pytestmark = pytest.mark.once
 
 TABLE = """\
 fusedres: 20 BatchNorm: 20 fused
-where                   n  block       pattern         status  reason
-----------------------  -  ----------  --------------  ------  --------------------------------------------------------
-bn1                     1  ResNet      BN+ReLU         fused
-layer1-4.0-1.bn1        8  BasicBlock  BN+ReLU         fused
-layer{1.0-1,2-4.1}.bn2  5  BasicBlock  BN+add+ReLU     fused
-layer2-4.0.bn2          3  BasicBlock  BN+BN+add+ReLU  fused
-layer2.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 43 flop/byte (not timed)
-layer3.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 85 flop/byte (not timed)
-layer4.0.downsample.1   1  BasicBlock  BN+BN+add+ReLU  fused   1x1 in Triton: memory-bound at 171 flop/byte (not timed)
+where                                     n  block       pattern         status
+----------------------------------------  -  ----------  --------------  ------
+bn1                                       1  ResNet      BN+ReLU         fused
+layer1.0.bn1 ... layer4.1.bn1             8  BasicBlock  BN+ReLU         fused
+layer1.0.bn2, layer1.1.bn2,               5  BasicBlock  BN+add+ReLU     fused
+layer2.1.bn2, layer3.1.bn2, layer4.1.bn2
+layer2.0.bn2, layer3.0.bn2, layer4.0.bn2  3  BasicBlock  BN+BN+add+ReLU  fused
+layer2.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
+    1x1 in Triton: memory-bound at 43 flop/byte (not timed)
+layer3.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
+    1x1 in Triton: memory-bound at 85 flop/byte (not timed)
+layer4.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
+    1x1 in Triton: memory-bound at 171 flop/byte (not timed)
 """.rstrip()
+
+
+# The cells of each rendering, the names of the columns first.
+
+
+def cells_of_text(report: FuseReport) -> list[list[str]]:
+    """Without the reasons, which stand below their lines, and without the names that do."""
+    _, head, rule, *lines = str(report).split("\n")
+    columns = [slice(*dashes.span()) for dashes in re.finditer("-+", rule)]
+    return [
+        [line[column].rstrip() for column in columns]
+        for line in (head, *lines)
+        if len(line) > columns[0].stop and not line.startswith("    ")
+    ]
+
+
+def cells_of_markdown(report: FuseReport) -> list[list[str]]:
+    _, _, head, _, *lines, _ = report.to_markdown().split("\n")
+    return [
+        [re.sub(r"\\(.)", r"\1", cell[1:-1]) for cell in re.findall(r"(?:\\.|[^\\|])+", line)]
+        for line in (head, *lines)
+    ]
+
+
+def cells_of_html(report: FuseReport) -> list[list[str]]:
+    return [
+        [html.unescape(cell) for cell in re.findall("<t[hd]>(.*?)</t[hd]>", line)]
+        for line in re.findall("<tr>(.*)</tr>", report._repr_html_())
+    ]
+
+
+def assert_it_is_shown_whole(report: FuseReport) -> None:
+    """Every line has all cells, in the text, in Markdown and in HTML the same ones; JSON and `n` leave no row out."""
+    text, markdown, (columns, *groups) = (
+        cells_of(report) for cells_of in (cells_of_text, cells_of_markdown, cells_of_html)
+    )
+    assert markdown == [columns, *groups]
+    assert {len(cells) for cells in groups} == {len(columns)}
+    assert [cells[1:] for cells in text[1:]] == [
+        [cell.rstrip() for cell in cells[1:-1]] for cells in groups
+    ]
+    assert sum(int(cells[1]) for cells in groups) == len(report.rows)
+    assert json.loads(report.to_json())["rows"] == [asdict(row) for row in report.rows]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +104,19 @@ def test_markdown(report):
     assert lines[4] == "| bn1 | 1 | ResNet | BN+ReLU | fused |  |"
 
 
-def test_markdown_keeps_a_bar_in_a_reason():
-    row = Row("bn", "Block", "unknown", "left alone", "int | str")
-    assert r"int \| str" in FuseReport((row,)).to_markdown()
+@pytest.mark.parametrize(
+    ("reason", "cell"),
+    [
+        ("int | str", r"int \| str"),
+        ("a\\", r"a\\"),
+        (r"\|", r"\\\|"),
+        ("two\nlines", r"two\\nlines"),
+        ("<lambda>", r"\<lambda>"),
+    ],
+)
+def test_markdown_keeps_a_reason_in_its_cell(reason, cell):
+    row = Row("bn", "Block", "unknown", "left alone", reason)
+    assert FuseReport((row,)).to_markdown().endswith(f"| left alone | {cell} |\n")
 
 
 def test_json(report):
@@ -75,19 +139,75 @@ def test_rows_are_in_the_order_of_the_model(report):
 
 
 @pytest.mark.parametrize(
-    ("names", "span"),
+    ("names", "where"),
     [
         (["bn1"], "bn1"),
-        (["layer1.0.bn1", "layer1.1.bn1", "layer2.0.bn1", "layer2.1.bn1"], "layer1-2.0-1.bn1"),
-        (["layer1.0.bn1", "layer2.0.bn1", "layer2.1.bn1"], "layer{1.0,2.0-1}.bn1"),
-        (["a.0.bn", "a.1.bn", "a.3.bn", "a.10.bn"], "a.{0-1,3,10}.bn"),
-        (["0", "2"], "{0,2}"),
+        (["layer1.0.bn", "layer1.1.bn", "layer3.0.bn"], "layer1.0.bn, layer1.1.bn, layer3.0.bn"),
+        ([f"layer{k}.bn" for k in range(7)], "layer0.bn ... layer6.bn"),
+        ([f"branch{k}x{k}.bn" for k in (9, 8, 10, 1, 5, 3, 2)], "branch9x9.bn ... branch2x2.bn"),
+        (["0", "2", "007", "²", "٣", "9" * 5000], f"0, 2, 007, ², ٣, {'9' * 5000}"),
+        (["bn", "bn"], "bn"),
+        ([""], "''"),
+        (["a, b.bn", "c ... d.bn", "{e}.bn"], "'a, b.bn', 'c ... d.bn', '{e}.bn'"),
+        (["two\nlines.bn", "\x1b[31m.bn", "\ud800.bn"], r"'two\nlines.bn', '\x1b[31m.bn', '\ud800.bn'"),
     ],
-    ids=["one", "range", "ragged", "gaps", "numbers only"],
+    ids=[
+        "one", "few", "many", "in the order of the model", "numbers", "twice", "the model itself", "signs of the list",
+        "what does not print",
+    ],
+)  # fmt: skip
+def test_names_of_a_group(names, where):
+    report = FuseReport(tuple(Row(name, "Block", "BN+ReLU", "fused") for name in names))
+    assert [line[:2] for line in cells_of_html(report)[1:]] == [[where, str(len(names))]]
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "inception_v3", "googlenet", "timm:resnet33ts", "timm:gernet_l", "timm:repvgg_a0", "timm:mobilevit_s",
+        "timm:resnet50_clip", "timm:regnetz_b16", "timm:dpn68", "timm:nasnetalarge", "timm:inception_resnet_v2",
+        "timm:halonet26t",
+    ],
+)  # fmt: skip
+def test_names_that_hold_numbers_and_letters(name):
+    with torch.device("meta"):
+        modules = dict(build_model(name).named_modules())
+    report = FuseReport(
+        tuple(
+            Row(where, type(modules[where.rpartition(".")[0]]).__name__, "BN+ReLU", "fused")
+            for where, module in modules.items()
+            if is_batch_norm(module)
+        )
+    )
+    assert_it_is_shown_whole(report)
+
+
+texts = st.sampled_from(["BN+ReLU", "two\nlines", "a \\| b</td>"]) | st.text()
+sizes = st.none() | st.integers(0, 2**63)
+rows = st.builds(
+    Row,
+    where=st.text("ab01²٣.,-_ |\\{}<&'\n", max_size=9) | st.text(),
+    block=texts,
+    pattern=texts,
+    status=texts,
+    reason=texts,
+    note=texts,
+    moves=sizes,
+    saves=sizes,
 )
-def test_names_are_put_together_exactly(names, span):
-    rows = tuple(Row(name, "Block", "BN+ReLU", "fused") for name in names)
-    assert str(FuseReport(rows)).splitlines()[3].split()[0] == span
+reports = st.builds(
+    FuseReport,
+    rows=st.lists(rows, min_size=1, max_size=20).map(tuple),
+    note=texts,
+    input_shape=st.none() | st.lists(st.integers()).map(tuple),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(report=reports)
+def test_any_names_and_reasons(report):
+    assert_it_is_shown_whole(report)
 
 
 def test_without_batch_norm():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
+import textwrap
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +16,8 @@ EXCLUDED, FALLBACK = "excluded", "own forward"
 # The last one holds the reason against, or the note on what was done.
 _COLUMNS = ("where", "n", "block", "pattern", "status", "reason")
 _ESTIMATE = "saves"
+# Characters in a line of names; names in a group, of more only the first and the last are told.
+_WIDEST, _MOST_NAMED = 40, 6
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Row:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse_` did, or would do: `str()` is a table, grouped by like blocks.
+    """What `fuse_` did, or would do: `str()` is a table, with one line for all BatchNorms that are alike.
+
+    Where they are many, it names the first and the last of them; all names are in `rows`.
 
     Args:
         rows: one for each BatchNorm, in the model's order.
@@ -90,12 +97,17 @@ class FuseReport:
     def __str__(self) -> str:
         lines = [self._headline()]
         if self.rows:
-            table = self._grouped()
-            columns = self._columns()
-            widths = [max(map(len, column)) for column in zip(columns, *table, strict=True)]
-            for line in (columns, tuple("-" * width for width in widths), *table):
-                cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
-                lines.append("  ".join(cells).rstrip())
+            table = [(*self._columns()[:-1], ""), *self._grouped()]
+            names = [_wrapped(line[0], _WIDEST) for line in table]
+            cells = [line[1:-1] for line in table]
+            columns = (itertools.chain(*names), *zip(*cells, strict=True))
+            widths = [max(map(len, column)) for column in columns]
+            # More names, and the reason, stand below the line, so that the table fits a narrow terminal.
+            for (name, *more), rest, (*_, reason) in zip(names, cells, table, strict=True):
+                padded = map(str.ljust, (name, *rest), widths)
+                lines += ["  ".join(padded).rstrip(), *more]
+                lines += [f"    {part}" for part in _wrapped(reason, 76)]
+            lines.insert(2, "  ".join("-" * width for width in widths))
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -119,7 +131,7 @@ class FuseReport:
         if self.rows:
             columns = self._columns()
             for line in (columns, ("---",) * len(columns), *self._grouped()):
-                lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |")
+                lines.append(f"| {' | '.join(map(_escaped, line))} |")
         return _written("\n".join(lines) + "\n", path)
 
     def _repr_html_(self) -> str:
@@ -151,28 +163,24 @@ class FuseReport:
             if self.input_shape is not None:
                 saved, moved = _size(self.bytes_saved or 0), _size(self.bytes_moved or 0)
                 text += f"; with an input of {list(self.input_shape)} a training step moves {saved} less of {moved}"
-        return f"{text} ({self.note})" if self.note else text
+        return f"{text} ({_one_line(self.note)})" if self.note else text
 
     def _grouped(self) -> list[tuple[str, ...]]:
+        """One line for the BatchNorms that differ in nothing but their place, where the first of them stands."""
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
             local = row.where.rpartition(".")[2]
             # Numbered children (layers.0, layers.1) are alike; bn1 and bn2 are told apart.
             local = "" if local.isdigit() else local
-            key = (
-                local,
-                _skeleton(row.where),
-                row.block,
-                row.pattern,
-                row.status,
-                row.reason or row.note,
-            )
+            key = (local, row.block, row.pattern, row.status, row.reason or row.note)
             groups.setdefault(key, []).append(row)
         table = []
-        for (_, _, block, pattern, status, reason), rows in groups.items():
-            saves = [_size(sum(row.saves or 0 for row in rows))] if self.input_shape else []
-            where = _span([row.where for row in rows])
-            table.append((where, str(len(rows)), block, pattern, status, *saves, reason))
+        for (_, block, pattern, status, reason), rows in groups.items():
+            where = _told(dict.fromkeys(row.where for row in rows))
+            size = _size(sum(row.saves or 0 for row in rows))
+            saves = [] if self.input_shape is None else [size]
+            line = (where, str(len(rows)), block, pattern, status, *saves, reason)
+            table.append(tuple(map(_one_line, line)))
         return table
 
 
@@ -196,41 +204,21 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _skeleton(where: str) -> str:
-    owner, _, local = where.rpartition(".")
-    return re.sub(r"\d+", "#", owner) + "." + re.sub(r"^\d+$", "#", local)
+def _told(names: Collection[str]) -> str:
+    """All of a few names; of many the first and the last. In quotes where a name holds signs of the list's own."""
+    shown = [name if re.fullmatch(r"[\w.-]+", name) else repr(name) for name in names]
+    return ", ".join(shown) if len(shown) <= _MOST_NAMED else f"{shown[0]} ... {shown[-1]}"
 
 
-def _span(names: list[str]) -> str:
-    """Names that differ in their numbers, as one: `layer{1.0-2,2.0-3}.bn1`."""
-    local = names[0].rpartition(".")[2]
-    tail = f".{local}" if all(name.endswith(f".{local}") for name in names) else ""
-    pieces = [re.split(r"(\d+)", name.removesuffix(tail)) for name in names]
-    *texts, last = pieces[0][::2]
-    return _tree(texts, [tuple(map(int, piece[1::2])) for piece in pieces]) + last + tail
+def _one_line(text: str) -> str:
+    """What does not print is written as in a string of Python's."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _tree(texts: list[str], numbers: list[tuple[int, ...]]) -> str:
-    """The numbers with the texts between them, in braces where they are not one range at each place."""
-    if not texts:
-        return ""
-    below: dict[int, list[tuple[int, ...]]] = {}
-    for number, *rest in numbers:
-        below.setdefault(number, []).append(tuple(rest))
-    alike: dict[str, list[int]] = {}
-    for number, found in below.items():
-        alike.setdefault(_tree(texts[1:], found), []).append(number)
-    options = [run + tail for tail, found in alike.items() for run in _runs(found)]
-    options.sort(key=lambda option: int(option.partition("-")[0].partition(".")[0]))
-    return texts[0] + (options[0] if len(options) == 1 else "{" + ",".join(options) + "}")
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _runs(numbers: list[int]) -> list[str]:
-    """[0, 1, 2, 5] -> ["0-2", "5"]."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+def _escaped(cell: str) -> str:
+    """What Markdown would read as the end of a cell, an escape or a tag."""
+    return re.sub(r"[\\|<]", r"\\\g<0>", cell)
