@@ -78,7 +78,8 @@ def sweep(name: str, architecture: Architecture, parity: bool = False) -> Swept 
     if not any(is_batch_norm(module) for module in model.modules()):
         return None
     sizes, obstacle = _sizes(model.eval(), architecture)
-    rows = fusedres.fuse_(model.train()).rows
+    report = fusedres.fuse_(model.train())
+    rows = report.rows
     fused = [row for row in rows if row.status == "fused"]
     reasons = Counter(_in_general(row.reason) for row in rows if row.status != "fused")
     total = sum(sizes.values())
@@ -86,6 +87,7 @@ def sweep(name: str, architecture: Architecture, parity: bool = False) -> Swept 
     if parity:
         apart, not_run = compare(architecture, model)
         obstacle = obstacle or not_run
+    obstacle = _unprinted(report) or obstacle
     return Swept(
         name,
         len(rows),
@@ -145,6 +147,16 @@ def _sizes(model: nn.Module, architecture: Architecture) -> tuple[dict[str, int]
     except ValueError as error:
         return {}, f"not run: {error}"
     return {name: count for name, (count, _) in outputs.items()}, ""
+
+
+def _unprinted(report: fusedres.FuseReport) -> str:
+    """What goes wrong where the report is shown; it must not, whatever the modules are called."""
+    for form in ("__str__", "to_markdown", "_repr_html_", "to_json"):
+        try:
+            getattr(report, form)()
+        except Exception as error:
+            return f"report: {first_line(error)}"
+    return ""
 
 
 def _in_general(reason: str) -> str:

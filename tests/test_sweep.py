@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from fusedres import FuseReport
 from fusedres.benchmarks import packages
 from fusedres.benchmarks.packages import Architecture, architectures
 from fusedres.benchmarks.steps import ALLOWED, excess
@@ -85,6 +86,16 @@ def test_what_is_left_alone_is_told_with_its_reason():
     found = sweep("hooked", Architecture(build))
     assert (found.fused, found.norms, found.tails) == (51, 52, 10)
     assert found.reason == "it has hooks, which run only when the module itself is called"
+
+
+@pytest.mark.parametrize("form", ["__str__", "to_markdown", "_repr_html_", "to_json"])
+def test_a_report_that_cannot_be_shown_is_told(form, monkeypatch):
+    def broken(self):
+        raise ValueError("no such number")
+
+    monkeypatch.setattr(FuseReport, form, broken)
+    found = sweep("resnet18", architectures(("resnet18",))["resnet18"])
+    assert found.reason == "report: ValueError: no such number"
 
 
 def test_the_share_is_of_elements():
