@@ -318,6 +318,28 @@ def test_the_code_of_a_helper_that_is_changed_in_place():
     assert excess(plain, fused, X) <= ALLOWED
 
 
+def dropped(self, x):
+    return F.dropout(F.relu(self.bn(self.conv(x))), 0.5, self.training)
+
+
+def dropped_otherwise(self, x):
+    return F.dropout(F.relu(self.bn(self.conv(x))), p=0.5, training=not self.training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("forward", [dropped, dropped_otherwise], ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_the_mode_is_given_on(forward, training):
+    plain = block(forward).train(training)
+    fused = fused_copy(plain)
+    found = []
+    for each in (plain, fused):
+        torch.manual_seed(1)
+        found.append(each(X))
+    assert fusedres.is_fused(fused)
+    torch.testing.assert_close(*found)
+
+
 # --- for the whole process ---------------------------------------------------------------------------------------
 
 

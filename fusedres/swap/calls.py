@@ -88,8 +88,6 @@ class Calls(Operators):
             return known.ANSWERS[function]
         if _is_in(function, known.QUESTIONS):
             return self._question(function, args, keywords)
-        if _is_in(function, known.COMPILING):
-            raise NotTraceable("it asks whether it is being compiled")
         is_symbolic = any(has_symbol(value) for value in (*args, *keywords.values()))
         if function is len and len(args) == 1 and not isinstance(args[0], Symbol):
             return self._length(args[0])
@@ -106,11 +104,7 @@ class Calls(Operators):
             return self._built(function, args, keywords)
         if isinstance(function, types.FunctionType) and known.may_be_entered(function):
             return self.enter(function, args, keywords)
-        if (
-            isinstance(function, type)
-            and issubclass(function, tuple)
-            and hasattr(function, "_fields")
-        ):
+        if _is_named_tuple(function):
             return self.natively(function, args, keywords)
         if isinstance(function, types.MethodType) and _is_autograd(function):
             return self.node("call_function", function, tuple(args), keywords)
@@ -369,6 +363,17 @@ def _bound(
 
 def _is_in(function: Any, functions: tuple[Any, ...]) -> bool:
     return any(function is each for each in functions)
+
+
+def _is_named_tuple(function: Any) -> bool:
+    """Whether it is a class that collections.namedtuple made, and nobody added to how it is made."""
+    made: Any = getattr(function, "__new__", None)
+    is_one = (
+        isinstance(function, type) and issubclass(function, tuple) and hasattr(function, "_fields")
+    )
+    return is_one and str(getattr(made, "__globals__", {}).get("__name__")).startswith(
+        "namedtuple_"
+    )
 
 
 def _is_autograd(function: types.MethodType) -> bool:

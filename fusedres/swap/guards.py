@@ -74,6 +74,8 @@ def frozen(value: Any) -> Any:
         return kind, frozenset(map(frozen, value))
     if kind is slice:
         return kind, (value.start, value.stop, value.step)
+    if kind in (float, complex):
+        return kind, repr(value)  # 0.0 and -0.0 are two
     if isinstance(value, (*PLAIN, *NAMED)):
         return kind, value
     raise NotTraceable(f"a {kind.__name__}, whose contents may change")

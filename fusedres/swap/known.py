@@ -66,7 +66,6 @@ def is_tensor_function(function: Any) -> bool:
 ANSWERS: dict[Any, Any] = {
     torch.jit.is_scripting: False,
     torch.jit.is_tracing: False,
-    torch.is_storage: False,
 }
 # Asked while it is interpreted, and again at each call.
 QUESTIONS: tuple[Any, ...] = (
@@ -75,18 +74,15 @@ QUESTIONS: tuple[Any, ...] = (
     torch.get_default_dtype, torch.get_num_threads, torch.onnx.is_in_onnx_export, torch.cuda.is_available,
     torch.cuda.device_count, torch.distributed.is_available,
     *(
-        getattr(torch.distributed, name)
-        for name in ("is_initialized", "get_rank", "get_world_size")
-        if hasattr(torch.distributed, name)
+        getattr(package, name)
+        for package, names in (
+            (torch.distributed, ("is_initialized", "get_rank", "get_world_size")),
+            (torch.compiler, ("is_compiling", "is_dynamo_compiling", "is_exporting")),
+        )
+        for name in names
+        if hasattr(package, name)
     ),
 )  # fmt: skip
-# A compiler gives other answers than the interpreter.
-COMPILING = tuple(
-    getattr(torch.compiler, name)
-    for name in ("is_compiling", "is_dynamo_compiling", "is_exporting")
-    if hasattr(torch.compiler, name)
-)
-
 # Functions of plain values: called as they are on these, a node of the graph on symbols.
 PURE: tuple[Any, ...] = (
     abs, divmod, round, pow, min, max, int, float, complex, str, len, ord, chr, repr, slice, range, hash,

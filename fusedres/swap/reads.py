@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import sys
 import types
@@ -101,7 +102,7 @@ class Reads:
             )
         if isinstance(value, HOLDERS) and type(value) in HOLDERS:
             return self._held(value, source)
-        if isinstance(value, PLAIN) or is_named(value):
+        if (isinstance(value, PLAIN) and _has_plain_class(value)) or is_named(value):
             self.guard(stays(source, value))
             return value
         if isinstance(value, functools.partial):
@@ -145,6 +146,11 @@ class Reads:
             raise NotTraceable(
                 f"it writes to a {type(holder).__name__} that outlives the call; return the value instead"
             )
+
+
+def _has_plain_class(value: Any) -> bool:
+    """Whether a plain value is not of a class of the user's, whose operators may do anything."""
+    return type(value).__module__ in ("builtins", "torch", "numpy") or isinstance(value, enum.Enum)
 
 
 def is_named(value: Any) -> bool:

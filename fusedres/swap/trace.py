@@ -7,11 +7,11 @@ at all, and that both modes give one graph.
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ..nn.norms import is_replaced
@@ -64,30 +64,34 @@ def trace(module: nn.Module) -> Trace:
 
 
 def _name_the_mode(training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Where F.batch_norm was told True in one mode and False in the other, it was told `self.training`."""
-    pairs = zip(list(training.nodes), list(evaluation.nodes), strict=False)
+    """An argument that is True in train and False in eval mode is `self.training`, the other way round its opposite:
+    nothing else differs between the two."""
+    pairs = list(zip(list(training.nodes), list(evaluation.nodes), strict=False))
+    if any((node.op, node.target) != (other.op, other.target) for node, other in pairs):
+        return
     for node, other in pairs:
-        if (
-            node.target is F.batch_norm
-            and other.target is F.batch_norm
-            and (_mode_given(node), _mode_given(other)) == (True, False)
-        ):
-            for each in (node, other):
-                with each.graph.inserting_before(each):
-                    mode = each.graph.create_node("get_attr", "training")
-                if len(each.args) > _TRAINING:
-                    each.args = (*each.args[:_TRAINING], mode, *each.args[_TRAINING + 1 :])
-                else:
-                    each.kwargs = {**each.kwargs, "training": mode}
+        for key, value in [*enumerate(node.args), *node.kwargs.items()]:
+            now = _argument(other, key)
+            if isinstance(value, bool) and isinstance(now, bool) and now is not value:
+                for each in (node, other):
+                    _give_the_mode(each, key, value)
 
 
-_TRAINING = 5  # its place among the arguments of F.batch_norm
+def _argument(node: fx.Node, key: Any) -> Any:
+    if isinstance(key, str):
+        return node.kwargs.get(key)
+    return node.args[key] if key < len(node.args) else None
 
 
-def _mode_given(node: fx.Node) -> Any:
-    if len(node.args) > _TRAINING:
-        return node.args[_TRAINING]
-    return node.kwargs.get("training")
+def _give_the_mode(node: fx.Node, key: int | str, as_it_is: bool) -> None:
+    with node.graph.inserting_before(node):
+        mode = node.graph.create_node("get_attr", "training")
+        if not as_it_is:
+            mode = node.graph.create_node("call_function", operator.not_, (mode,))
+    if isinstance(key, int):
+        node.update_arg(key, mode)
+    else:
+        node.update_kwarg(key, mode)
 
 
 def copy_of(graph: fx.Graph) -> fx.Graph:
