@@ -287,6 +287,26 @@ def test_the_report_tells_what_was_changed(forward, monkeypatch):
     assert (row.status, bool(row.reason)) == ("own forward", True)
 
 
+# PyTorch's compiler itself does not look again at a method of the class.
+COMPILED = [
+    a_global_flag, a_global_object, a_helper, a_variable_of_an_enclosing_function, a_property, a_missing_attribute,
+    a_dict_of_its_own, the_class_of_a_child,
+]  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("forward", COMPILED, ids=lambda f: f.__name__)
+@torch.no_grad()
+def test_compiled_it_looks_again(forward, monkeypatch):
+    torch._dynamo.reset()
+    plain = block(forward)
+    fused = fused_copy(plain)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    before = compiled(X), plain(X)
+    LOOKED_AT[forward](monkeypatch, (plain, fused))
+    torch.testing.assert_close((before[0], compiled(X)), (before[1], plain(X)))
+
+
 @torch.no_grad()
 def test_a_question_to_the_process_is_asked_again():
     plain = block(whether_gradients_are_on)

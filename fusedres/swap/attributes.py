@@ -12,9 +12,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .guards import Guard, stays
+from .guards import Guard, eager_only, stays
 from .known import TENSOR_METHODS
 from .reads import Reads, described, is_named, is_plain_object
 from .values import (
@@ -178,7 +179,9 @@ class Attributes(Reads):
             return dict(self.children(at))
         if name in _INTERNAL:
             raise NotTraceable(f"it reads self.{name}, which belongs to nn.Module")
-        if name == "forward" and at.path:
+        if name == "forward" and not at.path:
+            raise NotTraceable("its forward calls the module itself")
+        if name == "forward":
             return Opaque(".".join((*at.path, "forward")), module)
         raw = inspect.getattr_static(cls, name, ABSENT)
         state = vars(module)
@@ -187,7 +190,6 @@ class Attributes(Reads):
         if name in state:
             return self._own(at, name, state[name])
         if raw is not ABSENT:
-            self._not_own(at, name)
             return self._of_class(at, name, raw)
         hook = cls.__getattr__
         if hook is not nn.Module.__getattr__:
@@ -214,7 +216,7 @@ class Attributes(Reads):
                 self.guard(stays(self.source(at, name), None))
                 return None
             return self.child(at, name, child)
-        self._not_own(at, name)
+        self._absent(at, name)
         return ABSENT
 
     def child(self, at: ModuleAt, name: str, child: nn.Module) -> ModuleAt:
@@ -274,25 +276,28 @@ class Attributes(Reads):
             return Opaque(".".join((*at.path, name)), value)
         return self.admitted(value, source)
 
-    def _not_own(self, at: ModuleAt, name: str) -> None:
-        """That nothing of the instance hides what the class has, or has not."""
-        test = " and ".join(
-            f"{literal(name)} not in {{m}}.{where}"
-            for where in ("__dict__", "_modules", "_parameters", "_buffers")
-        )
-        self.guard(Guard(at.path, test, (), f"self.{name} was set after it was fused"))
+    def _absent(self, at: ModuleAt, name: str) -> None:
+        """That a module still has no attribute of this name."""
+        places = ("__dict__", "_modules", "_parameters", "_buffers")
+        found = " or ".join(f"{literal(name)} in {{m}}.{where}" for where in places)
+        # Faster than hasattr, which is what torch.compile looks at again.
+        test = f"not (hasattr({{m}}, {literal(name)}) if {{0}}() else {found})"
+        reason = f"self.{name} was set after it was fused"
+        self.guard(Guard(at.path, test, (torch.compiler.is_compiling,), reason))
 
     def _class_keeps(self, at: ModuleAt | None, cls: type, name: str, raw: Any) -> None:
-        """That a name of a class still stands for this."""
+        """That a name of a class still stands for this; of a module's class, that the instance does not hide it."""
         reason = f"{cls.__name__}.{name} was changed after it was fused"
         value = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
-        end = ".__func__" if isinstance(raw, classmethod) else ""
+        is_bound = isinstance(raw, classmethod) or (at is not None and raw is value)
+        end = ".__func__" if is_bound else ""
         if at is None:
             self.guard(Guard(None, f"{reading('{0}', name)}{end} is {{1}}", (cls, value), reason))
+        elif isinstance(raw, property) or name == "__getattr__":
+            test = f"{reading('type({m})', name)} is {{0}}"
+            self.guard(eager_only(Guard(at.path, test, (value,), reason)))
         else:
-            self.guard(
-                Guard(at.path, f"{reading('type({m})', name)}{end} is {{0}}", (value,), reason)
-            )
+            self.guard(Guard(at.path, f"{reading('{m}', name)}{end} is {{0}}", (value,), reason))
 
     def _of_class(self, at: ModuleAt, name: str, raw: Any) -> Any:
         if isinstance(raw, types.FunctionType):

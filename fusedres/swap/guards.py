@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .source import import_of, resolve
@@ -106,6 +107,12 @@ def stays(source: Source, value: Any) -> Guard:
         )
         constants = value, is_same, frozen(value)
     return Guard(source.path, test, (*source.constants, *constants), reason)
+
+
+def eager_only(guard: Guard) -> Guard:
+    """The same, which does not hold under torch.compile: what it reads is not looked at again there."""
+    test = f"not {{{len(guard.constants)}}}() and {guard.test}"
+    return replace(guard, test=test, constants=(*guard.constants, torch.compiler.is_compiling))
 
 
 def code_stays(function: types.FunctionType) -> list[Guard]:

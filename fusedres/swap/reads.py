@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .guards import Guard, Held, stays
+from .guards import Guard, Held, eager_only, stays
 from .known import full_name
 from .values import (
     HOLDERS,
@@ -76,7 +76,12 @@ class Reads:
             value = cell.cell_contents
         except ValueError:
             raise NotTraceable(f"the variable {name} has no value") from None
-        return self.admitted(value, source)
+        known = dict(self.guards)
+        admitted = self.admitted(value, source)
+        for guard in [guard for guard in self.guards if guard not in known]:
+            del self.guards[guard]
+            self.guard(eager_only(guard))
+        return admitted
 
     # --- values that come from outside ------------------------------------------------------------------------------
 
