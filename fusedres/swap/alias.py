@@ -72,12 +72,16 @@ class Effects:
             if node.op == "call_module" and (found := made(modules[str(node.target)])) is not None
         }
         self._group: dict[fx.Node, fx.Node] = {}
+        outside: fx.Node | None = None
         for node in graph.nodes:
             self._group[node] = node
+            if node.op == "placeholder" or self._is_tensor_of_module(node):
+                # Two inputs may be one tensor, and two attributes views of one.
+                self._merge(node, outside or node)
+                outside = node
             if not self._is_fresh(node):
-                # What works in place gives back its first argument.
-                is_first = in_place(node) and isinstance(node.args[0], fx.Node)
-                for source in node.args[:1] if is_first else node.all_input_nodes:
+                for source in _written(node) if in_place(node) else node.all_input_nodes:
+                    # What works in place gives back its first argument.
                     self._merge(node, source)
 
     def between(self, first: fx.Node, last: fx.Node) -> list[fx.Node]:
@@ -161,7 +165,13 @@ class Effects:
     def tensor(self, target: str) -> Any:
         """What a `get_attr` of this name reads; None where there is nothing."""
         owner, _, attribute = target.rpartition(".")
-        return getattr(self._modules.get(owner), attribute, None)
+        if (module := self._modules.get(owner)) is None:
+            return None
+        groups = (module._parameters, module._buffers, vars(module))
+        return next((group[attribute] for group in groups if attribute in group), None)
+
+    def _is_tensor_of_module(self, node: fx.Node) -> bool:
+        return node.op == "get_attr" and isinstance(self.tensor(str(node.target)), Tensor)
 
     def writes(self, node: fx.Node) -> list[fx.Node]:
         """The inputs that this node may write to."""
@@ -172,7 +182,7 @@ class Effects:
         if node.op not in ("call_function", "call_method"):
             return []
         if in_place(node):
-            return [a for a in node.args[:1] if isinstance(a, fx.Node)]
+            return _written(node)
         if "out" in node.kwargs or not _is_known(node):
             return node.all_input_nodes
         return []
@@ -218,9 +228,17 @@ def in_place(node: fx.Node) -> bool:
     if node.target in IN_PLACE_OPERATORS or _is_true(node.kwargs.get("inplace")):
         return True
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.target is F.relu and len(node.args) > 1:
-        return _is_true(node.args[1])
+    code = getattr(node.target, "__code__", None)
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    if "inplace" in names and len(node.args) > names.index("inplace"):
+        return _is_true(node.args[names.index("inplace")])
     return str(name).endswith("_") and not str(name).endswith("__")
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """What a node that works in place writes to: its first argument, or any where that is a list or has a name."""
+    is_first = bool(node.args) and isinstance(node.args[0], fx.Node)
+    return [node.args[0]] if is_first else node.all_input_nodes  # type: ignore[list-item]
 
 
 def _is_true(value: Any) -> bool:

@@ -74,10 +74,11 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     fused, fits = compile_source(plan.source, plan.imports), compiled(plan.guards)
     traced: Any = original.forward
     count, smallest = len(plan.inputs), plan.min_elements
+    may_bind = _takes_by_name(traced, plan)
 
     @functools.wraps(traced)
     def forward(self, *args, **kwargs):
-        if kwargs or len(args) != count:
+        if may_bind and (kwargs or len(args) != count):
             args, kwargs = _bind(plan, args, kwargs)
         if (
             kwargs
@@ -181,9 +182,18 @@ def _seated(module: nn.Module | None, plan: Plan | None, kind: type[nn.Module]) 
     return Seat(module, plan if is_current else None, kind)
 
 
+def _takes_by_name(forward: Any, plan: Plan) -> bool:
+    """Whether a forward has the arguments of its plan itself; a wrapper can tell `forward(x=x)` from `forward(x)`."""
+    own = inspect.signature(forward, follow_wrapped=False).parameters
+    by_name = [name for name, each in own.items() if each.kind is not each.POSITIONAL_ONLY]
+    return {*plan.inputs, *(name for name, _ in plan.defaults)} <= {*by_name}
+
+
 def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The call with its required arguments by position and its default ones left out, where it comes to that."""
     count, kwargs = len(plan.inputs), dict(kwargs)
+    if len(args) > count + len(plan.defaults):
+        return args, kwargs
     values = list(args[:count])
     for name in plan.inputs[len(values) :]:
         if name not in kwargs:

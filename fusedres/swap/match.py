@@ -152,7 +152,11 @@ def _follow_in_place(graph: fx.Graph) -> None:
     """Let what reads `a` after the statement `a.add_(b)` read that statement's result, which is `a` itself."""
     nodes = list(graph.nodes)
     for i, node in enumerate(nodes):
-        if in_place(node) and node.target in _RETURN_SELF and isinstance(node.args[0], fx.Node):
+        if (
+            in_place(node)
+            and node.target in _RETURN_SELF
+            and isinstance(next(iter(node.args), None), fx.Node)
+        ):
             later = set(nodes[i + 1 :])
             node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
 

@@ -6,6 +6,7 @@ import hashlib
 import linecache
 import operator
 import types
+from typing import Any
 
 from torch import fx, nn
 
@@ -19,7 +20,7 @@ from .nodes import Skipped, operands
 from .source import Imports, resolve, written
 from .values import NotTraceable
 
-_FUNCTIONS: dict[tuple[str, Imports], types.FunctionType] = {}
+_FUNCTIONS: dict[tuple[Any, ...], types.FunctionType] = {}
 
 
 def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str, Imports]:
@@ -107,10 +108,11 @@ def _replace_sum(graph: fx.Graph, each: Sum, now: dict[fx.Node, fx.Node]) -> Non
 
 
 def compile_source(source: str, imports: Imports) -> types.FunctionType:
-    """The function `forward` that the source defines; the same one for the same source."""
-    key = (source, imports)
+    """The function `forward` that the source defines; the same one for the same source and the same globals."""
+    scope = {name: resolve(module, attribute) for name, module, attribute in imports}
+    # A class that was defined anew has the name of the old one.
+    key = (source, imports, *map(id, scope.values()))
     if key not in _FUNCTIONS:
-        scope = {name: resolve(module, attribute) for name, module, attribute in imports}
         filename = f"<fusedres {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
         # So that tracebacks and inspect show the source.
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)

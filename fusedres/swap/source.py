@@ -22,7 +22,7 @@ Imports = tuple[tuple[str, str, str], ...]
 
 _INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/", operator.floordiv: "//",
-    operator.mod: "%", operator.pow: "**", operator.matmul: "@", operator.eq: "==", operator.ne: "!=",
+    operator.mod: "%", operator.matmul: "@", operator.eq: "==", operator.ne: "!=",
     operator.lt: "<", operator.le: "<=", operator.gt: ">", operator.ge: ">=", operator.and_: "&", operator.or_: "|",
     operator.xor: "^",
 }  # fmt: skip
@@ -121,7 +121,11 @@ class _Writer:
             return f"slice({self._value(value.start)}, {self._value(value.stop)}, {self._value(value.step)})"
         if kind is float and not math.isfinite(value):
             return f"float('{value}')"
-        if kind in (int, float, complex, str, bytes, bool, type(None), type(...)):
+        if kind is complex:
+            return f"complex({self._value(value.real)}, {self._value(value.imag)})"
+        if kind is int and value.bit_length() > 64:
+            return hex(value)  # the decimal digits of an int are limited
+        if kind in (int, float, str, bytes, bool, type(None), type(...)):
             return repr(value)
         if isinstance(value, torch.device):
             return f"{self._global(torch.device)}({str(value)!r})"
