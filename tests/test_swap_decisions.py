@@ -632,3 +632,51 @@ SCRIPTED = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
 def test_a_kind_of_module_that_cannot_be_fused_says_what_to_do(make, advice):
     rows = fusedres.explain(make()).rows
     assert any(advice in row.reason for row in rows), rows
+
+
+class Summed(nn.Module):
+    """The sum of what two children give, begun with None, as HRNet's head is; `second` may give None."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), second])
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        total = None
+        for part in self.parts:
+            y = part(x)
+            if y is not None:
+                total = y if total is None else total + y
+        return F.relu(self.bn(total))
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        return None
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return [x * 2][0] if x.mean() > 0 else None
+
+
+def test_a_child_whose_forward_gives_a_tensor_is_not_none():
+    torch.manual_seed(0)
+    plain = Summed(nn.Conv2d(4, 4, 1)).double()
+    fused = fused_copy(plain)
+    statuses = [row.status for row in fusedres.explain(fused).rows]
+    before = excess(plain, fused, X)
+    for each in (plain, fused):
+        each.parts[1] = Nothing()
+    assert (statuses, before <= ALLOWED, excess(plain, fused, X) <= ALLOWED) == (
+        ["fused"],
+        True,
+        True,
+    )
+
+
+@pytest.mark.once
+def test_a_child_that_may_give_none_is_told():
+    reason = fusedres.explain(Summed(Unknown())).rows[0].reason
+    assert "whether a value computed from its input is a certain object" in reason

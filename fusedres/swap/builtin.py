@@ -32,7 +32,7 @@ def _isinstance(run: Operators, args: list[Any], keywords: dict[str, Any], frame
     if not all(isinstance(kind, type) and _is_known_kind(kind) for kind in kinds):
         raise NotTraceable("it asks for a class that decides itself what its instances are")
     if isinstance(value, Symbol):
-        if not value.is_tensor:
+        if not run.is_tensor(value):
             raise NotTraceable("it asks a value computed from its input for its class")
         run.ask(value)
         if any(kind is nn.Parameter or kind is nn.Buffer for kind in kinds):

@@ -25,6 +25,7 @@ from .values import (
     Bound,
     Cell,
     Closure,
+    Given,
     ModuleAt,
     Native,
     NotTraceable,
@@ -167,7 +168,7 @@ class Calls(Operators):
     ) -> Any:
         if method.name.startswith("_"):
             raise NotTraceable(f"it calls a tensor's method {method.name}")
-        if method.symbol.is_tensor and method.name not in known.TENSOR_METHODS:
+        if self.is_tensor(method.symbol) and method.name not in known.TENSOR_METHODS:
             raise NotTraceable(f"it calls {method.name}, which a Tensor does not have")
         if method.symbol.is_tensor:
             function = getattr(Tensor, method.name)
@@ -181,9 +182,7 @@ class Calls(Operators):
         if not at.path:
             raise NotTraceable("its forward calls the module itself")
         made = self.node("call_module", ".".join(at.path), tuple(args), keywords)
-        first = args[0] if args else None
-        if known.is_layer(at.module) and isinstance(first, Symbol):
-            made.is_tensor = not getattr(at.module, "return_indices", False)
+        made.of = (Given(at, all(isinstance(v, Symbol) and self.is_tensor(v) for v in args)),)
         return made
 
     def _call_bound(self, method: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:

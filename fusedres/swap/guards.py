@@ -43,6 +43,10 @@ class Guard:
         return self if self.path is None else replace(self, path=(*prefix, *self.path))
 
 
+# Of a child, and whether it is given Tensors: what it depends on that it gives one; None where that is not known.
+Look = Callable[[nn.Module, bool], "tuple[Guard, ...] | None"]
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """A constant that is compared by identity: the globals of a function, which are found again by the name of its

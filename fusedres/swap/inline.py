@@ -39,6 +39,7 @@ class Traces:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[nn.Module, Trace | str]] = {}
+        self._looking: list[nn.Module] = []
         self._made: dict[int, Made | None] = {}
 
     def of(self, module: nn.Module) -> Trace:
@@ -49,7 +50,7 @@ class Traces:
         """
         if id(module) not in self._found:
             try:
-                found: Trace | str = trace(module)
+                found: Trace | str = trace(module, self._look)
             except NotTraceable as error:
                 # Not the error, whose traceback would keep the model alive.
                 found = str(error)
@@ -59,6 +60,19 @@ class Traces:
         if isinstance(found, str):
             raise NotTraceable(found)
         return found
+
+    def _look(self, child: nn.Module, of_tensors: bool) -> tuple[Guard, ...] | None:
+        if any(child is each for each in self._looking):
+            return None  # it holds itself
+        self._looking.append(child)
+        try:
+            traced = self.of(child)
+        except NotTraceable:
+            return None
+        finally:
+            self._looking.pop()
+        is_one = traced.gives_tensor and (of_tensors or _demands_a_tensor(child, self))
+        return traced.guards if is_one else None
 
     def made(self, module: nn.Module) -> Made | None:
         """What is known of a module that gives back new memory at each call; None where nothing is.
@@ -189,13 +203,22 @@ def _demands_a_tensor(child: nn.Module, traces: Traces) -> bool:
         return False
     graph = traced.graph
     modules = dict(child.named_modules(remove_duplicate=False))
-    input = next(node for node in graph.nodes if node.op == "placeholder")
+    input = next((node for node in graph.nodes if node.op == "placeholder"), None)
     return any(
         user.op == "call_module"
         and user.args[:1] == (input,)
-        and is_fresh_module(modules[str(user.target)])
+        and _child_demands_a_tensor(modules[str(user.target)], traces)
         for user in input.users
     )
+
+
+def _child_demands_a_tensor(child: nn.Module, traces: Traces) -> bool:
+    if is_fresh_module(child) or not may_be_traced(child):
+        return is_fresh_module(child)
+    try:
+        return _demands_a_tensor(child, traces)
+    except NotTraceable:
+        return False
 
 
 def _tell_apart(node: fx.Node, norm: nn.Module, found: Inlined) -> None:

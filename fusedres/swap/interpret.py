@@ -12,15 +12,17 @@ import os
 import types
 
 from .calls import Calls
+from .guards import Look
 from .values import ModuleAt, NotTraceable, Symbol
 
 
 class Interpreter(Calls):
     """The forward of one module and what it calls, in one mode; `graph` is what becomes of it."""
 
-    def __init__(self, training: bool) -> None:
+    def __init__(self, training: bool, look: Look) -> None:
         super().__init__()
-        self.training = training
+        self.training, self.look = training, look
+        self.gives_tensor = False
 
     def run(self, module: ModuleAt, function: types.FunctionType, inputs: tuple[str, ...]) -> None:
         """Interpret `function(module, *inputs)`, each of the inputs a Tensor.
@@ -36,6 +38,7 @@ class Interpreter(Calls):
         try:
             result = self.enter(function, [module, *placeholders], {})
             self.graph.output(self.argument(result))
+            self.gives_tensor = isinstance(result, Symbol) and self.is_tensor(result)
         except NotTraceable as error:
             raise NotTraceable(f"{error}{self._where()}") from None
         except RecursionError:

@@ -208,6 +208,12 @@ GIVE_A_TENSOR = frozenset(
 def is_layer(child: nn.Module) -> bool:
     """Whether a child gives a Tensor where it is given one: PyTorch's layers, but those that give more than one."""
     is_torch = type(child).__module__.startswith("torch.nn.modules.")
-    return is_torch and not isinstance(
-        child, (nn.RNNBase, nn.MultiheadAttention, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    gives_more = (
+        nn.RNNBase,
+        nn.MultiheadAttention,
+        nn.Sequential,
+        nn.ModuleList,
+        nn.ModuleDict,
+        nn.Identity,
     )
+    return is_torch and not isinstance(child, gives_more) and not hasattr(child, "return_indices")

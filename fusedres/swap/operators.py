@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from . import known
 from .attributes import Attributes
+from .guards import Guard, Look
 from .reads import described
 from .values import (
     CONTAINERS,
@@ -19,6 +20,7 @@ from .values import (
     PLAIN,
     Bound,
     Closure,
+    Given,
     ModuleAt,
     Modules,
     Native,
@@ -52,6 +54,7 @@ class Operators(Attributes):
     """
 
     call: Callable[..., Any]
+    look: Look
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,21 +70,35 @@ class Operators(Attributes):
         made = self.graph.create_node(
             op, target, self.argument(tuple(args)), self.argument(dict(kwargs or {}))
         )
-        return Symbol(made, self._gives_a_tensor(op, target, args))
+        of: tuple[Any, ...] = ()
+        name = str(target if isinstance(target, str) else getattr(target, "__name__", ""))
+        if op in ("call_function", "call_method"):
+            if target is operator.getitem:
+                of = args[:1]
+            elif name.rstrip("_") in known.GIVE_A_TENSOR:
+                of = args[:2]
+        of = tuple(value for value in of if isinstance(value, Symbol))
+        is_tensor = target in (torch.cat, torch.stack) or any(value.is_tensor for value in of)
+        return Symbol(made, is_tensor, of)
 
-    def _gives_a_tensor(self, op: str, target: Any, args: tuple[Any, ...]) -> bool:
-        first = args[0] if args else None
-        of_tensor = isinstance(first, Symbol) and first.is_tensor
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        if op == "call_method" and str(name).endswith("_"):
-            name = str(name).rstrip("_")
-        if target in (torch.cat, torch.stack):
-            return True
-        if op == "call_function" and target is operator.getitem:
-            return of_tensor
-        second = args[1] if len(args) > 1 else None
-        of_tensor = of_tensor or (isinstance(second, Symbol) and second.is_tensor)
-        return op in ("call_function", "call_method") and of_tensor and name in known.GIVE_A_TENSOR
+    def is_tensor(self, symbol: Symbol) -> bool:
+        """Whether a symbol is a Tensor for sure, with what its child gives looked at."""
+        for each in () if symbol.is_tensor else symbol.of:
+            if self.gives_a_tensor(*each) if isinstance(each, Given) else self.is_tensor(each):
+                symbol.is_tensor = True
+                break
+        return symbol.is_tensor
+
+    def gives_a_tensor(self, at: ModuleAt, of_tensors: bool) -> bool:
+        """Whether a child gives a Tensor for sure, with guards that it goes on to do so."""
+        found = () if known.is_layer(at.module) else self.look(at.module, of_tensors)
+        if found is None:
+            return False
+        reason = f"{'.'.join(at.path)} is of another class than when it was fused"
+        self.guard(Guard(at.path, "type({m}) is {0}", (at.cls,), reason))
+        for guard in found:
+            self.guard(guard.below(at.path))
+        return True
 
     def argument(self, value: Any) -> Any:
         """A value as an argument of a node."""
@@ -137,7 +154,9 @@ class Operators(Attributes):
         if a is b:
             return True
         for one, other in ((a, b), (b, a)):
-            if isinstance(one, SymbolAttribute) or (isinstance(one, Symbol) and not one.is_tensor):
+            if isinstance(one, SymbolAttribute) or (
+                isinstance(one, Symbol) and not self.is_tensor(one)
+            ):
                 raise NotTraceable(
                     "it asks whether a value computed from its input is a certain object"
                 )

@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from ..nn.norms import is_replaced
-from .guards import Guard
+from .guards import Guard, Look
 from .interpret import Interpreter
 from .source import source_of
 from .values import PLAIN, ModuleAt, NotTraceable
@@ -27,6 +27,7 @@ class Trace:
 
     inputs: the required arguments, each taken to be a Tensor. defaults: the others, taken to have their default.
     guards: what it depends on. asked: whether forward asks one of its inputs what it is, and got that answer.
+    gives_tensor: that what it gives is a Tensor for sure.
     """
 
     graph: fx.Graph
@@ -34,10 +35,17 @@ class Trace:
     defaults: tuple[tuple[str, Any], ...]
     guards: tuple[Guard, ...]
     asked: bool = False
+    gives_tensor: bool = False
 
 
-def trace(module: nn.Module) -> Trace:
+def trace(
+    module: nn.Module,
+    look: Look = lambda child, of_tensors: None,
+) -> Trace:
     """Trace the forward of a module's class in train and in eval mode.
+
+    Args:
+        look: asked of a child whose output is asked for what it is.
 
     Raises:
         NotTraceable: the forward cannot be rewritten from a trace; the text says why.
@@ -47,7 +55,7 @@ def trace(module: nn.Module) -> Trace:
     inputs, defaults = _signature(original)
     runs = []
     for training in (True, False):
-        run = Interpreter(training)
+        run = Interpreter(training, look)
         run.run(ModuleAt((), module), original.forward, inputs)
         runs.append(run)
     train, evaluation = runs
@@ -60,6 +68,7 @@ def trace(module: nn.Module) -> Trace:
         defaults,
         tuple(dict.fromkeys((*train.guards, *evaluation.guards))),
         train.asked or evaluation.asked,
+        train.gives_tensor and evaluation.gives_tensor,
     )
 
 

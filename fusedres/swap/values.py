@@ -8,7 +8,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -36,10 +36,21 @@ class NotTraceable(Exception):
 
 @dataclass(eq=False)
 class Symbol:
-    """A value that is known when the forward runs; `is_tensor`: that it is a Tensor for sure."""
+    """A value that is known when the forward runs.
+
+    is_tensor: that it is a Tensor for sure. of: where it is one if any of these is: symbols, or what a child gave.
+    """
 
     node: fx.Node
     is_tensor: bool = False
+    of: tuple[Any, ...] = ()
+
+
+class Given(NamedTuple):
+    """What a child gave; `tensors`: that it was given nothing but Tensors."""
+
+    at: ModuleAt
+    tensors: bool
 
 
 @dataclass(eq=False)
