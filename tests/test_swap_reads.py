@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import abc
+import builtins
+import enum
 import functools
+import math
+import operator
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedres
 
@@ -172,3 +177,372 @@ def test_two_inputs_may_be_one_tensor():
 
 def test_reports_are_made_of_an_activation_in_place_by_name():
     assert fusedres.explain(make(by_name)).rows[0].pattern == "BN+add+ReLU"
+
+
+# --- what is read, and changed afterwards ------------------------------------------------------------------------
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.held = 2.0
+
+    def get(self):
+        return self.held
+
+
+class Level(enum.Enum):
+    LOW = 2.0
+
+    @property
+    def scale(self):
+        return Settings.level if hasattr(Settings, "level") else self.value
+
+
+class Number(float):
+    scale = 2.0
+
+
+def scale_of(y, scale):
+    return y * scale[0]
+
+
+PARTIAL = functools.partial(scale_of, scale=[2.0])
+NUMBER = Number(2.0)
+builtins.fusedres_test_scale = 2.0  # as icecream's install() and line_profiler do
+
+
+class HasScale(nn.Module):
+    """What `reads` may look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.gamma = nn.Parameter(torch.full((), 2.0))
+        self.left, self.right = nn.Tanh(), nn.Sigmoid()
+        self.settings, self.level, self.zero, self.options = Settings(), Level.LOW, 0.0, [0.0]
+        self.register_module("none", None)
+
+
+class Between(HasScale):
+    def method(self):
+        return 2.0
+
+
+class Below(Between):
+    pass
+
+
+class Lowest(Below):
+    def method(self):
+        return super().method()
+
+
+def reads(function, kind=HasScale):
+    """A block of a class of its own, which multiplies by what the function gives."""
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))) * function(self)
+
+    return type("Reads", (kind,), {"forward": forward})().double()
+
+
+def goes_through_children(self, x):
+    for child in self.children():
+        x = child(x)
+    return x
+
+
+def emptied():
+    scale = 2.0
+
+    def read(self):
+        return scale
+
+    def empty(block):
+        nonlocal scale
+        del scale
+
+    return read, empty
+
+
+def at(owner, name, value):
+    """A change of a class or a module, taken back by the test."""
+    return lambda block, patch: patch.setattr(owner, name, value, raising=False)
+
+
+def of(change):
+    """A change of the instance."""
+    return lambda block, patch: change(block)
+
+
+# what is multiplied by: what changes then
+CHANGES = {
+    "an attribute of an Enum": (lambda self: self.level.scale, at(Settings, "level", 5.0)),
+    "an attribute of a float": (lambda self: NUMBER.scale, at(Number, "scale", 5.0)),
+    "what a class has not": (lambda self: getattr(Settings, "level", 1.0), at(Settings, "level", 5.0)),
+    "what an object has not": (lambda self: getattr(self.settings, "level", 1.0), at(Settings, "level", 5.0)),
+    "what a module has not": (lambda self: getattr(self, "level2", 1.0), at(HasScale, "level2", 5.0)),
+    "an attribute that becomes a property": (lambda self: self.zero, at(HasScale, "zero", property(lambda self: 5.0))),
+    "a method of an object": (
+        lambda self: self.settings.get(), of(lambda block: vars(block.settings).update(get=lambda: 5.0)),
+    ),
+    "a parameter that is gone": (
+        lambda self: 1.0 if self.gamma is None else self.gamma, of(lambda block: setattr(block, "gamma", None)),
+    ),
+    "a parameter that is deleted": (
+        lambda self: self.gamma if hasattr(self, "gamma") else 1.0, of(lambda block: delattr(block, "gamma")),
+    ),
+    "a sign": (lambda self: math.copysign(1.0, self.zero), of(lambda block: setattr(block, "zero", -0.0))),
+    "a sign in a list": (
+        lambda self: math.copysign(1.0, self.options[0]), of(lambda block: setattr(block, "options", [-0.0])),
+    ),
+    "a list that comes to hold itself": (
+        lambda self: len(self.options), of(lambda block: block.options.append(block.options)),
+    ),
+    "a builtin": (lambda self: fusedres_test_scale, at(builtins, "fusedres_test_scale", 5.0)),  # noqa: F821
+    "a partial's list": (
+        lambda self: PARTIAL(1.0), lambda block, patch: patch.setitem(PARTIAL.keywords, "scale", [5.0]),
+    ),
+    "a name with braces": (lambda self: getattr(self, "{s}", 1.0), of(lambda block: setattr(block, "{s}", 5.0))),
+    "which module it is": (
+        lambda self: 2.0 if self.left is self.right else 1.0, of(lambda block: setattr(block, "right", block.left)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_read_is_read_again(name, monkeypatch):
+    read, change = CHANGES[name]
+    block = reads(read)
+    fused = fused_copy(block)
+    same(fused, block, X)
+    for each in (fused, block):
+        change(each, monkeypatch)
+    same(fused, block, X)
+
+
+@pytest.mark.parametrize("name", ["none", "left"])
+def test_children_are_gone_through_as_they_are(name):
+    torch.manual_seed(0)
+    block = type("Own", (HasScale,), {"forward": goes_through_children})().double()
+    fused = fused_copy(block)
+    for each in (fused, block):
+        setattr(each, name, nn.Softsign() if name == "none" else each.right)
+    same(fused, block, X)
+
+
+def test_a_child_that_something_hides_is_not_called():
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    block = type("Own", (HasScale,), {"forward": forward})().double()
+    fused = fused_copy(block)
+    for each in (fused, block):
+        vars(each)["act"] = nn.Tanh()
+    same(fused, block, X)
+
+
+def test_super_finds_what_a_class_in_between_has_now(monkeypatch):
+    block = reads(lambda self: self.method(), Lowest)
+    fused = fused_copy(block)
+    monkeypatch.setattr(Below, "method", lambda self: 5.0, raising=False)
+    same(fused, block, X)
+
+
+def test_a_variable_that_was_deleted_is_missed_as_before():
+    read, empty = emptied()
+    fused = fused_copy(reads(read))
+    empty(fused)
+    with pytest.raises(NameError, match="scale"):
+        fused(X)
+
+
+class Wraps(nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+def asks_what_a_layer_gave(self, x):
+    y = self.conv(x)
+    return F.relu(self.bn(y[0] * 2 if isinstance(y, tuple) else y))
+
+
+@pytest.mark.parametrize("how", ["another layer", "a hook"])
+def test_a_layer_that_gives_something_else_is_noticed(how):
+    torch.manual_seed(0)
+    block = type("Own", (HasScale,), {"forward": asks_what_a_layer_gave})().double()
+    fused = fused_copy(block)
+    for each in (fused, block):
+        if how == "a hook":
+            each.conv.register_forward_hook(lambda module, args, output: (output,))
+        else:
+            each.conv = Wraps()
+    same(fused, block, X)
+
+
+# --- what is not computed as it looks ----------------------------------------------------------------------------
+
+
+class Renamed(nn.ModuleDict):
+    def __contains__(self, key):
+        return super().__contains__(f"own_{key}")
+
+
+class Longer(nn.ModuleList):
+    def __len__(self):
+        return 7
+
+
+class Decides(type):
+    def __getattr__(cls, name):
+        if name == "scale":
+            return 5.0
+        raise AttributeError(name)
+
+
+class Decided(metaclass=Decides):
+    pass
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+    @property
+    def total(self):
+        return self.a + self.b
+
+
+DEFAULT: list = []
+
+
+def given_or_not(value=DEFAULT):
+    return 2.0 if value is DEFAULT else 1.0
+
+
+def puts_into_a_dict(self):
+    operator.setitem(self.settings_by_name, "n", 1 + self.settings_by_name["n"])
+    return self.settings_by_name["n"]
+
+
+def puts_into_the_children(self):
+    self._modules["left"] = self.right
+    return self.left(torch.ones((), dtype=torch.float64))
+
+
+class Holds(HasScale):
+    def __init__(self) -> None:
+        super().__init__()
+        self.renamed, self.longer = Renamed({"own_a": nn.Tanh()}), Longer([nn.Tanh()])
+        self.one = self.other = [1.0]
+        self.listed = nn.ModuleList([self.left])
+        self.settings_by_name = {"n": 1}
+
+
+LOOKS_OTHERWISE = {
+    "a ModuleDict's own `in`": lambda self: 2.0 if "a" in self.renamed else 1.0,
+    "a ModuleList's own length": lambda self: len(self.longer),
+    "a list of two names": lambda self: 2.0 if self.one is self.other else 1.0,
+    "a module of two names": lambda self: 2.0 if self.listed[0] in [self.left] else 1.0,
+    "a default by identity": lambda self: given_or_not(),
+    "a metaclass": lambda self: getattr(Decided, "scale", 1.0),
+    "a namedtuple's property": lambda self: getattr(Pair(1, 2), "total", 1.0),
+    "a partial of an object": lambda self: functools.partial(getattr, Decided)("scale", 1.0),
+    "setitem as a function": puts_into_a_dict,
+    "a child that is put there": puts_into_the_children,
+}
+
+
+@pytest.mark.parametrize("name", LOOKS_OTHERWISE)
+def test_it_computes_what_python_computes(name):
+    block = reads(LOOKS_OTHERWISE[name], Holds)
+    same(fused_copy(block), block, X)
+
+
+def test_children_that_are_one_are_gone_through_once():
+    torch.manual_seed(0)
+    block = type("Own", (Holds,), {"forward": goes_through_children})().double()
+    del block.renamed, block.longer, block.listed
+    block.again = block.left
+    same(fused_copy(block), block, X)
+
+
+# --- nothing of the user's runs ----------------------------------------------------------------------------------
+
+RAN: list[str] = []
+
+
+class Hooked(abc.ABC):  # noqa: B024
+    @classmethod
+    def __subclasshook__(cls, other):
+        RAN.append("__subclasshook__")
+        return True
+
+
+class Checks(type):
+    def __subclasscheck__(cls, other):
+        RAN.append("__subclasscheck__")
+        return True
+
+    def __len__(cls):
+        RAN.append("__len__")
+        return 1
+
+
+class Checked(metaclass=Checks):
+    pass
+
+
+class Equal(enum.Enum):
+    ONE = 1
+
+    def __eq__(self, other):
+        RAN.append("__eq__")
+        return True
+
+
+class Made(NamedTuple("Made", [("a", int)])):
+    def __new__(cls, a):
+        RAN.append("__new__")
+        return super().__new__(cls, a)
+
+
+def by_key(value):
+    RAN.append("key")
+    return value
+
+
+RUNS = {
+    "__subclasshook__": lambda self: 2.0 if isinstance(self.act, Hooked) else 1.0,
+    "__subclasscheck__": lambda self: 2.0 if issubclass(int, Checked) else 1.0,
+    "__len__": lambda self: len(Checked),
+    "__eq__": lambda self: 2.0 if Equal.ONE == 3 else 1.0,
+    "__new__": lambda self: Made(2).a,
+    "key": lambda self: max([1.0, 2.0], key=by_key),
+    "operator.call": lambda self: operator.call(by_key, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_of_the_user_s_runs_while_it_is_looked_at(name):
+    block = reads(RUNS[name])
+    RAN.clear()
+    fusedres.fuse_(block)
+    assert not RAN
+
+
+# --- what Python raises is a reason ------------------------------------------------------------------------------
+
+RAISES = {
+    "zip": lambda self: sum(a * b for a, b in zip([1.0], [], strict=True)),
+    "format": lambda self: len(f"{3:zz}"),
+    "isinstance": lambda self: isinstance(self),
+}
+
+
+@pytest.mark.parametrize("name", RAISES)
+def test_what_would_raise_is_left_alone_with_a_reason(name):
+    assert "it raises" in fusedres.explain(reads(RAISES[name])).rows[0].reason

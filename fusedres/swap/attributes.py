@@ -6,6 +6,7 @@ interpreted, others are a reason to leave the module alone.
 
 from __future__ import annotations
 
+import enum
 import functools
 import inspect
 import types
@@ -87,13 +88,21 @@ class Attributes(Reads):
     def _of_plain(self, value: Any, name: str) -> Any:
         if id(value) in self.outside and not hasattr(type(value), name):
             return ABSENT
-        if callable(getattr(type(value), name, None)):
+        kind = type(value)
+        if isinstance(value, enum.Enum):
+            if name not in ("name", "value") or any(name in vars(base) for base in _of_user(kind)):
+                raise NotTraceable(f"it reads {name} of {kind.__name__}, an Enum")
+            source = Source(None, f"{{0}}.{name}", (value,), f"{kind.__name__}.{value.name}.{name}")
+            return self.admitted(getattr(value, name), source)
+        fields = getattr(kind, "_fields", ())
+        if isinstance(value, tuple) and name in fields:
+            return value[fields.index(name)]
+        if callable(getattr(kind, name, None)):
             return Native(value, name)
         if isinstance(value, PLAIN) and hasattr(value, name):
             return getattr(value, name)
-        fields = getattr(type(value), "_fields", ())
-        if isinstance(value, tuple) and name in fields:
-            return value[fields.index(name)]
+        if hasattr(kind, name):
+            raise NotTraceable(f"it reads {name} of a {kind.__name__}")
         return ABSENT
 
     def _of_symbol(self, symbol: Symbol, name: str) -> Any:
@@ -124,10 +133,16 @@ class Attributes(Reads):
                 raise NotTraceable(f"{owner.__name__} has no attribute {name}")
             text = f"{owner.__name__.rpartition('.')[2]}.{name}"
             return self.admitted(found, Source(None, reading("{0}", name), (owner,), text))
+        if any(
+            "__getattr__" in vars(meta) for meta in type(owner).__mro__ if meta is not enum.EnumMeta
+        ):
+            raise NotTraceable(f"what {owner.__name__} has is decided by its metaclass")
         raw = inspect.getattr_static(owner, name, ABSENT)
-        if raw is ABSENT:
-            return ABSENT
         source = Source(None, reading("{0}", name), (owner,), f"{owner.__name__}.{name}")
+        if raw is ABSENT:
+            reason = f"{source.text} was set after it was fused"
+            self.guard(Guard(None, f"not hasattr({{0}}, {literal(name)})", (owner,), reason))
+            return ABSENT
         if isinstance(raw, staticmethod):
             return self.admitted(raw.__func__, source)
         if isinstance(raw, classmethod):
@@ -150,17 +165,26 @@ class Attributes(Reads):
         if isinstance(raw, PLAIN):
             return self.admitted(raw, source)
         if raw is ABSENT:
+            self._thing_has_not(thing, name)
             reason = f"{source.text} was set after it was fused"
-            test = f"{literal(name)} not in {thing.source.expression}.__dict__"
+            test = f"not hasattr(type({thing.source.expression}), {literal(name)})"
             self.guard(Guard(source.path, test, source.constants, reason))
             return ABSENT
         if isinstance(raw, types.FunctionType):
+            self._thing_has_not(thing, name)
             self._class_keeps(None, type(thing.value), name, raw)
             return Bound(raw, thing)
         if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
             self._class_keeps(None, type(thing.value), name, raw)
             return self.enter(raw.fget, [thing], {})
         raise NotTraceable(f"it uses {source.text}, a {type(raw).__name__}")
+
+    def _thing_has_not(self, thing: Thing, name: str) -> None:
+        """That nothing of the object hides what its class has, or has not."""
+        source = thing.source
+        test = f"{literal(name)} not in {source.expression}.__dict__"
+        reason = f"{source.text}.{name} was set after it was fused"
+        self.guard(Guard(source.path, test, source.constants, reason))
 
     # --- of a module ------------------------------------------------------------------------------------------------
 
@@ -176,7 +200,9 @@ class Attributes(Reads):
         if name in ("__dict__", "_parameters", "_buffers"):
             raise NotTraceable("its forward looks through its own parameters or buffers")
         if name == "_modules":
-            return dict(self.children(at))
+            found = dict(self.children(at))
+            self._hold(found)
+            return found
         if name in _INTERNAL:
             raise NotTraceable(f"it reads self.{name}, which belongs to nn.Module")
         if name == "forward" and not at.path:
@@ -188,6 +214,8 @@ class Attributes(Reads):
         if raw is not ABSENT and _is_data(raw):
             return self._computed(at, name, raw)
         if name in state:
+            if raw is ABSENT:
+                self._class_has_not(at, name)
             return self._own(at, name, state[name])
         if raw is not ABSENT:
             return self._of_class(at, name, raw)
@@ -204,25 +232,33 @@ class Attributes(Reads):
     def registered(self, at: ModuleAt, name: str) -> Any:
         """What nn.Module.__getattr__ gives: a parameter, a buffer, a child; ABSENT where there is none."""
         module = at.module
-        for group in (module._parameters, module._buffers):
-            if name in group:
+        for where in ("_parameters", "_buffers"):
+            if name in (group := getattr(module, where)):
                 if group[name] is None:
                     self.guard(stays(self.source(at, name), None))
                     return None
+                test = f"{{m}}.{where}.get({literal(name)}) is not None"
+                reason = f"self.{name} was removed after it was fused"
+                self.guard(Guard(at.path, test, (), reason))
                 return self.get_attr(at, name)
         if name in module._modules:
             child = module._modules[name]
             if child is None:
                 self.guard(stays(self.source(at, name), None))
                 return None
+            self._class_has_not(at, name)
             return self.child(at, name, child)
         self._absent(at, name)
+        self._class_has_not(at, name)
         return ABSENT
 
     def child(self, at: ModuleAt, name: str, child: nn.Module) -> ModuleAt:
         """A child, with a guard that there is one."""
         reason = f"{name} was removed after it was fused"
-        self.guard(Guard(at.path, f"{{m}}._modules[{literal(name)}] is not None", (), reason))
+        test = (
+            f"{{m}}._modules[{literal(name)}] is not None and {literal(name)} not in {{m}}.__dict__"
+        )
+        self.guard(Guard(at.path, test, (), reason))
         return ModuleAt((*at.path, name), child)
 
     def children(self, at: ModuleAt) -> list[tuple[str, Any]]:
@@ -232,6 +268,9 @@ class Attributes(Reads):
         if at.path:
             self.guard(Guard(at.path, "isinstance({m}, {0})", (at.cls,), reason))
         self.guard(Guard(at.path, "tuple({m}._modules) == {0}", (tuple(children),), reason))
+        for name in (name for name, child in children.items() if child is None):
+            test = f"{{m}}._modules[{literal(name)}] is None"
+            self.guard(Guard(at.path, test, (), f"{name} was set after it was fused"))
         return [
             (name, None if child is None else self.child(at, name, child))
             for name, child in children.items()
@@ -284,6 +323,11 @@ class Attributes(Reads):
         test = f"not (hasattr({{m}}, {literal(name)}) if {{0}}() else {found})"
         reason = f"self.{name} was set after it was fused"
         self.guard(Guard(at.path, test, (torch.compiler.is_compiling,), reason))
+
+    def _class_has_not(self, at: ModuleAt, name: str) -> None:
+        """That the class has nothing of this name."""
+        reason = f"{at.cls.__name__}.{name} was set after it was fused"
+        self.guard(Guard(at.path, f"not hasattr(type({{m}}), {literal(name)})", (), reason))
 
     def _class_keeps(self, at: ModuleAt | None, cls: type, name: str, raw: Any) -> None:
         """That a name of a class still stands for this; of a module's class, that the instance does not hide it."""
@@ -341,10 +385,20 @@ class Attributes(Reads):
                 if base is nn.Module and name == "__getattr__":
                     return Bound(nn.Module.__getattr__, at)
                 if isinstance(raw, types.FunctionType):
-                    self._class_keeps(None, base, name, raw)
+                    # As super() finds it: a class in between may come to have one of its own.
+                    test = f"{reading('super({0}, {m})', name)}.__func__ is {{1}}"
+                    reason = f"{base.__name__}.{name} was changed after it was fused"
+                    self.guard(Guard(at.path, test, (cls, raw), reason))
                     return Bound(raw, at)
                 raise NotTraceable(f"it uses super().{name}, a {type(raw).__name__}")
+        test = f"not hasattr(super({{0}}, {{m}}), {literal(name)})"
+        self.guard(Guard(at.path, test, (cls,), f"super().{name} was set after it was fused"))
         return ABSENT
+
+
+def _of_user(kind: type) -> list[type]:
+    """The classes of its ancestry that are not Python's own."""
+    return [base for base in kind.__mro__ if base.__module__ not in ("enum", "builtins")]
 
 
 def _is_data(raw: Any) -> bool:

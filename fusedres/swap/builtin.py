@@ -53,7 +53,11 @@ def _isinstance(run: Operators, args: list[Any], keywords: dict[str, Any], frame
 
 def _is_known_kind(kind: type) -> bool:
     """Whether who is an instance of a class is no question to code of the user's."""
-    return type(kind).__module__.partition(".")[0] in ("builtins", "abc", "enum", "torch", "typing")
+    if getattr(kind, "_is_protocol", False):
+        return False
+    hook = next(base for base in kind.__mro__ if "__subclasshook__" in vars(base))
+    packages = (type(kind).__module__.partition(".")[0], hook.__module__.partition(".")[0])
+    return {*packages} <= {"builtins", "abc", "collections", "enum", "torch", "typing"}
 
 
 def _type(run: Operators, args: list[Any], keywords: dict[str, Any], frame: Any) -> Any:
@@ -69,6 +73,7 @@ def _hasattr(run: Operators, args: list[Any], keywords: dict[str, Any], frame: A
     value, name = args
     if isinstance(value, Symbol):
         if value.is_tensor and hasattr(Tensor, name):
+            run.ask(value)
             return True
         raise NotTraceable(f"it asks a tensor whether it has {name}")
     return run.attribute_or_absent(value, name) is not ABSENT
@@ -78,7 +83,7 @@ def _getattr(run: Operators, args: list[Any], keywords: dict[str, Any], frame: A
     value, name, *default = args
     if not isinstance(name, str):
         raise NotTraceable("it reads an attribute whose name is computed from its input")
-    if isinstance(value, Symbol) and default and not hasattr(Tensor, name):
+    if isinstance(value, Symbol) and default and not (value.is_tensor and hasattr(Tensor, name)):
         raise NotTraceable(f"it asks a tensor for {name}, which it may have or not")
     found = run.attribute_or_absent(value, name) if default else run.attribute(value, name)
     return default[0] if found is ABSENT else found
@@ -140,7 +145,11 @@ def _next(run: Operators, args: list[Any], keywords: dict[str, Any], frame: Any)
 
 
 def _issubclass(run: Operators, args: list[Any], keywords: dict[str, Any], frame: Any) -> Any:
-    return run.natively(issubclass, args, keywords)
+    kind, kinds = args
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not all(isinstance(each, type) and _is_known_kind(each) for each in (kind, *kinds)):
+        raise NotTraceable("it asks for a class that decides itself what its instances are")
+    return run.natively(issubclass, [kind, kinds], keywords)
 
 
 BUILTINS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import types
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .reads import described
 from .values import (
     ABSENT,
     CONTAINERS,
+    HOLDERS,
     Bound,
     Cell,
     Closure,
@@ -95,9 +96,14 @@ class Calls(Operators):
         if function is functools.reduce:
             return self._reduce(*args, **keywords)
         if known.is_pure(function):
-            self.only_plain(
-                f"it gives a module or a function to {known.full_name(function)}", *args
-            )
+            text = f"it gives a module or a function to {known.full_name(function)}"
+            self.only_plain(text, *args, *keywords.values())
+            if any(isinstance(value, types.FunctionType) for value in (*args, *keywords.values())):
+                raise NotTraceable(text)
+            if _is_in(function, known.WRITING) and isinstance(args[0], HOLDERS):
+                raise NotTraceable(
+                    f"it writes to a {type(args[0]).__name__} by {known.full_name(function)}"
+                )
             if is_symbolic:
                 return self.node("call_function", function, tuple(args), keywords)
             return self.natively(function, args, keywords)
@@ -105,7 +111,7 @@ class Calls(Operators):
             return self._built(function, args, keywords)
         if isinstance(function, types.FunctionType) and known.may_be_entered(function):
             return self.enter(function, args, keywords)
-        if _is_named_tuple(function):
+        if known.is_plain_namedtuple(function):
             return self.natively(function, args, keywords)
         if isinstance(function, types.MethodType) and _is_autograd(function):
             return self.node("call_function", function, tuple(args), keywords)
@@ -125,9 +131,11 @@ class Calls(Operators):
 
     def _length(self, value: Any) -> int:
         if isinstance(value, ModuleAt):
-            if not isinstance(value.module, CONTAINERS):
+            if not isinstance(value.module, CONTAINERS) or not is_inherited(value.cls, "__len__"):
                 raise NotTraceable(f"it asks for the length of {described(value)}")
             return len(self.children(value))
+        if isinstance(value, (type, Thing)):
+            raise NotTraceable(f"it asks for the length of {described(value)}")
         return self.natively(len, [value], {})
 
     def _reduce(self, function: Any, values: Any, *initial: Any) -> Any:
@@ -182,7 +190,7 @@ class Calls(Operators):
         if not at.path:
             raise NotTraceable("its forward calls the module itself")
         made = self.node("call_module", ".".join(at.path), tuple(args), keywords)
-        made.of = (Given(at, all(isinstance(v, Symbol) and self.is_tensor(v) for v in args)),)
+        made.of = (Given(at, tuple(args)),)
         return made
 
     def _call_bound(self, method: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:
@@ -192,6 +200,12 @@ class Calls(Operators):
                 return self._registered(owner, args[0])
             if function in (nn.Module.children, nn.Module.named_children):
                 pairs = [pair for pair in self.children(owner) if pair[1] is not None]
+                modules = list(owner.module._modules.values())
+                if len({id(child) for child in modules}) < len(modules):
+                    raise NotTraceable("it goes through children of which two are one")
+                test = "len({*map(id, {m}._modules.values())}) == {0}"
+                reason = "two of its children are one since it was fused"
+                self.guard(Guard(owner.path, test, (len(modules),), reason))
                 is_named = function is nn.Module.named_children
                 return iter(pairs if is_named else [child for _, child in pairs])
             if isinstance(owner.module, CONTAINERS) and is_inherited(owner.cls, function.__name__):
@@ -237,6 +251,9 @@ class Calls(Operators):
         values = [self.value_of(value) for value in (*args, *keywords.values())]
         if kind is str and any(has_symbol(value) for value in values):
             raise NotTraceable("it writes a value computed from its input into a string")
+        if name in known.COMPARING or kind in (str, bytes):
+            text = f"it gives a module or an object to {kind.__name__}.{name}()"
+            self.only_plain(text, owner, *values)
         if name in known.COMPARING and name not in ("pop",) and has_symbol((owner, values)):
             raise NotTraceable("it compares values computed from its input")
         if (
@@ -255,8 +272,19 @@ class Calls(Operators):
 
     def _call_thing(self, thing: Thing, args: list[Any], keywords: dict[str, Any]) -> Any:
         if isinstance(thing.value, functools.partial):
-            whole = {**thing.value.keywords, **keywords}
-            return self.call(thing.value.func, [*thing.value.args, *args], whole, None)
+            function, source = thing.value, thing.source
+            given = {
+                name: self.admitted(value, source.item("keywords", name))
+                for name, value in function.keywords.items()
+            }
+            test = f"tuple({source.expression}.keywords) == {{{len(source.constants)}}}"
+            reason = f"{source.text} has other keywords than when it was fused"
+            self.guard(Guard(source.path, test, (*source.constants, tuple(given)), reason))
+            first = [
+                self.admitted(each, source.item("args", i)) for i, each in enumerate(function.args)
+            ]
+            called = self.admitted(function.func, source.attribute("func"))
+            return self.call(called, [*first, *args], {**given, **keywords}, None)
         raise NotTraceable(_why_not_called(thing.value))
 
     # --- functions --------------------------------------------------------------------------------------------------
@@ -360,19 +388,8 @@ def _bound(
     return variables
 
 
-def _is_in(function: Any, functions: tuple[Any, ...]) -> bool:
+def _is_in(function: Any, functions: Iterable[Any]) -> bool:
     return any(function is each for each in functions)
-
-
-def _is_named_tuple(function: Any) -> bool:
-    """Whether it is a class that collections.namedtuple made, and nobody added to how it is made."""
-    made: Any = getattr(function, "__new__", None)
-    is_one = (
-        isinstance(function, type) and issubclass(function, tuple) and hasattr(function, "_fields")
-    )
-    return is_one and str(getattr(made, "__globals__", {}).get("__name__")).startswith(
-        "namedtuple_"
-    )
 
 
 def _is_autograd(function: types.MethodType) -> bool:

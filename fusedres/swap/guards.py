@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import math
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from .source import import_of, resolve
-from .values import HOLDERS, NAMED, PLAIN, NotTraceable, Path, Source
+from .values import HOLDERS, NAMED, PLAIN, NotTraceable, Path, Source, is_plain
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,11 @@ def frozen(value: Any) -> Any:
         return kind, frozenset(map(frozen, value))
     if kind is slice:
         return kind, (value.start, value.stop, value.step)
-    if kind in (float, complex):
-        return kind, repr(value)  # 0.0 and -0.0 are two
-    if isinstance(value, (*PLAIN, *NAMED)):
+    if kind is complex:
+        return kind, frozen(value.real), frozen(value.imag)
+    if kind is float:
+        return kind, value, math.copysign(1, value)  # 0.0 equals -0.0
+    if is_plain(value) or isinstance(value, NAMED):
         return kind, value
     raise NotTraceable(f"a {kind.__name__}, whose contents may change")
 
@@ -177,7 +180,7 @@ def compiled(guards: Iterable[Guard]) -> Callable[[nn.Module], bool]:
     lines = "".join(f"        {line}\n" for line in writer.lines)
     source = (
         f"def fits(self):\n    try:\n{lines}        return (\n            {found}\n        )\n"
-        "    except (AttributeError, KeyError, TypeError):\n        return False\n"
+        "    except Exception:\n        return False\n"
     )
     exec(compile(source, "<fusedres guards>", "exec", dont_inherit=True), writer.scope)
     return writer.scope["fits"]
@@ -201,7 +204,7 @@ def _told(module: nn.Module, guard: Guard) -> str | None:
     try:
         exec("\n".join(writer.lines), scope)
         return eval(text, scope)
-    except (AttributeError, KeyError, TypeError):
+    except Exception:
         return "it was removed"
 
 

@@ -71,8 +71,10 @@ class Traces:
             return None
         finally:
             self._looking.pop()
-        is_one = traced.gives_tensor and (of_tensors or _demands_a_tensor(child, self))
-        return traced.guards if is_one else None
+        if not (of_tensors or _demands_a_tensor(child, self)):
+            return None
+        more = traced.why_tensor()
+        return None if more is None else (*traced.guards, *more)
 
     def made(self, module: nn.Module) -> Made | None:
         """What is known of a module that gives back new memory at each call; None where nothing is.
@@ -203,12 +205,12 @@ def _demands_a_tensor(child: nn.Module, traces: Traces) -> bool:
         return False
     graph = traced.graph
     modules = dict(child.named_modules(remove_duplicate=False))
-    input = next((node for node in graph.nodes if node.op == "placeholder"), None)
-    return any(
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    return bool(inputs) and any(
         user.op == "call_module"
-        and user.args[:1] == (input,)
+        and user.args[:1] == (inputs[0],)
         and _child_demands_a_tensor(modules[str(user.target)], traces)
-        for user in input.users
+        for user in inputs[0].users
     )
 
 

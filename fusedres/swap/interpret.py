@@ -10,9 +10,10 @@ from __future__ import annotations
 import linecache
 import os
 import types
+from typing import Any
 
 from .calls import Calls
-from .guards import Look
+from .guards import Guard, Look
 from .values import ModuleAt, NotTraceable, Symbol
 
 
@@ -22,7 +23,7 @@ class Interpreter(Calls):
     def __init__(self, training: bool, look: Look) -> None:
         super().__init__()
         self.training, self.look = training, look
-        self.gives_tensor = False
+        self._result: Any = None
 
     def run(self, module: ModuleAt, function: types.FunctionType, inputs: tuple[str, ...]) -> None:
         """Interpret `function(module, *inputs)`, each of the inputs a Tensor.
@@ -38,11 +39,24 @@ class Interpreter(Calls):
         try:
             result = self.enter(function, [module, *placeholders], {})
             self.graph.output(self.argument(result))
-            self.gives_tensor = isinstance(result, Symbol) and self.is_tensor(result)
+            self._result = result
         except NotTraceable as error:
             raise NotTraceable(f"{error}{self._where()}") from None
         except RecursionError:
             raise NotTraceable("its forward calls itself without an end") from None
+        except Exception as error:
+            # Python itself, on the way: an iterator of other lengths, arguments that a builtin does not take.
+            text = f"it raises {type(error).__name__}: {error}"
+            raise NotTraceable(f"{text}{self._where()}") from None
+
+    def why_tensor(self) -> tuple[Guard, ...] | None:
+        """What it depends on that the forward gives a Tensor, beside its guards; None where it need not give one."""
+        before, self.guards = self.guards, {}
+        try:
+            is_one = isinstance(self._result, Symbol) and self.is_tensor(self._result)
+            return tuple(self.guards) if is_one else None
+        finally:
+            self.guards = before
 
     def _where(self) -> str:
         """The line of the user's code that stands innermost."""

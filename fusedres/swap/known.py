@@ -89,10 +89,16 @@ PURE: tuple[Any, ...] = (
     *(f for f in vars(math).values() if isinstance(f, types.BuiltinFunctionType)),
     *(
         f for name, f in vars(operator).items()
-        if isinstance(f, types.BuiltinFunctionType) and not name.startswith("_")
+        if isinstance(f, types.BuiltinFunctionType) and not name.startswith("_") and name != "call"
     ),
 )  # fmt: skip
 _PURE = frozenset(map(id, PURE))
+# Of those, what writes to its first argument where that is a list, a dict or a set.
+WRITING = frozenset(
+    getattr(operator, name)
+    for name in ("setitem", "delitem", "iconcat", "iadd", "isub", "imul", "iand", "ior", "ixor", "ifloordiv", "ilshift",
+                 "imatmul", "imod", "ipow", "irshift", "itruediv")
+)  # fmt: skip
 # Of plain values only: they would look into a symbol, or keep it.
 BUILDERS: tuple[Any, ...] = (
     list, tuple, set, frozenset, dict, OrderedDict, zip, enumerate, reversed, itertools.chain, itertools.zip_longest,
@@ -109,6 +115,17 @@ def is_pure(function: Any) -> bool:
 def is_builder(function: Any) -> bool:
     """Whether it makes a plain value of plain values, whatever stands in them."""
     return id(function) in _BUILDERS
+
+
+def is_plain_namedtuple(kind: Any) -> bool:
+    """Whether it is a namedtuple whose author has changed nothing of what a tuple does."""
+    if not isinstance(kind, type) or kind.__bases__ != (tuple,) or not hasattr(kind, "_fields"):
+        return False
+    made = {"__new__", "__repr__", "__getnewargs__", "__replace__"}
+    own = {
+        n for n, v in vars(kind).items() if isinstance(v, types.FunctionType) and n.startswith("__")
+    }
+    return type(kind) is type and own <= made and kind.__new__.__code__.co_name == "<lambda>"
 
 
 # Methods of plain values; those of the second line change the value itself.

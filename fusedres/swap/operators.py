@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..nn.norms import why_called
 from . import known
 from .attributes import Attributes
 from .guards import Guard, Look
@@ -36,6 +38,8 @@ SYMBOLS = (Symbol, SymbolAttribute)
 _ITERABLE: Any = (
     *HOLDERS, str, bytes, range, type({}.keys()), type({}.values()), type({}.items()),
 )  # fmt: skip
+# A copy of one stands for what was read, or one that equals it: by identity it tells nothing.
+_COPIED = (*HOLDERS, int, float, complex, str, bytes, slice, range, torch.Size, torch.device)
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
@@ -89,11 +93,13 @@ class Operators(Attributes):
                 break
         return symbol.is_tensor
 
-    def gives_a_tensor(self, at: ModuleAt, of_tensors: bool) -> bool:
+    def gives_a_tensor(self, at: ModuleAt, args: tuple[Any, ...]) -> bool:
         """Whether a child gives a Tensor for sure, with guards that it goes on to do so."""
+        of_tensors = all(isinstance(value, Symbol) and self.is_tensor(value) for value in args)
         found = () if known.is_layer(at.module) else self.look(at.module, of_tensors)
-        if found is None:
+        if found is None or why_called(at.module) is not None:
             return False
+        self.guard(Guard(at.path, "{0}({m}) is None", (why_called,)))
         reason = f"{'.'.join(at.path)} is of another class than when it was fused"
         self.guard(Guard(at.path, "type({m}) is {0}", (at.cls,), reason))
         for guard in found:
@@ -135,7 +141,7 @@ class Operators(Attributes):
                 "or decide it in __init__"
             )
         if isinstance(value, ModuleAt):
-            if isinstance(value.module, CONTAINERS):
+            if isinstance(value.module, CONTAINERS) and is_inherited(value.cls, "__len__"):
                 return bool(self.children(value))
             if hasattr(value.cls, "__bool__") or hasattr(value.cls, "__len__"):
                 raise NotTraceable(f"it asks {described(value)} whether it is true")
@@ -151,6 +157,8 @@ class Operators(Attributes):
 
     def is_same(self, a: Any, b: Any) -> bool:
         """`a is b`, where that is known."""
+        if isinstance(a, _COPIED) and type(a) is type(b) and not isinstance(a, (bool, enum.Enum)):
+            raise NotTraceable(f"it asks whether {described(a)} is another, by identity")
         if a is b:
             return True
         for one, other in ((a, b), (b, a)):
@@ -170,22 +178,30 @@ class Operators(Attributes):
         if isinstance(a, Thing) and isinstance(b, Thing):
             raise NotTraceable(f"it asks whether {described(a)} is {described(b)}")
         if isinstance(a, ModuleAt) and isinstance(b, ModuleAt):
-            return a.module is b.module
+            if a.path == b.path:
+                return True
+            raise NotTraceable(f"it asks whether {described(a)} is {described(b)}")
         if isinstance(a, Bound) or isinstance(b, Bound):
             raise NotTraceable("it asks whether two methods are one")
         return False
 
     def ask(self, symbol: Symbol) -> None:
+        """A symbol said that it is a Tensor."""
         self.asked |= symbol.node.op == "placeholder"
 
     def contains(self, container: Any, value: Any) -> Any:
         """`value in container`."""
         if isinstance(container, ModuleAt) and isinstance(container.module, nn.ModuleDict):
+            if not is_inherited(container.cls, "__contains__"):
+                return self.call(self.attribute(container, "__contains__"), [value], {}, None)
             return value in dict(self.children(container))
         if has_symbol(value) or has_symbol(container):
             if isinstance(container, dict) and not has_symbol(value):
                 return value in container
             raise NotTraceable("it asks whether a value computed from its input is among others")
+        self.only_plain(
+            "it looks for a module, a function or an object among others", value, container
+        )
         if isinstance(container, (str, *HOLDERS, range, type({}.keys()), type({}.values()))):
             return value in container
         raise NotTraceable(f"it looks for a value in {described(container)}")
@@ -220,7 +236,9 @@ class Operators(Attributes):
         if isinstance(a, Symbol) or isinstance(b, Symbol):
             return self.node("call_function", function, (a, b))
         if sign in known.COMPARE and (isinstance(a, ModuleAt) or isinstance(b, ModuleAt)):
-            if sign not in ("==", "!="):
+            if sign not in ("==", "!=") or any(
+                isinstance(one, ModuleAt) and one.cls.__eq__ is not object.__eq__ for one in (a, b)
+            ):
                 raise NotTraceable(f"it compares {described(a)} with {described(b)}")
             return self.is_same(a, b) == (sign == "==")
         self.only_plain(f"it computes with {described(a)} and {described(b)}", a, b)
@@ -304,13 +322,25 @@ class Operators(Attributes):
         """A value in an f-string."""
         if has_symbol(value) or not isinstance(value, (*PLAIN, *HOLDERS, type)):
             raise NotTraceable(f"it writes {described(value)} into a string")
+        self.only_plain("it writes a module or an object into a string", value)
         function = (lambda v: v, str, repr, ascii)[conversion]
         return format(function(value), spec)
 
     def only_plain(self, text: str, *values: Any) -> None:
+        """Refuse what would be looked at, or run, as something else than it is; within lists and dicts too."""
         for value in values:
             if isinstance(value, (ModuleAt, Bound, Native, Closure, Thing, Opaque, Super)):
                 raise NotTraceable(text)
+            if isinstance(value, type) and type(value).__module__ not in (
+                "builtins",
+                "abc",
+                "enum",
+            ):
+                raise NotTraceable(text)
+            if isinstance(value, dict):
+                self.only_plain(text, *value.keys(), *value.values())
+            elif isinstance(value, HOLDERS):
+                self.only_plain(text, *value)
 
     def natively(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
         """Call a function of plain values; what it raises would be raised at each call too."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import sys
 import types
@@ -23,6 +22,7 @@ from .values import (
     Symbol,
     SymbolAttribute,
     Thing,
+    is_plain,
     literal,
 )
 
@@ -45,13 +45,19 @@ class Reads:
         builtins_now = getattr(builtins_now, "__dict__", builtins_now)
         if name in scope:
             value = scope[name]
-            source = Source(None, f"{{0}}[{literal(name)}]", (Held(scope),), name)
-            return self.admitted(value, source)
+            return self.admitted(
+                value, Source(None, f"{{0}}[{literal(name)}]", (Held(scope),), name)
+            )
         if name not in builtins_now:
             raise NotTraceable(f"it uses {name}, which is not defined")
         reason = f"a global {name} was defined after it was fused"
         self.guard(Guard(None, f"{literal(name)} not in {{0}}", (Held(scope),), reason))
-        return builtins_now[name]
+        value = builtins_now[name]
+        if getattr(value, "__module__", None) == "builtins":
+            return value
+        # Somebody put it there.
+        source = Source(None, f"{{0}}[{literal(name)}]", (Held(builtins_now),), name)
+        return self.admitted(value, source)
 
     def imported(self, name: str, level: int, names: Any, scope: dict[str, Any]) -> Any:
         """What an import inside a forward gives, where the module is loaded already."""
@@ -107,7 +113,7 @@ class Reads:
             )
         if isinstance(value, HOLDERS) and type(value) in HOLDERS:
             return self._held(value, source)
-        if (isinstance(value, PLAIN) and _has_plain_class(value)) or is_named(value):
+        if is_plain(value) or is_named(value):
             self.guard(stays(source, value))
             return value
         if isinstance(value, functools.partial):
@@ -151,11 +157,6 @@ class Reads:
             raise NotTraceable(
                 f"it writes to a {type(holder).__name__} that outlives the call; return the value instead"
             )
-
-
-def _has_plain_class(value: Any) -> bool:
-    """Whether a plain value is not of a class of the user's, whose operators may do anything."""
-    return type(value).__module__ in ("builtins", "torch", "numpy") or isinstance(value, enum.Enum)
 
 
 def is_named(value: Any) -> bool:

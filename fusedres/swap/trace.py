@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Trace:
 
     inputs: the required arguments, each taken to be a Tensor. defaults: the others, taken to have their default.
     guards: what it depends on. asked: whether forward asks one of its inputs what it is, and got that answer.
-    gives_tensor: that what it gives is a Tensor for sure.
+    why_tensor: what else it depends on that it gives a Tensor; None where it need not give one.
     """
 
     graph: fx.Graph
@@ -35,7 +36,7 @@ class Trace:
     defaults: tuple[tuple[str, Any], ...]
     guards: tuple[Guard, ...]
     asked: bool = False
-    gives_tensor: bool = False
+    why_tensor: Callable[[], tuple[Guard, ...] | None] = lambda: None
 
 
 def trace(
@@ -68,7 +69,7 @@ def trace(
         defaults,
         tuple(dict.fromkeys((*train.guards, *evaluation.guards))),
         train.asked or evaluation.asked,
-        train.gives_tensor and evaluation.gives_tensor,
+        train.why_tensor,
     )
 
 

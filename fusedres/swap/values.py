@@ -30,6 +30,31 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 ABSENT = object()
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is one of PLAIN that no code of the user's stands behind."""
+    if isinstance(value, enum.Enum):
+        return not any(
+            isinstance(each, types.FunctionType)
+            and name.startswith("__")
+            and each.__module__ != "enum"
+            for base in type(value).__mro__
+            if base.__module__ not in ("enum", "builtins")
+            for name, each in vars(base).items()
+        )
+    return isinstance(value, PLAIN) and type(value).__module__ in ("builtins", "torch", "numpy")
+
+
+def literal(name: str) -> str:
+    """A name as a string of a test, where braces stand for modules and constants."""
+    return repr(name).replace("{", "\\x7b")
+
+
+def reading(expression: str, name: str) -> str:
+    """`expression.name`; behind a dot what is not ASCII would be normalised."""
+    is_name = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+    return f"{expression}.{name}" if is_name else f"getattr({expression}, {literal(name)})"
+
+
 class NotTraceable(Exception):
     """Why a module's forward cannot be rewritten; the text goes into the report."""
 
@@ -47,10 +72,10 @@ class Symbol:
 
 
 class Given(NamedTuple):
-    """What a child gave; `tensors`: that it was given nothing but Tensors."""
+    """What a child gave for these arguments."""
 
     at: ModuleAt
-    tensors: bool
+    args: tuple[Any, ...]
 
 
 @dataclass(eq=False)
@@ -139,17 +164,6 @@ class Modules(list):
     """A slice of a container of modules."""
 
 
-def literal(name: str) -> str:
-    """A name as it stands in the source of a guard, where braces are places to fill in."""
-    return repr(name).replace("{", "\\x7b").replace("}", "\\x7d")
-
-
-def reading(owner: str, name: str) -> str:
-    """`owner.name` in the source of a guard, for any name."""
-    is_plain = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
-    return f"{owner}.{name}" if is_plain else f"getattr({owner}, {literal(name)})"
-
-
 @dataclass(frozen=True)
 class Source:
     """Where a value was read: an expression over the module at `path` (None: of no module) and constants.
@@ -166,6 +180,12 @@ class Source:
         """Where an attribute of an object stands."""
         read = reading(self.expression, name)
         return Source(self.path, read, self.constants, f"{self.text}.{name}")
+
+    def item(self, holder: str, key: Any) -> Source:
+        """Where an item of a holder of an object stands."""
+        text = f"{self.text}.{holder}[{key!r}]"
+        inside = literal(key) if isinstance(key, str) else repr(key)
+        return Source(self.path, f"{self.expression}.{holder}[{inside}]", self.constants, text)
 
 
 OPERATIONS: dict[str, Callable[..., Any]]
