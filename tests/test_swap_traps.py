@@ -236,6 +236,14 @@ def test_a_child_s_class_that_is_patched_runs_as_patched(monkeypatch):
     torch.testing.assert_close(fused(X), expected)
 
 
+def test_a_method_of_tensors_that_is_patched_runs_as_patched_behind_a_child_too(monkeypatch):
+    child = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    plain = block(lambda self, x: self.f(x).relu(), f=child)
+    fused = fused_copy(plain)
+    monkeypatch.setattr(torch.Tensor, "relu", lambda self: self * 3)
+    torch.testing.assert_close(fused(X), plain(X))
+
+
 def test_a_plan_that_no_longer_fits_goes_when_it_is_fused_again():
     model = block(lambda self, x: F.relu(self.f(x)), f=nn.Sequential(nn.BatchNorm2d(4)))
     del model.bn

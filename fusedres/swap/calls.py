@@ -178,7 +178,8 @@ class Calls(Operators):
             raise NotTraceable(f"it calls a tensor's method {method.name}")
         if self.is_tensor(method.symbol) and method.name not in known.TENSOR_METHODS:
             raise NotTraceable(f"it calls {method.name}, which a Tensor does not have")
-        if method.symbol.is_tensor:
+        # Of what a child gives, too, which is a Tensor most often.
+        if method.name in known.TENSOR_METHODS:
             function = getattr(Tensor, method.name)
             if isinstance(function, types.FunctionType) and known.may_be_entered(function):
                 raise NotTraceable(f"Tensor.{method.name} was replaced for the whole process")
