@@ -12,15 +12,10 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from .grammar_terms import (
-    ACTIVATIONS,
-    CONDITIONS,
-    NUMBERS,
-    TO_BLOCKS,
-    TO_CONVOLUTIONS,
-    TO_NORMS,
-    Term,
-)
+from .grammar_words import (
+    ACTIVATIONS, CONDITIONS, DICT_LOOPS, LIST_LOOPS, NUMBERS, OUTSIDE, RETURNS, SEQUENTIAL_LOOPS, SIMPLE, TO_BLOCKS,
+    TO_CONVOLUTIONS, TO_NORMS, Term,
+)  # fmt: skip
 
 HEADER = """\
 import contextlib, enum, functools, itertools, math, os, random, types
@@ -45,23 +40,26 @@ _DEEPEST = 2  # statements within statements
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the block: what is done before it, the mode, and whether a backward follows."""
+    """A call of the block: what is done before it, the mode, whether a backward follows, and whether the fused model is
+    fused again afterwards."""
 
-    flips: tuple[str, ...] = ()
+    flip: str = ""
     training: bool = True
     grad: bool = True
+    again: bool = False
 
     def __str__(self) -> str:
         mode = ("train" if self.training else "eval") + ("" if self.grad else ", no_grad")
-        return "".join(f"# {line}\n" for flip in (*self.flips, f"-> {mode}") for line in flip.split("\n"))  # fmt: skip
+        lines = [*self.flip.split("\n"), f"-> {mode}", *["fuse_"] * self.again]
+        return "".join(f"# {line}\n" for line in lines if line)
 
 
 @dataclass(frozen=True)
 class Program:
     """The source of a module with a class Block, and the steps."""
 
-    source: str
-    steps: tuple[Step, ...]
+    source: str = field(repr=False)  # it is in the note
+    steps: tuple[Step, ...] = field(repr=False)
 
     def __str__(self) -> str:
         return self.source + "\n" + "".join(map(str, self.steps))
@@ -92,7 +90,8 @@ class Writer:
         self.draw = draw
         self.count = self.depth = 0
         self.top: list[str] = []
-        self.flips: list[str] = []
+        self.flips: list[str] = []  # of what is read
+        self.others: list[str] = []  # of children, and of the whole
         self.cls = Class("Block", "model")
 
     def one(self, options):
@@ -148,15 +147,22 @@ class Writer:
         inner = {"nn.S": "[0]", "nn.ModuleL": "[0]", "nn.ModuleD": "['a']"}
         end = next((end for start, end in inner.items() if held.startswith(start)), "")
         path = f"{self.cls.path}.{name}{end}"
-        self.flips += [
-            re.sub(r"ME\.(NORM|CONV)", path, flip)
-            for flip in (self.one(flips), self.one(flips))
+        self.others += [
+            re.sub(r"ME\.(NORM|CONV)", path, flip) for flip in (self.one(flips), self.one(flips))
         ]
         return found.format(name)
 
     def norm(self) -> str:
-        made = self.one(("4", "4", "4", "4, momentum=None", "4, affine=False", "4, track_running_stats=False", "4, eps=0.1"))  # fmt: skip
-        return self.child(f"nn.BatchNorm2d({made})", "bn", TO_NORMS)
+        options = (
+            "",
+            "",
+            "",
+            "momentum=None",
+            "affine=False",
+            "track_running_stats=False",
+            "eps=0.1",
+        )
+        return self.child(f"nn.BatchNorm2d(4, {self.one(options)})", "bn", TO_NORMS)
 
     def conv(self) -> str:
         made = self.one(("1", "3, padding=1", "1, bias=False"))
@@ -186,9 +192,9 @@ class Writer:
                 "        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)\n"
                 "    def forward(self, t):\n        return self.bn(self.conv(t))\n"
             )
-            self.flips.append(f"Part_{number}.forward = lambda self, t: self.bn(t) * 2")
+            self.others.append(f"Part_{number}.forward = lambda self, t: self.bn(t) * 2")
         self.cls.init.append(f"self.part_{number} = {made}")
-        self.flips += [
+        self.others += [
             f"{self.cls.path}.part_{number}.append(nn.Tanh())"
             if form == "sequential"
             else f"{self.cls.path}.part_{number}.bn = nn.Identity()",
@@ -199,10 +205,12 @@ class Writer:
     def other(self) -> str:
         """Something to add."""
         form = self.one(("x", "r", "conv", "normed", "mean", "size", "self"))
-        texts = {"x": "x", "r": "r", "mean": "x.mean((2, 3), keepdim=True)", "size": "x.size(0)", "self": "h"}  # fmt: skip
         if form == "conv":
             return f"{self.conv()}(x)"
-        return self.normed("x") if form == "normed" else texts[form]
+        if form == "normed":
+            return self.normed("x")
+        texts = {"mean": "x.mean((2, 3), keepdim=True)", "size": "x.size(0)", "self": "h"}
+        return texts.get(form, form)
 
     # --- statements -------------------------------------------------------------------------------------------------
 
@@ -211,7 +219,7 @@ class Writer:
         return [line for _ in range(count) for line in self.statement()]
 
     def statement(self) -> list[str]:
-        kinds = (*_PLAIN, *_PLAIN, *_AROUND) if self.depth < _DEEPEST else _PLAIN
+        kinds = (*_PLAIN, *_AROUND, *_AROUND) if self.depth < _DEEPEST else _PLAIN
         return self.one(kinds)(self)
 
     def inside(self, most: int = 2) -> list[str]:
@@ -228,7 +236,9 @@ class Writer:
         spelled = self.one((
             ["h = A + B"], ["h = B + A"], ["h = A", "h += B"], ["h = torch.add(A, B)"], ["h = (A).add_(B)"],
             ["h = A", "h.add_(B)"], ["h = torch.add(B, A, alpha=1)"], ["h = (A).add(B)"], ["t = B", "h = A + t"],
-            ["t = A", "h = B", "h = t + h"], ["h = sum([A, B])"], ["h = A - B"], ["h = torch.add(A, B, alpha=2)"],
+            ["t = A", "h = B", "h = t + h"], ["t = B", "t += A", "h = t"], ["t = B", "h = t.add_(A)"],
+            ["h = F.relu(A + B)"], ["h = F.relu(A + B)"], ["h = B", "h += A", "h = F.relu(h)"],
+            ["h = sum([A, B])"], ["h = A - B"], ["h = torch.add(A, B, alpha=2)"],
         ))  # fmt: skip
         lines = [
             re.sub(r"\b[AB]\b", lambda m: made if m[0] == "A" else other, line) for line in spelled
@@ -239,7 +249,8 @@ class Writer:
         return [f"h = {self.conv()}({self.activated(f'{self.norm()}(h)')}) + h"]
 
     def scaled(self) -> list[str]:
-        return [self.one(("h = h * {}", "h = h + {}", "h *= {}", "h += {}", "h.mul_({})", "h = torch.mul(h, {})")).format(self.value())]  # fmt: skip
+        forms = ("h = h * {}", "h = h + {}", "h *= {}", "h += {}", "h.mul_({})", "h = torch.mul(h, {})")  # fmt: skip
+        return [self.one(forms).format(self.value())]
 
     def norm_alone(self) -> list[str]:
         return ["h = " + self.normed("h")]
@@ -251,7 +262,10 @@ class Writer:
         return [self.one(("r = h", "r = h.clone()", "r = x", "r = h.detach()"))]
 
     def simple(self) -> list[str]:
-        return self.one(_SIMPLE)
+        return self.one(SIMPLE)
+
+    def outside(self) -> list[str]:
+        return self.one(OUTSIDE)
 
     def dropped(self) -> list[str]:
         made = self.one(("Dropout(0.0)", "Dropout(0.5)", "Dropout2d(0.5)", "Identity()"))
@@ -276,12 +290,12 @@ class Writer:
         ]
         path = f"{self.cls.path}.{name}"
         if kind == "ModuleDict":
-            held = "{" + ", ".join(f"'{key}': {layer}" for key, layer in zip("abc", some, strict=True)) + "}"  # fmt: skip
-            ways = _DICT_LOOPS
+            held = "dict(a={}, b={}, c={})".format(*some)
+            ways = DICT_LOOPS
             flips = (f"{path}['d'] = nn.Tanh()", f"{path}['b'] = nn.Hardtanh()", f"del {path}['c']")
         else:
             held = f"[{', '.join(some)}]" if kind == "ModuleList" else ", ".join(some)
-            ways = (*_LIST_LOOPS, *(_SEQUENTIAL_LOOPS if kind == "Sequential" else ()))
+            ways = (*LIST_LOOPS, *(SEQUENTIAL_LOOPS if kind == "Sequential" else ()))
             flips = (f"{path}.append(nn.Tanh())", f"{path}[1] = nn.Hardtanh()", f"del {path}[2]")
         self.cls.init.append(f"self.{name} = nn.{kind}({held})")
         self.flips += flips
@@ -300,8 +314,13 @@ class Writer:
         return [*lines, "else:", *self.inside()] if form == "else" else lines
 
     def context(self) -> list[str]:
-        entered = self.one(("contextlib.nullcontext()", "torch.no_grad()", "torch.enable_grad()", "contextlib.suppress(KeyError)"))  # fmt: skip
-        return [f"with {entered}:", *self.inside()]
+        ways = (
+            "contextlib.nullcontext",
+            "torch.no_grad",
+            "torch.enable_grad",
+            "torch.inference_mode",
+        )
+        return [f"with {self.one(ways)}():", *self.inside()]
 
     def attempt(self) -> list[str]:
         raised = self.one(([], ["    h = h + STATE['absent']"], ["    h.view(7, -1)"]))
@@ -311,6 +330,7 @@ class Writer:
         name = f"TIMES_{self.number()}"
         self.top.append(f"{name} = 2")
         self.flips.append(f"{name} = 1")
+        self.flips += ["range = lambda n: ()", "enumerate = lambda _: ()"]
         head = self.one((f"for _ in range({name}):", f"for i, t in enumerate([x] * {name}):"))
         return [head, *self.inside(1)]
 
@@ -324,6 +344,7 @@ class Writer:
         if form == "module":
             self.top += [f"def {name}(self, h, x):", *lines]
             self.flips.append(f"def {name}(self, h, x):\n    return h * 2")
+            self.flips.append(f"{name}.__code__ = (lambda s, h, x: h * 3).__code__")
             return [f"h = {name}(self, h, x)"]
         if form == "super":
             self.top += [f"def {name}(self, h, x):", *lines, f"Base.{name} = {name}"]
@@ -340,6 +361,7 @@ class Writer:
         head = f"def {name}(self, h, x{', *, flag=True' if form == 'default' else ''}):"
         self.cls.body += [head, *lines]
         self.flips += [
+            f"{self.cls.name}.{name}.__code__ = (lambda s, h, x: h * 2).__code__",
             f"{self.cls.name}.{name} = "
             + ("staticmethod(lambda s, h, x: h)" if form == "static" else "lambda s, h, x, **_: h"),
             f"{self.cls.path}.{name} = lambda *args, **_: args[-2] * 3",
@@ -360,6 +382,7 @@ class Writer:
         self.flips += [
             f"{self.cls.name}.forward = lambda self, x: x * 2",
             f"{self.cls.path} = nn.Identity()",
+            f"{self.cls.path}.train(not {self.cls.path}.training)",
             f"{self.cls.path}.register_forward_hook(lambda m, a, o: SEEN.append(o))",
             f"{self.cls.path}.register_forward_pre_hook(lambda m, a: SEEN.append(a[0]))",
         ]
@@ -372,82 +395,22 @@ class Writer:
 
     def program(self) -> Program:
         forward = ["def forward(self, x):", "    h = r = x", *indented(self.statements(4))]
-        forward += indented([self.one(_RETURNS)])
+        forward += indented([self.one(RETURNS)])
         source = "\n".join([HEADER, *self.top, *self.cls.source(forward)])
+        reads, others = self.flips, self.others
+        self.flips = []
         self.write(Term("", flips=TO_BLOCKS))
-        self.flips += ["FUSE_AGAIN", "COPY", ""]
+        pools = [pool for pool in (reads, reads, reads, others, [*self.flips, "COPY"]) if pool]
         steps = [Step(), Step(training=False)]
-        for _ in range(self.draw(st.integers(0, 3))):
-            flip, training = self.one(self.flips), self.one((True, False))
-            steps.append(Step((flip,), training, self.one((True, True, True, False))))
+        for _ in range(self.draw(st.integers(1, 6))):
+            modes = self.one((True, False)), self.one((True, True, True, False))
+            steps.append(Step(self.one(self.one(pools)), *modes, self.one((False, True))))
         return Program(source, tuple(steps))
 
 
-_LIST_LOOPS = (
-    ["for layer in LAYERS:", "    h = layer(h)"],
-    ["for i, layer in enumerate(LAYERS):", "    h = layer(h) if i != 1 else layer(h) + x"],
-    ["for layer, n in zip(LAYERS, (1, 2, 3)):", "    h = layer(h) * n"],
-    ["for i in range(len(LAYERS)):", "    h = LAYERS[i](h)"],
-    ["for layer in LAYERS[1:]:", "    h = layer(h)", "h = LAYERS[0](h)"],
-    ["h = sum(layer(h) for layer in LAYERS)"],
-    ["h = sum([layer(h) for layer in LAYERS], x)"],
-    ["h = torch.stack([layer(h) for layer in LAYERS]).mean(0)"],
-    ["outs = [h]", "for layer in LAYERS:", "    outs.append(layer(outs[-1]))", "h = F.relu(outs[-1] + outs[0])"],
-    ["i = 0", "while i < len(LAYERS):", "    h = LAYERS[i](h)", "    i += 1"],
-    ["first, *rest = LAYERS", "h = first(h)", "for layer in rest:", "    h = F.relu(layer(h))"],
-    ["for layer in LAYERS:", "    if isinstance(layer, nn.BatchNorm2d):", "        h = F.relu(layer(h))"],
-    ["for layer in reversed(LAYERS):", "    h = layer(h)"],
-    ["for name, layer in LAYERS.named_children():", "    h = layer(h)"],
-    ["h = functools.reduce(lambda t, layer: layer(t), LAYERS, h)"],
-    ["for layer in map(lambda layer: layer, LAYERS):", "    h = layer(h)"],
-    ["for layer in filter(None, LAYERS):", "    h = layer(h)"],
-    ["for layer in LAYERS:", "    h = layer(h)", "    if h.dim() != 4:", "        break", "else:", "    h = F.relu(h)"],
-    ["for layer in LAYERS.children():", "    h = layer(h)"],
-)  # fmt: skip
-_SEQUENTIAL_LOOPS = (["h = LAYERS(h)"], ["h = LAYERS[:2](h)"], ["h = F.relu(LAYERS(h) + x)"])
-_DICT_LOOPS = (
-    ["for layer in LAYERS.values():", "    h = layer(h)"],
-    ["for name, layer in LAYERS.items():", "    h = layer(h) if name != 'b' else layer(h) + x"],
-    ["for name in LAYERS:", "    h = LAYERS[name](h)"],
-    ["outs = {name: layer(h) for name, layer in LAYERS.items()}", "h = F.relu(outs['a'] + outs['b'])"],
-    ["h = LAYERS['a'](h)", "if 'd' in LAYERS:", "    h = LAYERS['d'](h)"],
-    ["h = sum(layer(h) for layer in LAYERS.values())"],
-)  # fmt: skip
-_SIMPLE = (
-    ["n, c = h.shape[:2]", "h = h.view(n, c, -1).mean(2).view(n, c, 1, 1) + h"],
-    ["h = h.view(h.size(0), 4, *h.shape[2:])"],
-    ["h = h.flatten(1).reshape(x.shape)"],
-    ["h = h - F.avg_pool2d(h, h.shape[2:])"],
-    ["h = F.interpolate(F.avg_pool2d(h, 2, ceil_mode=True), size=h.shape[2:])"],
-    ["h = h + F.adaptive_avg_pool2d(h, 1)"],
-    ["a, b = h.chunk(2, dim=1)", "h = torch.cat((b, a), 1)"],
-    ["a, b = torch.split(h, [1, 3], 1)", "h = torch.cat([a, F.relu(b)], dim=1)"],
-    ["h = h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)"],
-    ["h = h.transpose(2, 3)"],
-    ["h[:, 0] = 0"], ["h[:, :2] *= 2"], ["h = h[..., :]"], ["h = h.view_as(x)", "h += 1"], ["t = h[:, :1]", "t += 1"],
-    ["t = h.view(-1)", "t.mul_(2)"], ["h.mul_(0.5)"], ["h.copy_(x)"], ["h.data.mul_(2)"], ["h = h.data"],
-    ["SEEN.append(h)"], ["SEEN.append(h.detach().clone())"], ["SEEN.append(1)"], ["STATE['calls'] += 1"],
-    ["self.last = h"], ["self.calls = getattr(self, 'calls', 0) + 1"], ["self.kept = [h.detach()]"],
-    ["feats = {'a': h, 'b': x}", "h = feats['a'] + feats['b']"],
-    ["feats = dict(a=h)", "feats['b'] = F.relu(feats.pop('a'))", "h = feats['b']"],
-    ["pair = Pair(h, x)", "h = F.relu(pair.first + pair.second)"], ["outs = (h, x)", "h, _ = outs"],
-    ["(h, t), *_ = [(h, x), 1]"], ["if (t := h * 2) is not None:", "    h = t"], ["h = self.shared(h)"],
-    ["h = h + random.random()"], ["h = h + np.random.rand()"], ["h = h + torch.randn_like(h)"],
-    ["h = F.dropout(h, 0.5, self.training)"], ["h = F.dropout(h, 0.5, training=False)"],
-    ["name = f'{len(SEEN)}'", "h = h * len(name)"], ["h = h.to(torch.float64)"], ["h = h.float().double()"],
-    ["h = torch.where(h > 0, h, 0)"], ["h = h @ h.transpose(2, 3) @ h"], ["h = -h"], ["h = h ** 2"], ["h = 1 - h"],
-    ["h = h.detach()"], ["h = x"], ["h = r"], ["h = F.relu(h + r)"], ["h = h.clone()"], ["x = h"], ["x = x * 2"],
-    ["h, r = r, h"], ["del r", "r = x"], ["h = h if h is not None else x"], ["h = h.type(x.dtype)"],
-    ["h = torch.utils.checkpoint.checkpoint(F.relu, h, use_reentrant=False)"], ["h = F.relu(h, **{'inplace': True})"],
-    ["h = h.view(7)"], ["raise ValueError(h)"], ["h = h + self.absent"], ["h = h * sum(p.sum() for p in self.parameters())"],
-    ["import math as m", "h = h * m.pi"], ["h.register_hook(lambda grad: grad * 2)", "h = h * 1"],
-    ["h = torch.jit.annotate(Tensor, h)"], ["h = h.contiguous(memory_format=torch.channels_last)"],
-)  # fmt: skip
-_RETURNS = ("return h", "return h", "return h", "return h, x", "return {'out': h, 'last': r}", "return [h]",
-            "return Pair(h, h.sum())", "return h, h.shape", "return h.mean((2, 3))", "return (h, [r, None])",
-            "return F.relu(h), 1")  # fmt: skip
 _PLAIN = (Writer.block, Writer.tail, Writer.block, Writer.tail, Writer.preactivation, Writer.layers, Writer.norm_alone,
-          Writer.activation_alone, Writer.scaled, Writer.kept, Writer.simple, Writer.dropped, Writer.drop_path)  # fmt: skip
+          Writer.activation_alone, Writer.scaled, Writer.kept, Writer.simple, Writer.dropped, Writer.drop_path,
+          Writer.outside)  # fmt: skip
 _AROUND = (Writer.branch, Writer.branch, Writer.branch, Writer.function, Writer.function, Writer.module, Writer.context,
            Writer.attempt, Writer.loop)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The terms of the grammar: where a forward reads a condition or a number from, and how it spells an activation.
+"""The words of the grammar: where a forward reads a condition or a number from, how it spells an activation, a loop.
 
 `_N` is a number of its own for each term, VALUE what it is set to at first, ARG what an activation is given, CLASS the
 class around it and, in a flip, ME an instance of that. A flip with ME is done to both models, any other to the module
@@ -85,8 +85,10 @@ CONDITIONS = (
     Term("torch.is_grad_enabled()"),
     Term("torch.get_default_dtype() is torch.float64"),
     Term("h.requires_grad"), Term("h.shape[0] > 1"), Term("h.size(1) == 4"), Term("h.dim() == 4"),
-    Term("isinstance(h, Tensor)"), Term("h.is_contiguous()"), Term("h.dtype == torch.float64"),
-    Term("x is h"), Term("h.sum() > 0"), Term("float(h.mean()) > 0"), Term("torch.rand(()) < 0.5"),
+    Term("isinstance(h, Tensor)", flips=("isinstance = lambda *_: False",)),
+    Term("bool(LIST_N)", "LIST_N = []", flips=("LIST_N.append(1)", "bool = lambda _: True")),
+    Term("h.is_contiguous()"), Term("h.dtype == torch.float64"),
+    Term("x is h"), Term("h.sum() > 0"), Term("torch.rand(()) < 0.5"),
     Term("random.random() < 0.5"), Term("np.random.rand() < 0.5"), Term("STATE['calls'] % 2 == 0"),
     Term("callable(self.fn_N)", init="self.fn_N = torch.relu", flips=("ME.fn_N = None",)),
 )  # fmt: skip
@@ -114,7 +116,8 @@ NUMBERS = (
     Term("math.sqrt(NUMBER_N)", "NUMBER_N = VALUE", flips=("NUMBER_N = 9",)),
     Term("sum(NUMBERS_N)", "NUMBERS_N = [VALUE, 1]", flips=("NUMBERS_N.append(1)",)),
     Term("max(NUMBERS_N.values())", "NUMBERS_N = {'a': VALUE}", flips=("NUMBERS_N['b'] = 7",)),
-    Term("(h.shape[1] / 4)"), Term("x.size(0)"), Term("h.numel() ** -0.5"), Term("len(h)"),
+    Term("(h.shape[1] / 4)"), Term("x.size(0)"), Term("h.numel() ** -0.5"),
+    Term("len(h)", flips=("len = lambda t: 7",)),
     Term("NUMBER_N", "NUMBER_N = np.float64(VALUE)", flips=("NUMBER_N = np.float64(3)",)),
     Term("NUMBER_N", "NUMBER_N = torch.tensor(2.0)", flips=("NUMBER_N.fill_(3)", "NUMBER_N = torch.tensor(0.5)")),
     Term("ARRAY_N[0]", "ARRAY_N = np.array([2.0])", flips=("ARRAY_N[0] = 3",)),
@@ -215,3 +218,75 @@ TO_BLOCKS = (
     "ME.__class__ = type('Derived', (CLASS,), {'forward': lambda self, x: x * 3})",
     "ME.__class__ = type('Derived', (CLASS,), {})", "ME.float().double()",
 )  # fmt: skip
+
+# Ways through LAYERS.
+LIST_LOOPS = (
+    ["for layer in LAYERS:", "    h = layer(h)"],
+    ["for i, layer in enumerate(LAYERS):", "    h = layer(h) if i != 1 else layer(h) + x"],
+    ["for layer, n in zip(LAYERS, (1, 2, 3)):", "    h = layer(h) * n"],
+    ["for i in range(len(LAYERS)):", "    h = LAYERS[i](h)"],
+    ["for layer in LAYERS[1:]:", "    h = layer(h)", "h = LAYERS[0](h)"],
+    ["h = sum(layer(h) for layer in LAYERS)"],
+    ["h = sum([layer(h) for layer in LAYERS], x)"],
+    ["h = torch.stack([layer(h) for layer in LAYERS]).mean(0)"],
+    ["outs = [h]", "for layer in LAYERS:", "    outs.append(layer(outs[-1]))", "h = F.relu(outs[-1] + outs[0])"],
+    ["i = 0", "while i < len(LAYERS):", "    h = LAYERS[i](h)", "    i += 1"],
+    ["first, *rest = LAYERS", "h = first(h)", "for layer in rest:", "    h = F.relu(layer(h))"],
+    ["for layer in LAYERS:", "    if isinstance(layer, nn.BatchNorm2d):", "        h = F.relu(layer(h))"],
+    ["for layer in reversed(LAYERS):", "    h = layer(h)"],
+    ["for name, layer in LAYERS.named_children():", "    h = layer(h)"],
+    ["h = functools.reduce(lambda t, layer: layer(t), LAYERS, h)"],
+    ["for layer in map(lambda layer: layer, LAYERS):", "    h = layer(h)"],
+    ["for layer in filter(None, LAYERS):", "    h = layer(h)"],
+    ["for layer in LAYERS:", "    h = layer(h)", "    if h.dim() != 4:", "        break", "else:", "    h = F.relu(h)"],
+    ["for layer in LAYERS.children():", "    h = layer(h)"],
+)  # fmt: skip
+SEQUENTIAL_LOOPS = (["h = LAYERS(h)"], ["h = LAYERS[:2](h)"], ["h = F.relu(LAYERS(h) + x)"])
+DICT_LOOPS = (
+    ["for layer in LAYERS.values():", "    h = layer(h)"],
+    ["for name, layer in LAYERS.items():", "    h = layer(h) if name != 'b' else layer(h) + x"],
+    ["for name in LAYERS:", "    h = LAYERS[name](h)"],
+    ["outs = {name: layer(h) for name, layer in LAYERS.items()}", "h = F.relu(outs['a'] + outs['b'])"],
+    ["h = LAYERS['a'](h)", "if 'd' in LAYERS:", "    h = LAYERS['d'](h)"],
+    ["h = sum(layer(h) for layer in LAYERS.values())"],
+)  # fmt: skip
+# What outlives the call.
+OUTSIDE = (
+    ["SEEN.append(h)"], ["SEEN.append(h.detach().clone())"], ["SEEN.append(1)"], ["SEEN += [h]"],
+    ["STATE['calls'] += 1"], ["STATE.update(calls=STATE['calls'] + 1)"], ["self.last = h"],
+    ["self.calls = getattr(self, 'calls', 0) + 1"], ["self.kept = [h.detach()]"], ["seen = SEEN", "seen.append(h * 2)"],
+    ["setattr(self, 'last', h)"], ["self.__dict__['last'] = h"], ["vars(self)['calls'] = 1"],
+)  # fmt: skip
+# Statements that need nothing around them.
+SIMPLE = (
+    ["n, c = h.shape[:2]", "h = h.view(n, c, -1).mean(2).view(n, c, 1, 1) + h"],
+    ["h = h.view(h.size(0), 4, *h.shape[2:])"],
+    ["h = h.flatten(1).reshape(x.shape)"],
+    ["h = h - F.avg_pool2d(h, h.shape[2:])"],
+    ["h = F.interpolate(F.avg_pool2d(h, 2, ceil_mode=True), size=h.shape[2:])"],
+    ["h = h + F.adaptive_avg_pool2d(h, 1)"],
+    ["a, b = h.chunk(2, dim=1)", "h = torch.cat((b, a), 1)"],
+    ["a, b = torch.split(h, [1, 3], 1)", "h = torch.cat([a, F.relu(b)], dim=1)"],
+    ["h = h.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)"],
+    ["h = h.transpose(2, 3)"],
+    ["h[:, 0] = 0"], ["h[:, :2] *= 2"], ["h = h[..., :]"], ["h = h.view_as(x)", "h += 1"], ["t = h[:, :1]", "t += 1"],
+    ["t = h.view(-1)", "t.mul_(2)"], ["h.mul_(0.5)"], ["h.copy_(x)"], ["h.data.mul_(2)"], ["h = h.data"],
+    ["feats = {'a': h, 'b': x}", "h = feats['a'] + feats['b']"],
+    ["feats = dict(a=h)", "feats['b'] = F.relu(feats.pop('a'))", "h = feats['b']"],
+    ["pair = Pair(h, x)", "h = F.relu(pair.first + pair.second)"], ["outs = (h, x)", "h, _ = outs"],
+    ["(h, t), *_ = [(h, x), 1]"], ["if (t := h * 2) is not None:", "    h = t"], ["h = self.shared(h)"],
+    ["h = h + random.random()"], ["h = h + np.random.rand()"], ["h = h + torch.randn_like(h)"],
+    ["h = F.dropout(h, 0.5, self.training)"], ["h = F.dropout(h, 0.5, training=False)"],
+    ["name = f'{len(SEEN)}'", "h = h * len(name)"], ["h = h.to(torch.float64)"], ["h = h.float().double()"],
+    ["h = torch.where(h > 0, h, 0)"], ["h = h @ h.transpose(2, 3) @ h"], ["h = -h"], ["h = h ** 2"], ["h = 1 - h"],
+    ["h = h.detach()"], ["h = x"], ["h = r"], ["h = F.relu(h + r)"], ["h = h.clone()"], ["x = h"], ["x = x * 2"],
+    ["h, r = r, h"], ["del r", "r = x"], ["h = h if h is not None else x"], ["h = h.type(x.dtype)"],
+    ["h = torch.utils.checkpoint.checkpoint(F.relu, h, use_reentrant=False)"], ["h = F.relu(h, **{'inplace': True})"],
+    ["h = h.view(7)"], ["raise ValueError(h)"], ["h = h + self.absent"],
+    ["h = h * sum(p.sum() for p in self.parameters())"],
+    ["import math as m", "h = h * m.pi"], ["h.register_hook(lambda grad: grad * 2)", "h = h * 1"],
+    ["h = torch.jit.annotate(Tensor, h)"], ["h = h.contiguous(memory_format=torch.channels_last)"],
+)  # fmt: skip
+RETURNS = ("return h", "return h", "return h", "return h, x", "return {'out': h, 'last': r}", "return [h]",
+            "return Pair(h, h.sum())", "return h, h.shape", "return h.mean((2, 3))", "return (h, [r, None])",
+            "return F.relu(h), 1")  # fmt: skip
