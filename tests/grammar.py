@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from .grammar_words import (
-    ACTIVATIONS, CONDITIONS, DICT_LOOPS, LIST_LOOPS, NUMBERS, OUTSIDE, RETURNS, SEQUENTIAL_LOOPS, SIMPLE, TO_BLOCKS,
-    TO_CONVOLUTIONS, TO_NORMS, Term,
-)  # fmt: skip
+from . import grammar_words as words
 
 HEADER = """\
 import contextlib, enum, functools, itertools, math, os, random, types
@@ -101,7 +98,7 @@ class Writer:
         self.count += 1
         return str(self.count)
 
-    def write(self, term: Term, value: str = "", arg: str = "h") -> str:
+    def write(self, term: words.Term, value: str = "", arg: str = "h") -> str:
         """An expression, with all that it needs."""
         number = self.number()
 
@@ -119,7 +116,7 @@ class Writer:
     # --- expressions ------------------------------------------------------------------------------------------------
 
     def condition(self) -> str:
-        text = self.write(self.one(CONDITIONS), self.one(("True", "False")))
+        text = self.write(self.one(words.CONDITIONS), self.one(("True", "False")))
         form = self.one(("{}", "{}", "{}", "not {}", "({} and self.training)", "({} or FLAG)"))
         if "FLAG" in form and "FLAG = False" not in self.top:
             self.top.append("FLAG = False")
@@ -127,10 +124,10 @@ class Writer:
         return form.format(text)
 
     def value(self) -> str:
-        return self.write(self.one(NUMBERS), self.one(("2", "0.5", "1")))
+        return self.write(self.one(words.NUMBERS), self.one(("2", "0.5", "1")))
 
     def activated(self, arg: str) -> str:
-        return self.write(self.one(ACTIVATIONS), self.one(("False", "True")), arg)
+        return self.write(self.one(words.ACTIVATIONS), self.one(("False", "True")), arg)
 
     def child(self, made: str, stem: str, flips: tuple[str, ...]) -> str:
         """A child, under one of the ways to hold and to find it."""
@@ -162,11 +159,11 @@ class Writer:
             "track_running_stats=False",
             "eps=0.1",
         )
-        return self.child(f"nn.BatchNorm2d(4, {self.one(options)})", "bn", TO_NORMS)
+        return self.child(f"nn.BatchNorm2d(4, {self.one(options)})", "bn", words.TO_NORMS)
 
     def conv(self) -> str:
         made = self.one(("1", "3, padding=1", "1, bias=False"))
-        return self.child(f"nn.Conv2d(4, 4, {made})", "conv", TO_CONVOLUTIONS)
+        return self.child(f"nn.Conv2d(4, 4, {made})", "conv", words.TO_CONVOLUTIONS)
 
     def normed(self, arg: str) -> str:
         """A BatchNorm of something, most often of a convolution."""
@@ -262,10 +259,10 @@ class Writer:
         return [self.one(("r = h", "r = h.clone()", "r = x", "r = h.detach()"))]
 
     def simple(self) -> list[str]:
-        return self.one(SIMPLE)
+        return self.one(words.SIMPLE)
 
     def outside(self) -> list[str]:
-        return self.one(OUTSIDE)
+        return self.one(words.OUTSIDE)
 
     def dropped(self) -> list[str]:
         made = self.one(("Dropout(0.0)", "Dropout(0.5)", "Dropout2d(0.5)", "Identity()"))
@@ -291,11 +288,11 @@ class Writer:
         path = f"{self.cls.path}.{name}"
         if kind == "ModuleDict":
             held = "dict(a={}, b={}, c={})".format(*some)
-            ways = DICT_LOOPS
+            ways = words.DICT_LOOPS
             flips = (f"{path}['d'] = nn.Tanh()", f"{path}['b'] = nn.Hardtanh()", f"del {path}['c']")
         else:
             held = f"[{', '.join(some)}]" if kind == "ModuleList" else ", ".join(some)
-            ways = (*LIST_LOOPS, *(SEQUENTIAL_LOOPS if kind == "Sequential" else ()))
+            ways = (*words.LIST_LOOPS, *(words.SEQUENTIAL_LOOPS if kind == "Sequential" else ()))
             flips = (f"{path}.append(nn.Tanh())", f"{path}[1] = nn.Hardtanh()", f"del {path}[2]")
         self.cls.init.append(f"self.{name} = nn.{kind}({held})")
         self.flips += flips
@@ -395,11 +392,11 @@ class Writer:
 
     def program(self) -> Program:
         forward = ["def forward(self, x):", "    h = r = x", *indented(self.statements(4))]
-        forward += indented([self.one(RETURNS)])
+        forward += indented([self.one(words.RETURNS)])
         source = "\n".join([HEADER, *self.top, *self.cls.source(forward)])
         reads, others = self.flips, self.others
         self.flips = []
-        self.write(Term("", flips=TO_BLOCKS))
+        self.write(words.Term("", flips=words.TO_BLOCKS))
         pools = [pool for pool in (reads, reads, reads, others, [*self.flips, "COPY"]) if pool]
         steps = [Step(), Step(training=False)]
         for _ in range(self.draw(st.integers(1, 6))):

@@ -120,8 +120,9 @@ def _size(value: Tensor) -> float:
 def call(module: types.ModuleType, model: nn.Module, step: Step) -> Outcome:
     """Call a model as in training, and backward where the step has one."""
     found = Outcome()
-    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    x.requires_grad_(step.grad)
+    generator = torch.Generator("cpu").manual_seed(1)
+    x = torch.randn(2, 4, 3, 3, generator=generator, device="cpu")
+    x = x.to(torch.get_default_device()).requires_grad_(step.grad)
     seed(2)
     try:
         with torch.set_grad_enabled(step.grad):
@@ -246,7 +247,7 @@ def test_many_programs_compute_what_they_did(program):
 
 @pytest.mark.kernels
 @settings(QUICK, max_examples=10)
-@given(programs())
+@given(program=programs())
 def test_a_program_computes_what_it_did_over_the_kernels(program, device):
     note(str(program))
     with torch.device(device):
