@@ -7,6 +7,7 @@ else leaves it to its own forward, with a reason.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import time
@@ -680,3 +681,53 @@ def test_a_child_whose_forward_gives_a_tensor_is_not_none():
 def test_a_child_that_may_give_none_is_told():
     reason = fusedres.explain(Summed(Unknown())).rows[0].reason
     assert "whether a value computed from its input is a certain object" in reason
+
+
+@dataclasses.dataclass
+class Output:
+    """What a forward gives, with something that its making does besides."""
+
+    value: torch.Tensor
+    shape: tuple = ()
+
+    def __post_init__(self):
+        KEPT.append(self.value)
+
+
+def a_dataclass(self, x):
+    return Output(F.relu(self.bn(self.conv(x))))
+
+
+def a_dataclass_in_between(self, x):
+    out = Output(F.relu(self.bn(self.conv(x))))
+    return out, x + 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("forward", "status"), [(a_dataclass, "fusable"), (a_dataclass_in_between, "left alone")]
+)
+def test_an_object_may_be_the_last_thing_that_is_made(forward, status):
+    assert fusedres.explain(block(forward)).rows[0].status == status
+
+
+def test_an_object_is_made_at_each_call():
+    plain = block(a_dataclass).eval()
+    fused = fused_copy(plain)
+    KEPT.clear()
+    torch.testing.assert_close(fused(X).value, plain(X).value)
+    assert len(KEPT) == 2
+    KEPT.clear()
+
+
+def a_checked_size(self, x):
+    torch._assert(x.shape[1] == 4, f"{x.shape[1]} channels, {self.conv.in_channels!r} wanted")
+    return F.relu(self.bn(self.conv(x)))
+
+
+def test_a_string_of_sizes_is_made_at_each_call():
+    fused = block(a_checked_size)
+    report = fusedres.fuse_(fused)
+    with pytest.raises(AssertionError, match="5 channels, 4 wanted"):
+        fused(images(2, 5, 3, 3))
+    assert (report.rows[0].status, fused(X).shape) == ("fused", X.shape)

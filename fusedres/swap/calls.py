@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -11,7 +12,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from . import builtin, known
 from .attributes import Attributes
@@ -51,6 +52,8 @@ class Calls(Operators):
         super().__init__()
         self.steps = 0
         self.frames: list[Frame] = []
+        # A call that may only be the last thing a forward does: its node, how many guards there were, why.
+        self.last: tuple[fx.Node, int, str] | None = None
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
@@ -115,6 +118,10 @@ class Calls(Operators):
             return self.natively(function, args, keywords)
         if isinstance(function, types.MethodType) and _is_autograd(function):
             return self.node("call_function", function, tuple(args), keywords)
+        if isinstance(function, type) and dataclasses.is_dataclass(function):
+            made = self.node("call_function", function, tuple(args), keywords)
+            self.last = made.node, len(self.guards), _why_not_called(function)
+            return made
         raise NotTraceable(_why_not_called(function))
 
     def _question(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:

@@ -249,7 +249,7 @@ def _build(frame: Frame, each: dis.Instruction) -> None:
     if kind == "SLICE":
         frame.push(slice(*values))
     elif kind == "STRING":
-        frame.push("".join(values))
+        frame.push(frame.semantics.joined(values))
     else:
         frame.push({"TUPLE": tuple, "LIST": list, "SET": set}[kind](values))
 

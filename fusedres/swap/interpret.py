@@ -38,8 +38,12 @@ class Interpreter(Calls):
         ]
         try:
             result = self.enter(function, [module, *placeholders], {})
-            self.graph.output(self.argument(result))
             self._result = result
+            end = self.graph.output(self.argument(result))
+            if self.last is not None:
+                node, guards, reason = self.last
+                if end.prev is not node or guards != len(self.guards):
+                    raise NotTraceable(reason)
         except NotTraceable as error:
             raise NotTraceable(f"{error}{self._where()}") from None
         except RecursionError:

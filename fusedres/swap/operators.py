@@ -318,13 +318,27 @@ class Operators(Attributes):
             raise NotTraceable(f"it unpacks {len(values)} values into {count}")
         return values
 
-    def formatted(self, value: Any, conversion: int, spec: str) -> str:
+    def formatted(self, value: Any, conversion: int, spec: str) -> Any:
         """A value in an f-string."""
+        if isinstance(value, SYMBOLS):
+            made = self.value_of(value)
+            if conversion:
+                made = self.node("call_function", (str, repr, ascii)[conversion - 1], (made,))
+            return self.node("call_function", format, (made, spec))
         if has_symbol(value) or not isinstance(value, (*PLAIN, *HOLDERS, type)):
             raise NotTraceable(f"it writes {described(value)} into a string")
         self.only_plain("it writes a module or an object into a string", value)
         function = (lambda v: v, str, repr, ascii)[conversion]
         return format(function(value), spec)
+
+    def joined(self, parts: list[Any]) -> Any:
+        """An f-string of its parts."""
+        if not any(isinstance(part, Symbol) for part in parts):
+            return "".join(parts)
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.binary("+", total, part)
+        return total
 
     def only_plain(self, text: str, *values: Any) -> None:
         """Refuse what would be looked at, or run, as something else than it is; within lists and dicts too."""
