@@ -61,7 +61,7 @@ def bn_apply_kernel(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
         p_running_mean, p_running_var, p_saved, p_weight, p_bias,

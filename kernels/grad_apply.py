@@ -62,7 +62,7 @@ def bn_grad_apply_kernel(
     STAGES: tl.constexpr,
 ):
     """dx and dresidual (each where given) <- dy, x."""
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
         None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC

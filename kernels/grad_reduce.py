@@ -104,7 +104,7 @@ def bn_grad_reduce_kernel(
     """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a BatchNorm."""
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
         None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC

@@ -15,6 +15,9 @@ TILE_BYTES = 8192  # of a tensor: two 16-byte accesses a thread with 8 warps
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
+# A CUDA grid takes 2^31 - 1 programs along its first axis and this many along the others. So what grows with the number
+# of channels stands on the first, and the programs that share a channel block, which the chip bounds, on the second.
+MOST_PROGRAMS = 65535
 # The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90. So do, on sm_100,
 # those that compute the input of an activation again beside a third tensor, a residual or a second gradient.
 DUAL_SHARE = 2
@@ -54,7 +57,7 @@ class Tile:
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
-        return self.programs, self.channel_blocks
+        return self.channel_blocks, self.programs
 
 
 def _power_of_two(n: int) -> int:
@@ -97,7 +100,7 @@ def choose_tile(
     wanted = _ceil(per_multiprocessor * chip.multiprocessors, channel_blocks)
     if per_multiprocessor == REDUCING:
         wanted = min(wanted, max(1, rows.rows // ROWS_A_PROGRAM), MAX_PARTIALS)
-    programs = max(1, min(tiles, wanted))
+    programs = max(1, min(tiles, wanted, MOST_PROGRAMS))
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
     tile_size = block_outer * block_inner * block_channels
     warps = 8 if tile_size * element_size >= TILE_BYTES // 2 else 4

@@ -5,7 +5,7 @@
 The rows are split between programs, each of which writes a sum of its own (no atomics); the sums are added by the
 caller in their order. Reads dy once a block of input channels and the visited rows of x once a block of output
 channels, from the cache where neighbouring programs share them; writes `splits` matrices in float32. Parallel over
-blocks of input channels (grid axis 0), of output channels (axis 1) and splits (axis 2).
+blocks of input and of output channels (both on grid axis 0, the input channels fastest) and splits (axis 1).
 """
 
 import triton
@@ -40,9 +40,11 @@ def projection_grad_weight_kernel(
     STAGES: tl.constexpr,
 ):
     """partial [programs, Cout, Cin] <- the sums over each program's rows."""
-    o_in = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    o_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    i_program = tl.program_id(2)
+    i_block = tl.program_id(0)
+    blocks_in = tl.cdiv(channels_in, BLOCK_IN)
+    o_in = (i_block % blocks_in) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    o_out = (i_block // blocks_in) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    i_program = tl.program_id(1)
     m_in, m_out = o_in < channels_in, o_out < channels_out
     b_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
@@ -79,7 +81,7 @@ def launch_projection_grad_weight(
     )
     start(
         projection_grad_weight_kernel,
-        (-(-channels_in // tile.block_in), tile.blocks_out, tile.programs),
+        (-(-channels_in // tile.block_in) * tile.blocks_out, tile.programs),
         (dy, x, partial),
         (
             gather.sizes[1:],

@@ -3,8 +3,7 @@
     mean = sum(x) / n,  M2 = sum((x - mean)^2)          x [rows, C]; mean, M2 [C]
 
 Reads x once, writes 3 values a channel and program. With a residual x is the sum of both, rounded as it is stored: both
-are read once and the sum is written. Parallel over row programs (grid axis 0) and channel blocks
-(axis 1). Each position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the
+are read once and the sum is written. Parallel over channel blocks and row programs. Each position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the
 end in a fixed tree, so a launch gives the same bits every time. Arithmetic in float32; the sums over the
 tiles of a float32 tensor are compensated (PyTorch's own are double on a CPU).
 """
@@ -45,7 +44,7 @@ def bn_stats_kernel(
     ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
-    i_program = tl.program_id(0)
+    i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     if p_residual is None:
         b_pivot = load_pivot(p_x, o_channel, m_channel, x_stride[2], ACC)

@@ -26,8 +26,8 @@ def tile_rows(
 
 @triton.jit
 def tile_channels(channels, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
-    """(c, mask) of the channels of this program, each [BLOCK_CHANNELS]; the channel block is grid axis 1."""
-    o_channel = tl.program_id(1).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
+    """(c, mask) of the channels of this program, each [BLOCK_CHANNELS]; the channel block is grid axis 0."""
+    o_channel = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
         OFFSET
     )
     return o_channel, o_channel < channels
