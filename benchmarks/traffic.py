@@ -125,13 +125,15 @@ def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: 
     steps = [stride, stride] if stride > 1 else None
     node: Any = output.grad_fn
     if operator.residual_norm:
-        common = (gradient, *node.saved_tensors, operator.training, operator.activation)
-        torch.ops.fusedres.dual_batch_norm_act_backward(*common, [True] * 6, skip, steps)
+        common = (gradient, *node.saved_tensors[:7], operator.training, operator.activation)
+        torch.ops.fusedres.dual_batch_norm_act_backward(
+            *common, [True] * 4, torch.float32, torch.float32, skip, steps
+        )
     else:
-        *saved, residual = node.saved_tensors
+        *saved, residual, _ = node.saved_tensors
         torch.ops.fusedres.batch_norm_act_backward(
-            gradient, *saved, operator.training, operator.activation, output.dtype, True, True, True, True,
-            skip, steps, residual,
+            gradient, *saved, operator.training, operator.activation, output.dtype, True, True, True,
+            torch.float32, skip, steps, residual,
         )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def _backward(
     added = rest[0] if rest else None
     pack_channels, _, bits_stride = bits_layout(rows)
     k.grad_apply(
-        dy, x, bits if bits.numel() else None, None, None, None, None, None, dz, added, None, None, None, None, None,
+        dy, x, bits if bits.numel() else None, None, None, None, None, dz, added, None, None, None, None,
         rows, bits_stride, pack_channels, k.tile(rows, dy.element_size(), k.APPLYING, k.chip()),
         *parse(activation), k.dtype[accumulate_dtype(dy.dtype)], k.offset[rows.needs_int64],
     )  # fmt: skip
@@ -131,7 +131,7 @@ def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
         with torch.no_grad():
             like = dy.new_empty_strided(dy.shape, stride)
             none = like.new_empty(0)
-            mask = operators.gradient_mask(like, None, None, none, bits, activation)
+            mask = operators.gradient_mask(like, None, none, bits, activation)
         return keep_passing(dy, mask, activation)
     z = input + residual
     return torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)[0]

@@ -84,9 +84,9 @@ def _batch_norm_act(info: Any, in_dims: tuple, *args: Any) -> tuple:
 
 
 def _batch_norm_act_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    dy, input, weight, bias, saved, bits, *rest, residual = args
+    dy, input, weight, saved, bits, *rest, residual = args
     size = info.batch_size
-    if in_dims[4] is None:
+    if in_dims[3] is None:
         # The forward was not mapped (only gradients are, as in a Jacobian), so the bits are not of a folded tensor.
         calls = [
             operators.batch_norm_act_backward(
@@ -102,8 +102,7 @@ def _batch_norm_act_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
         fold(dy, in_dims[0], size, 1),
         fold(input, in_dims[1], size, 1),
         fold(weight, in_dims[2], size, 0),
-        fold(bias, in_dims[3], size, 0),
-        fold(saved, in_dims[4], size, 1),
+        fold(saved, in_dims[3], size, 1),
         bits,
         *rest,
         fold(residual, in_dims[-1], size, 1),
@@ -113,13 +112,12 @@ def _batch_norm_act_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
 
 
 def _gradient_mask(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    input, weight, bias, saved, bits, activation = args
+    input, weight, saved, bits, activation = args
     size = info.batch_size
     mask = operators.gradient_mask(
         fold(input, in_dims[0], size, 1),
         fold(weight, in_dims[1], size, 0),
-        fold(bias, in_dims[2], size, 0),
-        fold(saved, in_dims[3], size, 1),
+        fold(saved, in_dims[2], size, 1),
         bits,
         activation,
     )

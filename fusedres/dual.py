@@ -1,9 +1,10 @@
 """The tail of a block whose shortcut is projected, `act(bn(input) + bn'(residual))`: operators and autograd.
 
-    fusedres::dual_batch_norm_act           input, residual, ... -> output, saved, residual_saved [3, C], bits
+    fusedres::dual_batch_norm_act           input, residual, ... -> output, saved, residual_saved [4, C], bits
                                             (residual_moments: those of the residual, where its producer left them)
     fusedres::dual_batch_norm_act_backward  dy, input, residual, ... -> a gradient for each of the six that have one
 
+`needs` says which of input, residual, weight and residual weight get a gradient; a bias gets one in its dtype, or none.
 The kernels are those of `batch_norm_act`, told that the residual has a BatchNorm of its own. With dz = dy * act'(z),
 each of the two gets the derivative that `autograd` states, from the same dz.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import fork, operators, reference
 from .activations import activate, gradient, is_piecewise, keep_passing, parse
-from .autograd import graph_gradients, normalized_graph
+from .autograd import bias_in_graph, graph_gradients, normalized_graph
 from .batching import fold, fold_buffers, unfold, write_back
 from .checks import check_batch_norm_act
 from .dispatch import goes_to_kernels, is_eager, resolve, wants_triton
@@ -32,9 +33,9 @@ LIBRARY.define(
     "-> (Tensor output, Tensor saved, Tensor residual_saved, Tensor bits)"
 )
 LIBRARY.define(
-    "dual_batch_norm_act_backward(Tensor dy, Tensor input, Tensor residual, Tensor? weight, Tensor? bias, "
-    "Tensor? residual_weight, Tensor? residual_bias, Tensor saved, Tensor residual_saved, Tensor bits, bool training, "
-    "str? activation, bool[] needs, Tensor? skip=None, int[]? skip_stride=None) "
+    "dual_batch_norm_act_backward(Tensor dy, Tensor input, Tensor residual, Tensor? weight, Tensor? residual_weight, "
+    "Tensor saved, Tensor residual_saved, Tensor bits, bool training, str? activation, bool[] needs, "
+    "ScalarType? bias_dtype, ScalarType? residual_bias_dtype, Tensor? skip=None, int[]? skip_stride=None) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dresidual_weight, Tensor dresidual_bias)"
 )
 forward_operator = torch.ops.fusedres.dual_batch_norm_act.default
@@ -58,25 +59,26 @@ def _forward(
     wide = accumulate_dtype(input.dtype)
     keeps = training or save
     saved, residual_saved = (
-        input.new_empty((3, rows.channels) if keeps else (0,), dtype=wide) for _ in range(2)
+        input.new_empty((4, rows.channels) if keeps else (0,), dtype=wide) for _ in range(2)
     )
     pack_channels, n_bytes, bits_stride = bits_layout(rows)
     has_bits = save and activation is not None and is_piecewise(activation)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
+    bias, residual_bias = dense(bias), dense(residual_bias)
     if training:
-        operators._statistics(k, input, rows, saved, (mean, var), momentum, eps)
+        operators._statistics(k, input, rows, bias, saved, (mean, var), momentum, eps)
         alone = row_map_of(output, residual) or rows
         operators._statistics(
-            k, residual, alone, residual_saved, (residual_mean, residual_var), residual_momentum, residual_eps,
-            residual_moments,
+            k, residual, alone, residual_bias, residual_saved, (residual_mean, residual_var),
+            residual_momentum, residual_eps, residual_moments,
         )  # fmt: skip
     norm = k.residual_norm(
-        dense(residual_weight), dense(residual_bias),
+        dense(residual_weight), None if training else residual_bias,
         None if training else dense(residual_mean), None if training else dense(residual_var),
         residual_saved if keeps else None, residual_eps,
     )  # fmt: skip
     k.apply(
-        input, residual, dense(weight), dense(bias),
+        input, residual, dense(weight), None if training else bias,
         None if training else dense(mean), None if training else dense(var),
         saved if keeps else None, norm, output, bits if has_bits else None,
         rows, bits_stride, pack_channels, k.tile(rows, input.element_size(), k.APPLYING, k.chip(), k.DUAL_SHARE),
@@ -86,20 +88,21 @@ def _forward(
 
 
 def _backward(
-    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-    training, activation, needs, skip=None, skip_stride=None,
+    dy, input, residual, weight, residual_weight, saved, residual_saved, bits,
+    training, activation, needs, bias_dtype, residual_bias_dtype, skip=None, skip_stride=None,
 ):  # fmt: skip
     if resolve(input.device, input.dtype)[0] != "triton":
         if skip is not None:
             dy = operators.add_skip(dy, skip, skip_stride)
         return _backward_aten(
-            dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-            training, activation, needs,
+            dy, input, residual, weight, residual_weight, saved, residual_saved, bits,
+            training, activation, needs, bias_dtype, residual_bias_dtype,
         )  # fmt: skip
     k = operators._kernels()
     chip, size = k.chip(), input.element_size()
     dx = torch.empty_like(input)
-    reduces = any(needs[2:]) or (training and any(needs[:2]))
+    bias_dtypes = bias_dtype, residual_bias_dtype
+    reduces = any(needs[2:]) or bias_dtypes != (None, None) or (training and any(needs[:2]))
     if skip is not None and not reduces:
         dy, skip = operators.add_skip(dy, skip, skip_stride), None
     dresidual = torch.empty_like(dx, dtype=residual.dtype)
@@ -107,10 +110,8 @@ def _backward(
     channels, offset = rows.channels, k.offset[rows.needs_int64]
     pack_channels, _, bits_stride = bits_layout(rows)
     mask = bits if bits.numel() else None
-    vectors = _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs)
-    weight, residual_weight, bias, residual_bias = (
-        operators._dense(vector) for vector in (weight, residual_weight, bias, residual_bias)
-    )
+    vectors = _empty_vectors(weight, residual_weight, saved, needs, bias_dtypes)
+    weight, residual_weight = operators._dense(weight), operators._dense(residual_weight)
     both: list[Tensor | None] = [None, None]
     dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
     if reduces:
@@ -120,8 +121,8 @@ def _backward(
             saved.new_empty(shape, dtype=operators._partial_dtype(input.dtype)) for _ in range(2)
         ]
         k.grad_reduce(
-            dy, input, mask, weight, bias, saved, partials[0],
-            residual, residual_weight, residual_bias, residual_saved, partials[1],
+            dy, input, mask, weight, saved, partials[0],
+            residual, residual_weight, residual_saved, partials[1],
             operators._skip(k, rows, dx, skip, skip_stride, dz), None,
             rows, bits_stride, pack_channels, tile, *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
@@ -130,17 +131,17 @@ def _backward(
         for i, (moments, gamma) in enumerate(((saved, weight), (residual_saved, residual_weight))):
             k.grad_finalize(
                 partials[i], moments, gamma, both[i],
-                vectors[2 * i] if needs[2 + 2 * i] else None,
-                vectors[2 * i + 1] if needs[3 + 2 * i] else None, rows.rows, k.dtype[saved.dtype],
+                vectors[2 * i] if needs[2 + i] else None,
+                None if bias_dtypes[i] is None else vectors[2 * i + 1], rows.rows, k.dtype[saved.dtype],
             )  # fmt: skip
     if dz is not None:
         rows, (input, dy, residual) = operators._common_rows(dx, input, dz, residual)
         mask = activation = None
     if any(needs[:2]):
         k.grad_apply(
-            dy, input, mask, weight, bias, saved, both[0],
+            dy, input, mask, weight, saved, both[0],
             dx if needs[0] else None, dresidual if needs[1] else None,
-            residual, residual_weight, residual_bias, residual_saved, both[1], None,
+            residual, residual_weight, residual_saved, both[1], None,
             rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, k.DUAL_SHARE),
             *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
@@ -148,12 +149,13 @@ def _backward(
     return (dx if needs[0] else none, dresidual if needs[1] else none, *vectors)
 
 
-def _empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs) -> list[Tensor]:
-    vectors = (weight, bias, residual_weight, residual_bias)
-    return [
-        operators._empty_gradient(v, need, saved)
-        for v, need in zip(vectors, needs[2:], strict=True)
-    ]
+def _empty_vectors(weight, residual_weight, saved, needs, bias_dtypes) -> list[Tensor]:
+    """The gradients of weight, bias, residual_weight and residual_bias."""
+    found = []
+    for vector, need, dtype in zip((weight, residual_weight), needs[2:], bias_dtypes, strict=True):
+        found.append(operators._empty_gradient(vector, need, saved))
+        found.append(operators._empty_bias_gradient(saved, dtype))
+    return found
 
 
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------
@@ -189,24 +191,26 @@ def _forward_aten(
 
 
 def _backward_aten(
-    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-    training, activation, needs,
+    dy, input, residual, weight, residual_weight, saved, residual_saved, bits,
+    training, activation, needs, bias_dtype, residual_bias_dtype,
 ):  # fmt: skip
     dz = dy.to(saved.dtype)
     if activation is not None and is_piecewise(activation):
         dz = keep_passing(dz, operators._unpack(bits, input), activation)
     elif activation is not None:
-        z = operators._normalized(input, weight, bias, saved)
-        z = z + operators._normalized(residual, residual_weight, residual_bias, residual_saved)
+        z = operators._normalized(input, weight, saved)
+        z = z + operators._normalized(residual, residual_weight, residual_saved)
         dz = gradient(dz, z, activation)
     none = bits.new_empty(0)
     found = []
-    for k, (x, w, b, moments) in enumerate(
-        ((input, weight, bias, saved), (residual, residual_weight, residual_bias, residual_saved))
+    for k, (x, w, moments, dtype) in enumerate(
+        (
+            (input, weight, saved, bias_dtype),
+            (residual, residual_weight, residual_saved, residual_bias_dtype),
+        )
     ):
         dx, _, dweight, dbias = operators._batch_norm_act_backward_aten(
-            dz, x, w, b, moments, none, training, None, None,
-            needs[k], False, needs[2 + 2 * k], needs[3 + 2 * k],
+            dz, x, w, moments, none, training, None, None, needs[k], False, needs[2 + k], dtype,
         )  # fmt: skip
         if needs[k]:  # in the layout of the input, as the kernels write it
             dx = torch.empty_like(input, dtype=x.dtype).copy_(dx)
@@ -236,7 +240,7 @@ def _(
     if save and activation is not None and is_piecewise(activation):
         # Past the cache: while shapes are symbols they cannot be hashed.
         n_bytes = bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
-    shape = (3, input.shape[1]) if training or save else (0,)
+    shape = (4, input.shape[1]) if training or save else (0,)
     saved, residual_saved = (
         input.new_empty(shape, dtype=accumulate_dtype(input.dtype)) for _ in range(2)
     )
@@ -245,14 +249,14 @@ def _(
 
 @torch.library.register_fake("fusedres::dual_batch_norm_act_backward", lib=LIBRARY)
 def _(
-    dy, input, residual, weight, bias, residual_weight, residual_bias, saved, residual_saved, bits,
-    training, activation, needs, skip=None, skip_stride=None,
+    dy, input, residual, weight, residual_weight, saved, residual_saved, bits,
+    training, activation, needs, bias_dtype, residual_bias_dtype, skip=None, skip_stride=None,
 ):  # fmt: skip
     none = input.new_empty(0)
     return (
         torch.empty_like(input) if needs[0] else none,
         torch.empty_like(input, dtype=residual.dtype) if needs[1] else input.new_empty(0),
-        *_empty_vectors(weight, bias, residual_weight, residual_bias, saved, needs),
+        *_empty_vectors(weight, residual_weight, saved, needs, (bias_dtype, residual_bias_dtype)),
     )
 
 
@@ -275,18 +279,18 @@ def _vmap_forward(info: Any, in_dims: tuple, *args: Any) -> tuple:
 
 def _vmap_backward(info: Any, in_dims: tuple, *args: Any) -> tuple:
     size = info.batch_size
-    if in_dims[7] is None:
+    if in_dims[5] is None:
         # The forward was not mapped (only gradients are, as in a Jacobian), so the bits are not of a folded tensor.
         calls = [
             backward_operator(
-                *(t if d is None else t.select(d, k) for t, d in zip(args[:10], in_dims[:10], strict=True)), *args[10:]
+                *(t if d is None else t.select(d, k) for t, d in zip(args[:8], in_dims[:8], strict=True)), *args[8:]
             )
             for k in range(size)
         ]  # fmt: skip
         return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * 6
-    positions = (1, 1, 1, 0, 0, 0, 0, 1, 1)
-    tensors = [fold(t, d, size, p) for t, d, p in zip(args[:9], in_dims[:9], positions, strict=True)]  # fmt: skip
-    outputs = backward_operator(*tensors, *args[9:])
+    positions = (1, 1, 1, 0, 0, 1, 1)
+    tensors = [fold(t, d, size, p) for t, d, p in zip(args[:7], in_dims[:7], positions, strict=True)]  # fmt: skip
+    outputs = backward_operator(*tensors, *args[7:])
     found = [unfold(t, size, p) for t, p in zip(outputs, (1, 1, 0, 0, 0, 0), strict=True)]
     return tuple(t for t, _ in found), tuple(d for _, d in found)
 
@@ -299,7 +303,8 @@ torch.library.register_vmap("fusedres::dual_batch_norm_act_backward", _vmap_back
 
 
 class DualBatchNormAct(torch.autograd.Function):
-    """Saved for backward: both inputs, their weights and biases, three values a channel each, one bit an element."""
+    """Saved for backward: both inputs, their weights, four values a channel each, one bit an element; the biases as in
+    `BatchNormAct`."""
 
     generate_vmap_rule = True
 
@@ -316,16 +321,27 @@ class DualBatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _, saved, residual_saved, bits = output
-        ctx.mark_non_differentiable(saved, residual_saved, bits)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6], saved, residual_saved, bits)
-        ctx.training, ctx.activation = inputs[10], inputs[15]
-        ctx.eps = inputs[12], inputs[14]
+        _remember(ctx, inputs, output, inputs[3], inputs[5])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, dy, None, None)
+
+
+def _remember(
+    ctx: Any, inputs: tuple, output: tuple, bias: Tensor | None, residual_bias: Tensor | None
+) -> None:
+    """What the backward needs; the biases, where they are to be saved as they are."""
+    input, residual, weight, own_bias, residual_weight, own_residual_bias = inputs[:6]
+    _, saved, residual_saved, bits = output
+    ctx.mark_non_differentiable(saved, residual_saved, bits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        input, residual, weight, residual_weight, saved, residual_saved, bits, bias, residual_bias
+    )
+    ctx.training, ctx.activation = inputs[10], inputs[15]
+    ctx.eps = inputs[12], inputs[14]
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in (own_bias, own_residual_bias)]
 
 
 def _gradients(
@@ -338,10 +354,13 @@ def _gradients(
     needs = list(ctx.needs_input_grad[:6])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return (*_differentiable_backward(ctx, dy, needs), *rest)
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors[:7]
     if dy is None and skip is not None:
         dy, skip = operators.spread_skip(skip, stride, saved[0]), None
-    gradients = backward_operator(dy, *saved, ctx.training, ctx.activation, needs, skip, stride)
+    dtypes = [ctx.bias_dtypes[k] if needs[3 + 2 * k] else None for k in (0, 1)]
+    gradients = backward_operator(
+        dy, *saved, ctx.training, ctx.activation, [needs[k] for k in (0, 1, 2, 4)], *dtypes, skip, stride
+    )  # fmt: skip
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
 
 
@@ -352,7 +371,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = DualBatchNormAct.forward(*inputs)
-        DualBatchNormAct.setup_context(ctx, inputs, output)
+        _remember(ctx, inputs, output, None, None)
+        ctx.biases = inputs[3], inputs[5]
         fork.begin(ctx, inputs[1])
         return output
 
@@ -367,16 +387,21 @@ fork.takes_gradients(_Eager)
 
 def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """For `create_graph=True`: as that of `autograd`, for both BatchNorms."""
-    *tensors, saved, residual_saved, bits = ctx.saved_tensors
-    input, residual, weight, bias, residual_weight, residual_bias = tensors
+    input, residual, weight, residual_weight, saved, residual_saved, bits, *biases = (
+        ctx.saved_tensors
+    )
     activation, dz = ctx.activation, dy
+    kept = getattr(ctx, "biases", (None, None))
+    bias, residual_bias = (
+        bias_in_graph(biases[k], kept[k], (saved, residual_saved)[k], activation) for k in (0, 1)
+    )
     y, leaves = normalized_graph(input, weight, bias, saved, ctx.training, ctx.eps[0])
     other, more = normalized_graph(
         residual, residual_weight, residual_bias, residual_saved, ctx.training, ctx.eps[1]
     )
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
-            mask = operators.gradient_mask(input, weight, bias, saved, bits, activation)
+            mask = operators.gradient_mask(input, weight, saved, bits, activation)
         dz = keep_passing(dy, mask, activation)
     y = (
         y + other
@@ -385,7 +410,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Te
     )
     order = (0, 2, 3, 1, 4, 5)
     found = graph_gradients(y, [*leaves, *more], [needs[k] for k in order], dz)
-    return [found[order.index(k)] for k in range(6)]
+    gradients = [found[order.index(k)] for k in range(6)]
+    for k, dtype in zip((3, 5), ctx.bias_dtypes, strict=True):
+        gradients[k] = None if (found_bias := gradients[k]) is None else found_bias.to(dtype)
+    return gradients
 
 
 def dual_batch_norm_act(*arguments: Any, moments: Tensor | None = None) -> Tensor:

@@ -1,14 +1,17 @@
 """`torch.library` operators: the contract with PyTorch (schemas, allocation, fakes), above the launchers.
 
-    fusedres::batch_norm_act           input, ... -> output, saved [3, C] = (mean, mean_low, invstd), bits
-    fusedres::batch_norm_act_backward  dy, input, saved, bits -> dx, dresidual, dweight, dbias
-    fusedres::gradient_mask            input, saved, bits -> where the gradient passes (for double backward)
+    fusedres::batch_norm_act           input, ... -> output, saved [4, C] = (mean, mean_low, invstd, bias), bits
+    fusedres::batch_norm_act_backward  dy, input, weight, saved, bits -> dx, dresidual, dweight, dbias
+    fusedres::gradient_mask            input, weight, saved, bits -> where the gradient passes (for double backward)
+
+The bias is in `saved`, by value, for a backward that computes z again: PyTorch's BatchNorm does not keep its bias, and
+who changes it between two backward passes over one graph must not be refused here either.
 
 `skip` is a second gradient of the output, to be added to dy, which came over a skip connection (module `fork`); with
-`skip_stride` it holds every stride-th position only. An output that was not asked for is an empty tensor, so that the
-arity is fixed. The backward is given the residual where act' cannot be told from one bit (`activations.SMOOTH`). Which
-implementation runs is decided when the operator runs, by `dispatch.resolve`; both write the same `saved` and `bits`, so
-a backward may use the other.
+`skip_stride` it holds every stride-th position only. An output that was not asked for (dbias, without `bias_dtype`) is
+an empty tensor, so that the arity is fixed. The backward is given the residual where act' cannot be told from one bit
+(`activations.SMOOTH`). Which implementation runs is decided when the operator runs, by `dispatch.resolve`; both write
+the same `saved` and `bits`, so a backward may use the other.
 """
 
 from __future__ import annotations
@@ -33,14 +36,14 @@ LIBRARY.define(
     "-> (Tensor output, Tensor saved, Tensor bits)"
 )
 LIBRARY.define(
-    "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, "
+    "batch_norm_act_backward(Tensor dy, Tensor input, Tensor? weight, Tensor saved, Tensor bits, "
     "bool training, str? activation, ScalarType? residual_dtype, bool need_input, bool need_residual, "
-    "bool need_weight, bool need_bias, Tensor? skip=None, int[]? skip_stride=None, Tensor? residual=None, "
+    "bool need_weight, ScalarType? bias_dtype, Tensor? skip=None, int[]? skip_stride=None, Tensor? residual=None, "
     "Tensor? addend=None) "
     "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
 )
 LIBRARY.define(
-    "gradient_mask(Tensor input, Tensor? weight, Tensor? bias, Tensor saved, Tensor bits, str activation) -> Tensor"
+    "gradient_mask(Tensor input, Tensor? weight, Tensor saved, Tensor bits, str activation) -> Tensor"
 )
 batch_norm_act = torch.ops.fusedres.batch_norm_act.default
 batch_norm_act_backward = torch.ops.fusedres.batch_norm_act_backward.default
@@ -170,18 +173,18 @@ def _batch_norm_act(
     channels = rows.channels
     wide = accumulate_dtype(input.dtype)
     offset = k.offset[rows.needs_int64]
-    saved = input.new_empty((3, channels) if training or save else (0,), dtype=wide)
+    saved = input.new_empty((4, channels) if training or save else (0,), dtype=wide)
     pack_channels, n_bytes, bits_stride = bits_layout(rows)
     has_bits = _needs_bits(residual, activation, save)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
     size = input.element_size()
     if training:
-        _statistics(k, input, rows, saved, buffers, momentum, eps)
+        _statistics(k, input, rows, bias, saved, buffers, momentum, eps)
     k.apply(
         input,
         residual,
         weight,
-        bias,
+        None if training else bias,
         None if training else _dense(running_mean),
         None if training else _dense(running_var),
         saved if training or save else None,
@@ -201,12 +204,14 @@ def _batch_norm_act(
 
 
 def _statistics(
-    k: SimpleNamespace, x: Tensor, rows: RowMap, saved: Tensor, buffers: Buffers, momentum: float, eps: float,
-    known: Tensor | None = None, added: Buffers = (None, None),
+    k: SimpleNamespace, x: Tensor, rows: RowMap, bias: Tensor | None, saved: Tensor, buffers: Buffers,
+    momentum: float, eps: float, known: Tensor | None = None, added: Buffers = (None, None),
 ) -> None:  # fmt: skip
-    """saved [3, C] <- the moments of x, which is rows.strides[1]; the running statistics move on. `known`: the partial
-    moments that whatever wrote x has left. `added`: a residual (rows.strides[2]), and where x + residual goes
-    (rows.strides[0]): the moments are those of the sum."""
+    """saved [4, C] <- the moments of x, which is rows.strides[1], and the bias; the running statistics move on.
+
+    known: the partial moments that whatever wrote x has left. added: a residual (rows.strides[2]), and where x +
+    residual goes (rows.strides[0]): the moments are those of the sum.
+    """
     mean, var = _dense(buffers[0]), _dense(buffers[1])
     if known is None:
         tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
@@ -214,9 +219,9 @@ def _statistics(
         residual, total = added
         k.stats(x, residual, total, partial, rows, tile, k.offset[rows.needs_int64])
         first, stride = (x, rows.strides[1]) if total is None else (total, rows.strides[0])
-        k.finalize(partial, first, saved, mean, var, stride, momentum, eps)
+        k.finalize(partial, first, bias, saved, mean, var, stride, momentum, eps)
     else:
-        k.finalize(known, None, saved, mean, var, None, momentum, eps)
+        k.finalize(known, None, bias, saved, mean, var, None, momentum, eps)
     for buffer, updated in zip(buffers, (mean, var), strict=True):
         if buffer is not None and updated is not None and updated is not buffer:
             buffer.copy_(updated)
@@ -231,11 +236,14 @@ def _empty_gradient(vector: Tensor | None, needed: bool, like: Tensor) -> Tensor
     return torch.empty_like(vector) if needed and vector is not None else like.new_empty(0)
 
 
+def _empty_bias_gradient(saved: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return saved.new_empty(0) if dtype is None else saved.new_empty(saved.shape[1], dtype=dtype)
+
+
 def _batch_norm_act_backward(
     dy: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
     saved: Tensor,
     bits: Tensor,
     training: bool,
@@ -244,7 +252,7 @@ def _batch_norm_act_backward(
     need_input: bool,
     need_residual: bool,
     need_weight: bool,
-    need_bias: bool,
+    bias_dtype: torch.dtype | None,
     skip: Tensor | None = None,
     skip_stride: list[int] | None = None,
     residual: Tensor | None = None,
@@ -252,14 +260,16 @@ def _batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if resolve(input.device, input.dtype)[0] != "triton":
         return _batch_norm_act_backward_aten(
-            dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-            need_input, need_residual, need_weight, need_bias, skip, skip_stride, residual, addend,
+            dy, input, weight, saved, bits, training, activation, residual_dtype,
+            need_input, need_residual, need_weight, bias_dtype, skip, skip_stride, residual, addend,
         )  # fmt: skip
     k = _kernels()
     chip = k.chip()
-    weight, bias = _dense(weight), _dense(bias)
+    dweight = _empty_gradient(weight, need_weight, saved)
+    dbias = _empty_bias_gradient(saved, bias_dtype)
+    weight = _dense(weight)
     dx = torch.empty_like(input)
-    reduces = need_weight or need_bias or (training and need_input)
+    reduces = need_weight or bias_dtype is not None or (training and need_input)
     if skip is not None and not reduces:
         dy, skip = add_skip(dy, skip, skip_stride), None
     # A pre-activation unit has an addend, whatever ends in a sum has a residual: never both.
@@ -285,8 +295,6 @@ def _batch_norm_act_backward(
     else:
         writes_residual = need_residual
         dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
-    dweight = _empty_gradient(weight, need_weight, saved)
-    dbias = _empty_gradient(bias, need_bias, saved)
     coefficients = None
     # With running statistics dx waits for no sum: the pass that reduces writes everything.
     is_whole = reduces and not training and skip is None and addend is None
@@ -298,7 +306,7 @@ def _batch_norm_act_backward(
         else:
             second = _skip(k, rows, dx, skip, skip_stride, dz)
         k.grad_reduce(
-            dy, input, mask, weight, bias, saved, partial, residual, None, None, None, None,
+            dy, input, mask, weight, saved, partial, residual, None, None, None,
             second, dx if is_whole and need_input else None,
             rows, bits_stride, pack_channels, tile, *activations.parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
@@ -310,7 +318,7 @@ def _batch_norm_act_backward(
             weight,
             coefficients,
             dweight if need_weight else None,
-            dbias if need_bias else None,
+            None if bias_dtype is None else dbias,
             rows.rows,
             k.dtype[wide],
         )
@@ -323,13 +331,11 @@ def _batch_norm_act_backward(
             input,
             mask,
             weight,
-            bias,
             saved,
             coefficients,
             dx if need_input else None,
             dresidual if writes_residual else None,
             residual,
-            None,
             None,
             None,
             None,
@@ -441,17 +447,16 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
     return mask
 
 
-def _gradient_mask(input, weight, bias, saved, bits, activation) -> Tensor:
+def _gradient_mask(input, weight, saved, bits, activation) -> Tensor:
     """Where a piecewise activation lets the gradient pass, as a boolean tensor; in plain PyTorch on every backend."""
     if bits.numel():
         return _unpack(bits, input)
-    return activations.passes(_normalized(input, weight, bias, saved), activation)
+    return activations.passes(_normalized(input, weight, saved), activation)
 
 
-def _normalized(input, weight, bias, saved) -> Tensor:
+def _normalized(input, weight, saved) -> Tensor:
     scale = saved[2] if weight is None else saved[2] * weight
-    z = _centered(input, saved) * _per_channel(scale, input)
-    return z if bias is None else z + _per_channel(bias, input)
+    return _centered(input, saved) * _per_channel(scale, input) + _per_channel(saved[3], input)
 
 
 def _centered(input: Tensor, saved: Tensor) -> Tensor:
@@ -462,14 +467,16 @@ def _batch_norm_act_aten(
     input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
 ):  # fmt: skip
     wide = accumulate_dtype(input.dtype)
-    saved = input.new_empty((3, input.shape[1]) if training or save else (0,), dtype=wide)
+    saved = input.new_empty((4, input.shape[1]) if training or save else (0,), dtype=wide)
     if saved.numel():
         if training:
             dims = [0, *range(2, input.dim())]
             var, mean = torch.var_mean(input.to(wide), dims, correction=0)
         else:
             var, mean = running_var.to(wide), running_mean.to(wide)
-        saved.copy_(torch.stack([mean, torch.zeros_like(mean), (var + eps).rsqrt()]))
+        zero = torch.zeros_like(mean)
+        shift = zero if bias is None else bias.to(wide)
+        saved.copy_(torch.stack([mean, zero, (var + eps).rsqrt(), shift]))
     result = reference.batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps,
         residual=residual, activation=None,
@@ -485,15 +492,15 @@ def _batch_norm_act_aten(
 
 
 def _batch_norm_act_backward_aten(
-    dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None, addend=None,
+    dy, input, weight, saved, bits, training, activation, residual_dtype,
+    need_input, need_residual, need_weight, bias_dtype, skip=None, skip_stride=None, residual=None, addend=None,
 ):  # fmt: skip
     dz = (dy if skip is None else add_skip(dy, skip, skip_stride)).to(saved.dtype)
     if activation is not None and is_piecewise(activation):
-        mask = _gradient_mask(input, weight, bias, saved, bits, activation)
+        mask = _gradient_mask(input, weight, saved, bits, activation)
         dz = activations.keep_passing(dz, mask, activation)
     elif activation is not None:
-        z = _normalized(input, weight, bias, saved)
+        z = _normalized(input, weight, saved)
         dz = activations.gradient(dz, z if residual is None else z + residual, activation)
     dims = [0, *range(2, input.dim())]
     centered = _centered(input, saved)
@@ -517,7 +524,7 @@ def _batch_norm_act_backward_aten(
         dx,
         dresidual,
         (dot * invstd).to(weight.dtype) if need_weight else saved.new_empty(0),
-        dbias.to(bias.dtype) if need_bias else saved.new_empty(0),
+        saved.new_empty(0) if bias_dtype is None else dbias.to(bias_dtype),
     )
 
 
@@ -557,23 +564,23 @@ def _(
         # Past the cache: while shapes are symbols they cannot be hashed.
         rows = row_map.__wrapped__(tuple(output.shape), tuple(output.stride()))
         n_bytes = bits_layout(rows)[1]
-    saved = input.new_empty((3, input.shape[1]) if training or save else (0,), dtype=wide)
+    saved = input.new_empty((4, input.shape[1]) if training or save else (0,), dtype=wide)
     return output, saved, input.new_empty((n_bytes,), dtype=torch.uint8)
 
 
 @torch.library.register_fake("fusedres::gradient_mask", lib=LIBRARY)
-def _(input, weight, bias, saved, bits, activation):
+def _(input, weight, saved, bits, activation):
     return torch.empty_like(input, dtype=torch.bool)
 
 
 @torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
 def _(
-    dy, input, weight, bias, saved, bits, training, activation, residual_dtype,
-    need_input, need_residual, need_weight, need_bias, skip=None, skip_stride=None, residual=None, addend=None,
+    dy, input, weight, saved, bits, training, activation, residual_dtype,
+    need_input, need_residual, need_weight, bias_dtype, skip=None, skip_stride=None, residual=None, addend=None,
 ):  # fmt: skip
     return (
         torch.empty_like(input) if need_input else input.new_empty(0),
         torch.empty_like(input, dtype=residual_dtype) if need_residual else input.new_empty(0),
         _empty_gradient(weight, need_weight, saved),
-        _empty_gradient(bias, need_bias, saved),
+        _empty_bias_gradient(saved, bias_dtype),
     )

@@ -1,6 +1,6 @@
 """The pair of a pre-activation unit: `sum = input + residual`, `output = act(batch_norm(sum))`, both kept.
 
-    fusedres::add_batch_norm_act  input, residual, ... -> sum, output, saved [3, C] = (mean, mean_low, invstd)
+    fusedres::add_batch_norm_act  input, residual, ... -> sum, output, saved [4, C] = (mean, mean_low, invstd, bias)
 
 The statistics of the sum are taken while it is written: 5 passes forward (eager: 3 + 5). Backward gets the gradients of
 both results, and adds that of the sum in its own second pass: 6 passes (eager: 8 + 3). It is the operator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import operators
 from .activations import parse
-from .autograd import differentiable_backward
+from .autograd import differentiable_backward, remember_bias
 from .dispatch import resolve
 from .operators import LIBRARY, accumulate_dtype
 
@@ -53,14 +53,23 @@ def _forward(
     k = operators._kernels()
     rows, (input, residual) = operators._common_rows(total, input, residual)
     wide = accumulate_dtype(total.dtype)
-    saved = total.new_empty((3, rows.channels), dtype=wide)
+    saved = total.new_empty((4, rows.channels), dtype=wide)
+    bias = operators._dense(bias)
     operators._statistics(
-        k, input, rows, saved, (running_mean, running_var), momentum, eps, added=(residual, total)
+        k,
+        input,
+        rows,
+        bias,
+        saved,
+        (running_mean, running_var),
+        momentum,
+        eps,
+        added=(residual, total),
     )
     output = torch.empty_like(total)
     rows, _ = operators._common_rows(output, total)
     k.apply(
-        total, None, operators._dense(weight), operators._dense(bias), None, None, saved, None, output, None,
+        total, None, operators._dense(weight), None, None, None, saved, None, output, None,
         rows, None, False, k.tile(rows, total.element_size(), k.APPLYING, k.chip()), eps,
         *parse(activation), k.dtype[wide], k.offset[rows.needs_int64],
     )  # fmt: skip
@@ -77,13 +86,13 @@ def _(
 ):  # fmt: skip
     has_moments = training or save
     saved = input.new_empty(
-        (3, input.shape[1]) if has_moments else (0,), dtype=accumulate_dtype(input.dtype)
+        (4, input.shape[1]) if has_moments else (0,), dtype=accumulate_dtype(input.dtype)
     )
     return torch.empty_like(input), torch.empty_like(input), saved
 
 
 class AddBatchNormAct(torch.autograd.Function):
-    """Saved for backward: the sum, weight and bias, three values a channel."""
+    """Saved for backward: the sum, the weight, four values a channel."""
 
     @staticmethod
     def forward(
@@ -94,8 +103,9 @@ class AddBatchNormAct(torch.autograd.Function):
             training, momentum, eps, activation, True,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, weight, bias, saved)
+        ctx.save_for_backward(total, weight, saved)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        remember_bias(ctx, bias)
         return total, output
 
     @staticmethod
@@ -104,19 +114,19 @@ class AddBatchNormAct(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dy is None:
             return *(dtotal if need else None for need in needs[:2]), None, None, *rest
-        total, weight, bias, saved = ctx.saved_tensors
-        wanted = needs[0] or needs[1], False, needs[2], needs[3]
+        total, weight, saved = ctx.saved_tensors
+        wanted = needs[0] or needs[1], False, needs[2]
         bits = total.new_empty(0, dtype=torch.uint8)
         if torch.is_grad_enabled():
             dx, _, dweight, dbias = differentiable_backward(
-                ctx, dy, total, weight, bias, saved, bits, None, wanted
+                ctx, dy, total, weight, saved, bits, None, None, (*wanted, needs[3])
             )
             if dx is not None and dtotal is not None:
                 dx = dx + dtotal
         else:
             dx, _, dweight, dbias = operators.batch_norm_act_backward(
-                dy, total, weight, bias, saved, bits, ctx.training, ctx.activation, None, *wanted,
-                None, None, None, dtotal,
+                dy, total, weight, saved, bits, ctx.training, ctx.activation, None, *wanted,
+                ctx.bias_dtype if needs[3] else None, None, None, None, dtotal,
             )  # fmt: skip
         return (
             dx if needs[0] else None,

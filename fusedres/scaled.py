@@ -101,7 +101,7 @@ def _backward(
     dx, dz = dinput if need_input else None, dresidual if need_residual else None
     if not need_scale:
         k.grad_apply(
-            dy, x, mask, weight, None, None, None, dx, dz, added, None, None, None, None, None,
+            dy, x, mask, weight, None, None, dx, dz, added, None, None, None, None,
             rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, share),
             *parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
@@ -111,7 +111,7 @@ def _backward(
         (tile.programs, 2, rows.channels), dtype=operators._partial_dtype(input.dtype)
     )
     k.grad_reduce(
-        dy, x, mask, weight, None, None, partial, added, None, None, None, None,
+        dy, x, mask, weight, None, partial, added, None, None, None,
         k.skip(None, None, None, dz), dx,
         rows, bits_stride, pack_channels, tile, *parse(activation), k.dtype[wide], offset,
     )  # fmt: skip

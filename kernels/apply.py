@@ -101,7 +101,7 @@ def bn_apply_kernel(
 
 
 class ResidualNorm(NamedTuple):
-    """The residual's own BatchNorm, as the launcher takes the input's; each [C] (saved [3, C]) or None."""
+    """The residual's own BatchNorm, as the launcher takes the input's; each [C] (saved [4, C]) or None."""
 
     weight: Tensor | None
     bias: Tensor | None

@@ -33,6 +33,7 @@ def _options(programs: int) -> dict[str, int]:
 def bn_finalize_kernel(
     p_partial,
     p_x,
+    p_bias,
     p_saved,
     p_running_mean,
     p_running_var,
@@ -44,9 +45,10 @@ def bn_finalize_kernel(
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """saved [3, C] <- mean, mean_low, invstd; the running statistics move towards the batch's (variance unbiased).
+    """saved [4, C] <- mean, mean_low, invstd, bias; the running statistics move towards the batch's (var unbiased).
 
-    The means in partial are relative to the first values of x; without x they are the means themselves.
+    The backward, which computes z again, is to have the bias of the forward, whatever has become of it since. The means
+    in partial are relative to the first values of x; without x they are the means themselves.
     """
     ACC: tl.constexpr = p_saved.dtype.element_ty
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -76,6 +78,8 @@ def bn_finalize_kernel(
     tl.store(p_saved + o_channel, b_mean, mask=m_channel)
     tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
     tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
 
     if p_running_mean is not None:
         b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
@@ -98,6 +102,7 @@ def bn_finalize_kernel(
 def launch_bn_finalize(
     partial: Tensor,
     x: Tensor | None,
+    bias: Tensor | None,
     saved: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -105,12 +110,12 @@ def launch_bn_finalize(
     momentum: float,
     eps: float,
 ) -> None:
-    """saved [3, C] <- partial [P, 3, C]; running_mean and running_var [C] are updated in place where given."""
+    """saved [4, C] <- partial [P, 3, C], bias; running_mean and running_var [C] are updated in place where given."""
     programs, _, channels = partial.shape
     start(
         bn_finalize_kernel,
         (-(-channels // BLOCK_CHANNELS),),
-        (partial, x, saved, running_mean, running_var),
+        (partial, x, bias, saved, running_mean, running_var),
         (x_stride, channels, programs),
         (momentum, eps),
         {},

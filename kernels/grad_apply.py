@@ -28,14 +28,12 @@ def bn_grad_apply_kernel(
     p_x,
     p_bits,
     p_weight,
-    p_bias,
     p_saved,
     p_coefficients,
     p_dx,
     p_dresidual,
     p_residual,
     p_residual_weight,
-    p_residual_bias,
     p_residual_saved,
     p_residual_coefficients,
     p_addend,
@@ -65,10 +63,10 @@ def bn_grad_apply_kernel(
     i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
-        None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC
+        None, None, p_saved, p_weight, None, o_channel, m_channel, channels, i_program, 0.0, ACC
     )
     b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
-        None, None, p_residual_saved, p_residual_weight, p_residual_bias,
+        None, None, p_residual_saved, p_residual_weight, None,
         o_channel, m_channel, channels, i_program, 0.0, ACC,
     )  # fmt: skip
     if p_coefficients is not None:
@@ -125,14 +123,12 @@ def launch_bn_grad_apply(
     x: Tensor,
     bits: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     saved: Tensor | None,
     coefficients: Tensor | None,
     dx: Tensor | None,
     dresidual: Tensor | None,
     residual: Tensor | None,
     residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
     residual_saved: Tensor | None,
     residual_coefficients: Tensor | None,
     addend: Tensor | None,
@@ -155,14 +151,12 @@ def launch_bn_grad_apply(
             x,
             bits,
             weight,
-            bias,
             saved,
             coefficients,
             dx,
             dresidual,
             residual,
             residual_weight,
-            residual_bias,
             residual_saved,
             residual_coefficients,
             addend,

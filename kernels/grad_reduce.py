@@ -68,12 +68,10 @@ def bn_grad_reduce_kernel(
     p_x,
     p_bits,
     p_weight,
-    p_bias,
     p_saved,
     p_partial,
     p_residual,
     p_residual_weight,
-    p_residual_bias,
     p_residual_saved,
     p_residual_partial,
     p_dz,
@@ -107,10 +105,10 @@ def bn_grad_reduce_kernel(
     i_program = tl.program_id(1)
     o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
-        None, None, p_saved, p_weight, p_bias, o_channel, m_channel, channels, i_program, 0.0, ACC
+        None, None, p_saved, p_weight, None, o_channel, m_channel, channels, i_program, 0.0, ACC
     )
     b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
-        None, None, p_residual_saved, p_residual_weight, p_residual_bias,
+        None, None, p_residual_saved, p_residual_weight, None,
         o_channel, m_channel, channels, i_program, 0.0, ACC,
     )  # fmt: skip
 
@@ -179,12 +177,10 @@ def launch_bn_grad_reduce(
     x: Tensor,
     bits: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     saved: Tensor | None,
     partial: Tensor,
     residual: Tensor | None,
     residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
     residual_saved: Tensor | None,
     residual_partial: Tensor | None,
     skip: Skip | None,
@@ -209,12 +205,10 @@ def launch_bn_grad_reduce(
             x,
             bits,
             weight,
-            bias,
             saved,
             partial,
             residual,
             residual_weight,
-            residual_bias,
             residual_saved,
             residual_partial,
             skip.dz,

@@ -23,9 +23,10 @@ def load_norm(
 ):
     """(mean, mean_low, scale, bias), each [BLOCK_CHANNELS]; scale = invstd * weight.
 
-    With running statistics: from those, and they are left in saved [3, C] (where given); else saved is read. With
-    neither there is no BatchNorm: the values as they are.
+    With running statistics: from those, and they are left in saved [4, C] (where given) with the bias; else saved is
+    read. With neither there is no BatchNorm: the values as they are.
     """
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
     if p_running_mean is not None:
         b_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, ACC)
         b_low = tl.zeros_like(b_mean)
@@ -35,6 +36,7 @@ def load_norm(
             tl.store(p_saved + o_channel, b_mean, mask=m_channel)
             tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
             tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+            tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
     elif p_saved is None:
         b_mean = tl.zeros(o_channel.shape, ACC)
         b_low = tl.zeros(o_channel.shape, ACC)
@@ -43,5 +45,6 @@ def load_norm(
         b_mean = load_vector(p_saved, o_channel, m_channel, 0.0, ACC)
         b_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
         b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+        b_bias = load_vector(p_saved + 3 * channels, o_channel, m_channel, 0.0, ACC)
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-    return b_mean, b_low, b_scale, load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    return b_mean, b_low, b_scale, b_bias

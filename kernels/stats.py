@@ -3,9 +3,10 @@
     mean = sum(x) / n,  M2 = sum((x - mean)^2)          x [rows, C]; mean, M2 [C]
 
 Reads x once, writes 3 values a channel and program. With a residual x is the sum of both, rounded as it is stored: both
-are read once and the sum is written. Parallel over channel blocks and row programs. Each position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the
-end in a fixed tree, so a launch gives the same bits every time. Arithmetic in float32; the sums over the
-tiles of a float32 tensor are compensated (PyTorch's own are double on a CPU).
+are read once and the sum is written. Parallel over channel blocks (grid axis 0) and row programs (axis 1). Each
+position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the end in a fixed
+tree, so a launch gives the same bits every time. Arithmetic in float32; the sums over the tiles of a float32 tensor are
+compensated (PyTorch's own are double on a CPU).
 """
 
 import triton

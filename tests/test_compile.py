@@ -75,19 +75,19 @@ def reducing_pass_of_two(
 
     x, residual, dy = (empty(height, width) for _ in range(3))
     skip = empty(height, width) if stride is None else empty(height // 2, width // 2)
-    saved, weight = torch.empty(3, channels), torch.empty(channels)
+    saved, weight = torch.empty(4, channels), torch.empty(channels)
     smooth = not is_piecewise(activation)
     bits = torch.empty(0 if tail == "relu" or smooth else x.numel() // 8, dtype=torch.uint8)
     with fusedres.backend("triton"), compile_only(architecture) as recorded:
         if tail == "dual":
             dual.backward_operator(
-                dy, x, residual, weight, weight, weight, weight, saved, saved, bits, True, activation, [True] * 6,
-                skip, stride,
+                dy, x, residual, weight, weight, saved, saved, bits, True, activation, [True] * 4,
+                weight.dtype, weight.dtype, skip, stride,
             )  # fmt: skip
         else:
             residual_dtype = None if tail == "relu" else dtype
             operators.batch_norm_act_backward(
-                dy, x, weight, weight, saved, bits, True, activation, residual_dtype, True, tail == "add", True, True,
+                dy, x, weight, saved, bits, True, activation, residual_dtype, True, tail == "add", True, weight.dtype,
                 skip, stride, residual if smooth and tail == "add" else None,
             )  # fmt: skip
         return next(each for each in recorded if each.kernel == "bn_grad_reduce_kernel")

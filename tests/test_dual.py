@@ -172,7 +172,11 @@ def test_opcheck(device):
     forward = (*inputs, *(t[name] for name in BUFFERS), True, 0.1, 1e-5, 0.2, 1e-3, "relu", True)
     torch.library.opcheck(dual.forward_operator, forward)
     _, saved, residual_saved, bits = dual.forward_operator(*forward)
-    backward = (t["grad"], *inputs, saved, residual_saved, bits, True, "relu", [True] * 6)
+    input, residual, weight, bias, residual_weight, residual_bias = inputs
+    backward = (
+        t["grad"], input, residual, weight, residual_weight, saved, residual_saved, bits, True, "relu", [True] * 4,
+        bias.dtype, residual_bias.dtype,
+    )  # fmt: skip
     torch.library.opcheck(dual.backward_operator, backward)
 
 

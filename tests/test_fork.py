@@ -70,15 +70,26 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
         saved = dual.forward_operator(
             x, residual, *affine, mean, var, mean.clone(), var.clone(), training, 0.1, 1e-5, 0.1, 1e-5, activation, True
         )[1:]  # fmt: skip
-        rest = (x, residual, *affine, *saved, training, activation, [True] * 6)
+        rest = (
+            x,
+            residual,
+            weight,
+            weight,
+            *saved,
+            training,
+            activation,
+            [True] * 4,
+            weight.dtype,
+            weight.dtype,
+        )
         operator = dual.backward_operator
     else:
         given = None if tail == "relu" else residual
         saved = operators.batch_norm_act(
             x, given, weight, bias, mean, var, training, 0.1, 1e-5, activation, True
         )[1:]  # fmt: skip
-        wanted = (True, given is not None, True, True)
-        rest = (x, weight, bias, *saved, training, activation, None if given is None else dtype, *wanted)  # fmt: skip
+        wanted = (True, given is not None, True, bias.dtype)
+        rest = (x, weight, *saved, training, activation, None if given is None else dtype, *wanted)  # fmt: skip
         operator = operators.batch_norm_act_backward
     both = operator(dy, *rest, skip, stride)
     alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
@@ -92,7 +103,7 @@ def test_the_sums_are_those_of_the_gradient_as_it_is_stored():
         x, residual, weight, weight, None, None, True, 0.1, 1e-5, "relu", True
     )[1:]
     _, dresidual, _, dbias = operators.batch_norm_act_backward(
-        dy, x, weight, weight, *saved, True, "relu", x.dtype, True, True, True, True, skip
+        dy, x, weight, *saved, True, "relu", x.dtype, True, True, True, torch.float32, skip
     )
     torch.testing.assert_close(
         dbias.double(), dresidual.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-5
@@ -108,7 +119,7 @@ def test_forced_int64_offsets_give_the_same_bits(kind, layout, monkeypatch):
     saved = operators.batch_norm_act(
         x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True
     )[1:]
-    rest = (x, None, None, *saved, True, "relu", x.dtype, True, True, False, False, skip, stride)
+    rest = (x, None, *saved, True, "relu", x.dtype, True, True, False, None, skip, stride)
     expected = operators.batch_norm_act_backward(dy, *rest)
     narrow = operators.row_map_of
     monkeypatch.setattr(
@@ -123,7 +134,7 @@ def test_frozen_statistics_and_parameters_need_no_sum_over_rows():
     saved = operators.batch_norm_act(
         x, x, None, None, torch.zeros(4), torch.ones(4), False, 0.1, 1e-5, "relu", True
     )[1:]
-    rest = (x, None, None, *saved, False, "relu", x.dtype, True, True, False, False)
+    rest = (x, None, *saved, False, "relu", x.dtype, True, True, False, None)
     both = operators.batch_norm_act_backward(dy, *rest, skip, None)
     alone = operators.batch_norm_act_backward(dy + skip, *rest)
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))

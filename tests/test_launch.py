@@ -17,7 +17,8 @@ from .helpers import Case, run
 AXES = (2**31 - 1, 65535, 65535)
 # [2, 65536, 1024] float64 was a grid of (1, 65536); the channels of a transposed feature map are its pixels.
 SHAPES = [
-    (2, 65536, 1024), (2, 131072, 1024), (2, 1 << 20, 512), (4, 300000), (4, 5_000_000), (2, 2_000_003, 3), (1, 1 << 24, 2),
+    (2, 65536, 1024), (2, 131072, 1024), (2, 1 << 20, 512), (4, 300000), (4, 5_000_000), (2, 2_000_003, 3),
+    (1, 1 << 24, 2),
     (256, 64, 112, 112), (256, 2048, 7, 7), (1 << 20, 1, 64), (1 << 24, 3), (1 << 31, 1), (2, 1, 1, 1),
 ]  # fmt: skip
 
@@ -106,7 +107,12 @@ def test_a_small_second_axis_gives_the_same_bits(layout, device, monkeypatch):
     from fusedres.kernels import apply
 
     narrow, found, start = 3, [], apply.start
-    monkeypatch.setattr(apply, "start", lambda kernel, grid, *rest: (found.append(grid), start(kernel, grid, *rest)))  # fmt: skip
+
+    def recorded(kernel, grid, *rest):
+        found.append(grid)
+        start(kernel, grid, *rest)
+
+    monkeypatch.setattr(apply, "start", recorded)
     expected = run(case)
     launch.choose_tile.cache_clear()
     monkeypatch.setattr(launch, "MOST_PROGRAMS", narrow)

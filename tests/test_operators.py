@@ -33,16 +33,16 @@ def test_opcheck_forward(device):
 
 def test_opcheck_backward(device):
     for arguments in samples(device):
-        input, _, weight, bias, *_ = arguments
+        input, _, weight, _, *_ = arguments
         _, saved, bits = operators.batch_norm_act(*arguments)
         torch.library.opcheck(
             operators.batch_norm_act_backward,
             (
-                torch.randn_like(input), input, weight, bias, saved, bits, arguments[6], "relu",
-                torch.float32, True, True, True, True,
+                torch.randn_like(input), input, weight, saved, bits, arguments[6], "relu",
+                torch.float32, True, True, True, torch.float32,
             ),
         )  # fmt: skip
-        torch.library.opcheck(operators.gradient_mask, (input, weight, bias, saved, bits, "relu"))
+        torch.library.opcheck(operators.gradient_mask, (input, weight, saved, bits, "relu"))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
