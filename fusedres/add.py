@@ -18,6 +18,7 @@ from . import operators
 from .activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from .dispatch import resolve
 from .kernels.layout import bits_layout, row_map
+from .layouts import like_sum
 from .operators import LIBRARY, accumulate_dtype
 
 LIBRARY.define(
@@ -34,11 +35,11 @@ _backward_operator = torch.ops.fusedres.add_act_backward.default
 def _forward(input: Tensor, residual: Tensor, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     has_bits = save and is_piecewise(activation)
     if resolve(input.device, input.dtype)[0] != "triton":
-        z = torch.empty_like(input).copy_(input + residual)
+        z = input + residual
         bits = operators._pack(passes(z, activation)) if has_bits else _no_bits(input)
         return activate(z, activation, in_place=True), bits
     k = operators._kernels()
-    output = torch.empty_like(input)
+    output = like_sum(input, residual)
     rows, (input, residual) = operators._common_rows(output, input, residual)
     pack_channels, n_bytes, bits_stride = bits_layout(rows)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
@@ -67,7 +68,8 @@ def _backward(
     if resolve(dy.device, dy.dtype)[0] != "triton":
         if input is not None and residual is not None:
             return dz.copy_(gradient(dy, input + residual, activation))
-        return dz.copy_(keep_passing(dy, operators._unpack(bits, dz), activation))
+        mask = operators.unpack(bits, torch.empty_like(dz, dtype=torch.bool))
+        return dz.copy_(keep_passing(dy, mask, activation))
     k = operators._kernels()
     # Where bits tell, x is not read: dy stands in its place.
     operands = (dy, dy) if input is None or residual is None else (input, dy, residual)
@@ -89,7 +91,7 @@ for _name, _implementation in (("add_act", _forward), ("add_act_backward", _back
 
 @torch.library.register_fake("fusedres::add_act", lib=LIBRARY)
 def _(input, residual, activation, save):
-    output = torch.empty_like(input)
+    output = torch.empty_like(input + residual)
     n_bytes: Any = 0
     if save and is_piecewise(activation):
         n_bytes = bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
@@ -129,9 +131,8 @@ def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
     """For `create_graph=True`: a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
-            like = dy.new_empty_strided(dy.shape, stride)
-            none = like.new_empty(0)
-            mask = operators.gradient_mask(like, None, none, bits, activation)
+            mask = torch.empty_strided(dy.shape, stride, dtype=torch.bool, device=dy.device)
+            operators.unpack(bits, mask)
         return keep_passing(dy, mask, activation)
     z = input + residual
     return torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)[0]

@@ -23,6 +23,7 @@ from .batching import fold, fold_buffers, unfold, write_back
 from .checks import check_batch_norm_act
 from .dispatch import goes_to_kernels, is_eager, resolve, wants_triton
 from .kernels.layout import bits_layout, row_map, row_map_of
+from .layouts import like_output
 from .operators import LIBRARY, accumulate_dtype
 
 LIBRARY.define(
@@ -54,7 +55,7 @@ def _forward(
         )  # fmt: skip
     k = operators._kernels()
     dense = operators._dense
-    output = torch.empty_like(input)
+    output = like_output(input)
     rows, (input, residual) = operators._common_rows(output, input, residual)
     wide = accumulate_dtype(input.dtype)
     keeps = training or save
@@ -100,7 +101,7 @@ def _backward(
         )  # fmt: skip
     k = operators._kernels()
     chip, size = k.chip(), input.element_size()
-    dx = torch.empty_like(input)
+    dx = like_output(input)
     bias_dtypes = bias_dtype, residual_bias_dtype
     reduces = any(needs[2:]) or bias_dtypes != (None, None) or (training and any(needs[:2]))
     if skip is not None and not reduces:
@@ -196,7 +197,8 @@ def _backward_aten(
 ):  # fmt: skip
     dz = dy.to(saved.dtype)
     if activation is not None and is_piecewise(activation):
-        dz = keep_passing(dz, operators._unpack(bits, input), activation)
+        mask = operators.unpack(bits, like_output(input, torch.bool))
+        dz = keep_passing(dz, mask, activation)
     elif activation is not None:
         z = operators._normalized(input, weight, saved)
         z = z + operators._normalized(residual, residual_weight, residual_saved)
@@ -213,7 +215,7 @@ def _backward_aten(
             dz, x, w, moments, none, training, None, None, needs[k], False, needs[2 + k], dtype,
         )  # fmt: skip
         if needs[k]:  # in the layout of the input, as the kernels write it
-            dx = torch.empty_like(input, dtype=x.dtype).copy_(dx)
+            dx = like_output(input, x.dtype).copy_(dx)
         found.append((dx, dweight, dbias))
     (dx, dweight, dbias), (dresidual, dresidual_weight, dresidual_bias) = found
     return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias
@@ -235,7 +237,7 @@ def _(
     training, momentum, eps, residual_momentum, residual_eps, activation, save,
     residual_moments=None,
 ):  # fmt: skip
-    output = torch.empty_like(input)
+    output = like_output(input)
     n_bytes: Any = 0
     if save and activation is not None and is_piecewise(activation):
         # Past the cache: while shapes are symbols they cannot be hashed.
@@ -254,8 +256,8 @@ def _(
 ):  # fmt: skip
     none = input.new_empty(0)
     return (
-        torch.empty_like(input) if needs[0] else none,
-        torch.empty_like(input, dtype=residual.dtype) if needs[1] else input.new_empty(0),
+        like_output(input) if needs[0] else none,
+        like_output(input, residual.dtype) if needs[1] else input.new_empty(0),
         *_empty_vectors(weight, residual_weight, saved, needs, (bias_dtype, residual_bias_dtype)),
     )
 

@@ -28,6 +28,7 @@ from . import activations, reference
 from .activations import is_piecewise
 from .dispatch import resolve
 from .kernels.layout import RowMap, Strides, bits_layout, row_map, row_map_of
+from .layouts import like_output
 
 LIBRARY = torch.library.Library("fusedres", "DEF")
 LIBRARY.define(
@@ -164,7 +165,7 @@ def _batch_norm_act(
     k = _kernels()
     weight, bias = _dense(weight), _dense(bias)
     buffers = running_mean, running_var
-    output = torch.empty_like(input)
+    output = like_output(input)
     if residual is None:
         rows, (input,) = _common_rows(output, input)
     else:
@@ -268,7 +269,7 @@ def _batch_norm_act_backward(
     dweight = _empty_gradient(weight, need_weight, saved)
     dbias = _empty_bias_gradient(saved, bias_dtype)
     weight = _dense(weight)
-    dx = torch.empty_like(input)
+    dx = like_output(input)
     reduces = need_weight or bias_dtype is not None or (training and need_input)
     if skip is not None and not reduces:
         dy, skip = add_skip(dy, skip, skip_stride), None
@@ -428,9 +429,8 @@ def _pack(mask: Tensor) -> Tensor:
     return (view if stride[2] == 1 else view.transpose(1, 2)).flatten()
 
 
-def _unpack(bits: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_pack`: a boolean tensor laid out as `torch.empty_like(like)`."""
-    mask = torch.empty_like(like, dtype=torch.bool)
+def unpack(bits: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of `_pack`: into a boolean tensor laid out as the output was."""
     rows = _rows_of(mask)
     pack_channels, _, stride = bits_layout(rows)
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -449,9 +449,10 @@ def _unpack(bits: Tensor, like: Tensor) -> Tensor:
 
 def _gradient_mask(input, weight, saved, bits, activation) -> Tensor:
     """Where a piecewise activation lets the gradient pass, as a boolean tensor; in plain PyTorch on every backend."""
+    mask = like_output(input, torch.bool)
     if bits.numel():
-        return _unpack(bits, input)
-    return activations.passes(_normalized(input, weight, saved), activation)
+        return unpack(bits, mask)
+    return mask.copy_(activations.passes(_normalized(input, weight, saved), activation))
 
 
 def _normalized(input, weight, saved) -> Tensor:
@@ -481,12 +482,10 @@ def _batch_norm_act_aten(
         input, running_mean, running_var, weight, bias, training, momentum, eps,
         residual=residual, activation=None,
     )  # fmt: skip
-    output = torch.empty_like(input).copy_(activations.activate(result, activation))
+    output = like_output(input).copy_(activations.activate(result, activation))
     if _needs_bits(residual, activation, save):
         # Laid out as the output, which the kernels are.
-        mask = torch.empty_like(input, dtype=torch.bool).copy_(
-            activations.passes(result, activation)
-        )
+        mask = like_output(input, torch.bool).copy_(activations.passes(result, activation))
         return output, saved, _pack(mask)
     return output, saved, input.new_empty(0, dtype=torch.uint8)
 
@@ -509,7 +508,7 @@ def _batch_norm_act_backward_aten(
     scale = invstd if weight is None else invstd * weight
     dx = input.new_empty(0)
     if need_input:
-        dx = torch.empty_like(input)
+        dx = like_output(input)
         gradient = dz
         if training:
             n = input.numel() // input.shape[1]
@@ -519,7 +518,7 @@ def _batch_norm_act_backward_aten(
         dx.copy_(gradient if addend is None else gradient + addend)
     dresidual = input.new_empty(0)
     if need_residual:
-        dresidual = torch.empty_like(input, dtype=residual_dtype).copy_(dz)
+        dresidual = like_output(input, residual_dtype).copy_(dz)
     return (
         dx,
         dresidual,
@@ -558,7 +557,7 @@ def _(
     input, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, save
 ):  # fmt: skip
     wide = accumulate_dtype(input.dtype)
-    output = torch.empty_like(input)
+    output = like_output(input)
     n_bytes: Any = 0
     if _needs_bits(residual, activation, save):
         # Past the cache: while shapes are symbols they cannot be hashed.
@@ -570,7 +569,7 @@ def _(
 
 @torch.library.register_fake("fusedres::gradient_mask", lib=LIBRARY)
 def _(input, weight, saved, bits, activation):
-    return torch.empty_like(input, dtype=torch.bool)
+    return like_output(input, torch.bool)
 
 
 @torch.library.register_fake("fusedres::batch_norm_act_backward", lib=LIBRARY)
@@ -579,8 +578,8 @@ def _(
     need_input, need_residual, need_weight, bias_dtype, skip=None, skip_stride=None, residual=None, addend=None,
 ):  # fmt: skip
     return (
-        torch.empty_like(input) if need_input else input.new_empty(0),
-        torch.empty_like(input, dtype=residual_dtype) if need_residual else input.new_empty(0),
+        like_output(input) if need_input else input.new_empty(0),
+        like_output(input, residual_dtype) if need_residual else input.new_empty(0),
         _empty_gradient(weight, need_weight, saved),
         _empty_bias_gradient(saved, bias_dtype),
     )

@@ -18,6 +18,7 @@ from . import operators
 from .activations import parse
 from .autograd import differentiable_backward, remember_bias
 from .dispatch import resolve
+from .layouts import like_output, like_sum
 from .operators import LIBRARY, accumulate_dtype
 
 LIBRARY.define(
@@ -41,7 +42,7 @@ def _forward(
     activation: str | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = torch.empty_like(input)
+    total = like_sum(input, residual)
     if not training or resolve(input.device, input.dtype)[0] != "triton":
         # With running statistics nothing is gained by one pass that has to wait for no other.
         torch.add(input, residual, out=total)
@@ -66,10 +67,10 @@ def _forward(
         eps,
         added=(residual, total),
     )
-    output = torch.empty_like(total)
-    rows, _ = operators._common_rows(output, total)
+    output = like_output(total)
+    rows, (laid_out,) = operators._common_rows(output, total)
     k.apply(
-        total, None, operators._dense(weight), None, None, None, saved, None, output, None,
+        laid_out, None, operators._dense(weight), None, None, None, saved, None, output, None,
         rows, None, False, k.tile(rows, total.element_size(), k.APPLYING, k.chip()), eps,
         *parse(activation), k.dtype[wide], k.offset[rows.needs_int64],
     )  # fmt: skip
@@ -88,7 +89,8 @@ def _(
     saved = input.new_empty(
         (4, input.shape[1]) if has_moments else (0,), dtype=accumulate_dtype(input.dtype)
     )
-    return torch.empty_like(input), torch.empty_like(input), saved
+    total = torch.empty_like(input + residual)
+    return total, like_output(total), saved
 
 
 class AddBatchNormAct(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """`act(residual + scale * input)`, the scale being one number or one a channel.
 
     fusedres::scaled_add_act           input, residual, scale [C] -> output, bits
-    fusedres::scaled_add_act_backward  dy, input, scale, bits -> dinput, dresidual, dscale [C]
+    fusedres::scaled_add_act_backward  dy, the output's strides, input, scale, bits -> dinput, dresidual, dscale [C]
 
 The kernels are those of `batch_norm_act` with nothing to normalise, the scale in the place of the weight. With
 dz = dy * act'(z): dinput = scale * dz, dresidual = dz, dscale = sum over the rows of dz * input, which none of the
@@ -20,6 +20,7 @@ from . import operators
 from .activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from .dispatch import resolve
 from .kernels.layout import bits_layout, row_map
+from .layouts import like_sum
 from .operators import LIBRARY, accumulate_dtype
 
 LIBRARY.define(
@@ -27,8 +28,9 @@ LIBRARY.define(
     "-> (Tensor output, Tensor bits)"
 )
 LIBRARY.define(
-    "scaled_add_act_backward(Tensor dy, Tensor input, Tensor? residual, Tensor scale, Tensor bits, str? activation, "
-    "bool need_input, bool need_residual, bool need_scale) -> (Tensor dinput, Tensor dresidual, Tensor dscale)"
+    "scaled_add_act_backward(Tensor dy, SymInt[] stride, Tensor input, Tensor? residual, Tensor scale, Tensor bits, "
+    "str? activation, bool need_input, bool need_residual, bool need_scale) "
+    "-> (Tensor dinput, Tensor dresidual, Tensor dscale)"
 )
 _forward_operator = torch.ops.fusedres.scaled_add_act.default
 _backward_operator = torch.ops.fusedres.scaled_add_act_backward.default
@@ -46,7 +48,7 @@ def _sum(input: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
 def _forward(
     input: Tensor, residual: Tensor, scale: Tensor, activation: str | None, save: bool
 ) -> tuple[Tensor, Tensor]:
-    output = torch.empty_like(input)
+    output = like_sum(input, residual, is_scaled=True)
     has_bits = _needs_bits(activation, save)
     if resolve(input.device, input.dtype)[0] != "triton":
         z = _sum(input, residual, scale)
@@ -69,6 +71,7 @@ def _forward(
 
 def _backward(
     dy: Tensor,
+    stride: list[int],
     input: Tensor,
     residual: Tensor | None,
     scale: Tensor,
@@ -78,15 +81,24 @@ def _backward(
     need_residual: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input and residual are laid out as the input; the residual is given where z is needed."""
+    """The gradients of input and residual are laid out as the output was; the residual is given where z is needed."""
     if resolve(dy.device, dy.dtype)[0] != "triton":
         return _backward_aten(
-            dy, input, residual, scale, bits, activation, need_input, need_residual, need_scale
+            dy,
+            stride,
+            input,
+            residual,
+            scale,
+            bits,
+            activation,
+            need_input,
+            need_residual,
+            need_scale,
         )
     k = operators._kernels()
-    like = torch.empty_like(input)
+    like = input.new_empty_strided(input.shape, stride)
     dinput = like if need_input else input.new_empty(0)
-    dresidual = torch.empty_like(input) if need_residual else input.new_empty(0)
+    dresidual = torch.empty_like(like) if need_residual else input.new_empty(0)
     dscale = torch.empty_like(scale) if need_scale else scale.new_empty(0)
     rows, (x, dy, *others) = operators._common_rows(
         like, input, dy, *([] if residual is None else [residual])
@@ -120,20 +132,22 @@ def _backward(
 
 
 def _backward_aten(
-    dy, input, residual, scale, bits, activation, need_input, need_residual, need_scale
+    dy, stride, input, residual, scale, bits, activation, need_input, need_residual, need_scale
 ):
+    like = input.new_empty_strided(input.shape, stride)
     wide = accumulate_dtype(input.dtype)
     dz = dy.to(wide)
     if bits.numel():
-        dz = keep_passing(dz, operators._unpack(bits, input), activation)
+        mask = operators.unpack(bits, torch.empty_like(like, dtype=torch.bool))
+        dz = keep_passing(dz, mask, activation)
     elif residual is not None:
         dz = gradient(dz, _sum(input, residual, scale), activation)
     none = input.new_empty(0)
     dims = [0, *range(2, input.dim())]
     per_channel = operators._per_channel(scale.to(wide), input)
     return (
-        torch.empty_like(input).copy_(dz * per_channel) if need_input else none,
-        torch.empty_like(input).copy_(dz) if need_residual else none,
+        torch.empty_like(like).copy_(dz * per_channel) if need_input else none,
+        torch.empty_like(like).copy_(dz) if need_residual else none,
         (dz * input).sum(dims).to(scale.dtype) if need_scale else scale.new_empty(0),
     )
 
@@ -148,7 +162,9 @@ for _name, _implementation in (
 
 @torch.library.register_fake("fusedres::scaled_add_act", lib=LIBRARY)
 def _(input, residual, scale, activation, save):
-    output = torch.empty_like(input)
+    output = torch.empty_like(
+        (operators._per_channel(scale, input) * input).to(input.dtype) + residual
+    )
     n_bytes: Any = 0
     if _needs_bits(activation, save):
         n_bytes = bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
@@ -156,10 +172,11 @@ def _(input, residual, scale, activation, save):
 
 
 @torch.library.register_fake("fusedres::scaled_add_act_backward", lib=LIBRARY)
-def _(dy, input, residual, scale, bits, activation, need_input, need_residual, need_scale):
+def _(dy, stride, input, residual, scale, bits, activation, need_input, need_residual, need_scale):
+    like = input.new_empty_strided(input.shape, stride)
     return (
-        torch.empty_like(input) if need_input else input.new_empty(0),
-        torch.empty_like(input) if need_residual else input.new_empty(0),
+        like if need_input else input.new_empty(0),
+        torch.empty_like(like) if need_residual else input.new_empty(0),
         torch.empty_like(scale) if need_scale else scale.new_empty(0),
     )
 
@@ -175,7 +192,7 @@ class ScaledAddAct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         is_smooth = activation is not None and not is_piecewise(activation)
         ctx.save_for_backward(input, residual if is_smooth else None, scale, bits)
-        ctx.activation = activation
+        ctx.activation, ctx.stride = activation, output.stride()
         return output
 
     @staticmethod
@@ -185,24 +202,25 @@ class ScaledAddAct(torch.autograd.Function):
         input, residual, scale, bits = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            found = _differentiable(dy, input, residual, scale, bits, ctx.activation)
+            found = _differentiable(dy, ctx.stride, input, residual, scale, bits, ctx.activation)
         else:
             # Without an activation dz is dy itself, which no kernel need write again.
             passed_on = ctx.activation is None
             dinput, dresidual, dscale = _backward_operator(
-                dy, input, residual, scale, bits, ctx.activation,
+                dy, ctx.stride, input, residual, scale, bits, ctx.activation,
                 needs[0], needs[1] and not passed_on, needs[2],
             )  # fmt: skip
             found = dinput, dy if passed_on else dresidual, dscale
         return *(each if need else None for each, need in zip(found, needs, strict=True)), None
 
 
-def _differentiable(dy, input, residual, scale, bits, activation) -> tuple[Tensor, ...]:
+def _differentiable(dy, stride, input, residual, scale, bits, activation) -> tuple[Tensor, ...]:
     """For `create_graph=True`: a mask is a constant, all else PyTorch's own."""
     dz = dy
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
-            mask = operators._unpack(bits, input)
+            mask = torch.empty_strided(input.shape, stride, dtype=torch.bool, device=input.device)
+            operators.unpack(bits, mask)
         dz = keep_passing(dy, mask, activation)
     elif activation is not None:
         # Aliases: a scale that was computed from the input is not walked through twice.

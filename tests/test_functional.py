@@ -193,13 +193,6 @@ def test_residual_of_another_dtype_gives_the_dtype_of_the_input(device):
     assert (y.dtype, residual.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.kernels  # PyTorch itself does not keep this
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_output_keeps_the_memory_format(layout, device):
-    x = lay_out(torch.randn(2, 3, 4, 5, device=device), layout)
-    assert batch_norm_act(x, None, None, training=True).stride() == x.stride()
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_two_runs_give_the_same_bits(layout, device):
     case = Case(shape=(8, 16, 20, 20), layout=layout, device=device)

@@ -17,6 +17,7 @@ FLOORS = (
         "reference",
         "dispatch",
         "checks",
+        "layouts",
         "operators",
         "batching",
         "fork",

@@ -164,10 +164,10 @@ def test_forced_int64_offsets_give_the_same_bits(layout, device, monkeypatch):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_opcheck(activation, device):
     (input, residual, scale), dy = draw(torch.float32, "channels_last", device=device)
-    _, bits = scaled._forward_operator(input, residual, scale, activation, True)
+    output, bits = scaled._forward_operator(input, residual, scale, activation, True)
     torch.library.opcheck(scaled._forward_operator, (input, residual, scale, activation, True))
     smooth = residual if activation == "silu" else None
-    arguments = (dy, input, smooth, scale, bits, activation, True, True, True)
+    arguments = (dy, output.stride(), input, smooth, scale, bits, activation, True, True, True)
     torch.library.opcheck(scaled._backward_operator, arguments)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..activations import activate, check_activation
 from ..dual import tail_of_two
 from ..functional import add_batch_norm_act, batch_norm_act
+from ..layouts import output_format
 from .norms import activates, begin, parts_inside, promotes, why_not_fused
 
 
@@ -178,7 +179,7 @@ def call_function(
 def is_like(residual: Any, input: Tensor, into: str | None = None) -> bool:
     """Whether a residual is a tensor of the input's shape, dtype and device, laid out alike where it stands first.
 
-    Of two layouts PyTorch's sum has that of the first operand, a fused call that of the input.
+    Of two layouts PyTorch's sum has that of the first operand, a fused call that of BatchNorm's output.
     """
     return (
         isinstance(residual, Tensor)
@@ -188,7 +189,10 @@ def is_like(residual: Any, input: Tensor, into: str | None = None) -> bool:
         and (
             into not in ("residual", "residual first")
             or torch.compiler.is_compiling()
-            or residual.stride() == input.stride()
+            or (
+                residual.stride() == input.stride()
+                and input.is_contiguous(memory_format=output_format(input))
+            )
         )
     )
 
