@@ -94,8 +94,8 @@ def is_eager() -> bool:
 
 
 def goes_to_kernels(input: torch.Tensor) -> bool:
-    """Whether an input that may go to the operators does: an empty one need not."""
-    if input.numel() == 0:
+    """Whether an input that may go to the operators does: an empty one need not, one without strides cannot."""
+    if input.numel() == 0 or input.layout is not torch.strided:
         return False
     # While torch.compile traces, the operator itself chooses when it runs.
     return torch.compiler.is_compiling() or resolve(input.device, input.dtype)[0] == "triton"

@@ -20,7 +20,7 @@ from . import fork, operators, reference
 from .activations import activate, gradient, is_piecewise, keep_passing, parse
 from .autograd import bias_in_graph, graph_gradients, normalized_graph
 from .batching import fold, fold_buffers, unfold, write_back
-from .checks import check_batch_norm_act
+from .checks import check_batch_norm_act, number
 from .dispatch import goes_to_kernels, is_eager, resolve, wants_triton
 from .kernels.layout import bits_layout, row_map, row_map_of
 from .layouts import like_output
@@ -437,15 +437,17 @@ def tail_of_two(
     activation, moments=None,
 ) -> Tensor:  # fmt: skip
     """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
+    momentum, eps = number(name, "momentum", momentum), number(name, "eps", eps)
+    residual_momentum = number(name, "residual_momentum", residual_momentum)
+    residual_eps = number(name, "residual_eps", residual_eps)
     _check_dual(
         name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-        activation,
+        weight, bias, residual_weight, residual_bias, training, eps, residual_eps, activation,
     )  # fmt: skip
     arguments = (
         input, residual, weight, bias, residual_weight, residual_bias,
         running_mean, running_var, residual_running_mean, residual_running_var,
-        training, float(momentum), eps, float(residual_momentum), residual_eps, activation,
+        training, momentum, eps, residual_momentum, residual_eps, activation,
     )  # fmt: skip
     if wants_triton(input.is_cuda) and goes_to_kernels(input):
         return dual_batch_norm_act(*arguments, moments=moments)
@@ -454,20 +456,16 @@ def tail_of_two(
 
 def _check_dual(
     name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-    weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-    activation,
+    weight, bias, residual_weight, residual_bias, training, eps, residual_eps, activation,
 ) -> None:  # fmt: skip
     check_batch_norm_act(
-        name, input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-    )  # fmt: skip
+        name, input, running_mean, running_var, weight, bias, training, eps, residual, activation
+    )
     if residual is None:
         raise TypeError(
             f"{name}: residual is None, expected a torch.Tensor; without one use batch_norm_act"
         )
     check_batch_norm_act(
         f"{name}, of the residual", residual, residual_running_mean, residual_running_var, residual_weight,
-        residual_bias, training, residual_momentum, residual_eps, None, activation,
+        residual_bias, training, residual_eps, None, activation, "residual_eps",
     )  # fmt: skip
-    for argument, value in (("momentum", momentum), ("residual_momentum", residual_momentum)):
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name}: {argument} is a Tensor, expected a number")

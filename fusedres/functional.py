@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import add, autograd, preactivation, reference, scaled
+from . import add, autograd, operators, preactivation, reference, scaled
 from .activations import activate
 from .checks import (
     check_add_act,
@@ -13,6 +13,8 @@ from .checks import (
     check_projected_shape,
     check_projection,
     check_scaled_add_act,
+    momentum_number,
+    number,
 )
 from .dispatch import goes_to_kernels, is_eager, wants_triton
 from .dual import tail_of_two
@@ -51,13 +53,13 @@ def batch_norm_act(
 
     Args:
         input: [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or float64.
-        running_mean, running_var: [C] or None; float32 or the input's dtype. With `training` they are updated in place:
-            `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
-        weight, bias: [C] or None (ones and zeros); float32 or the input's dtype.
+        running_mean, running_var: [C] or None; of the input's dtype, or float32 with a 16-bit one. With `training` they
+            are updated in place: `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
+        weight, bias: [C] or None (ones and zeros); of the input's dtype, or float32 with a 16-bit one.
         training: normalise with the statistics of the batch.
-        momentum: a number, or a tensor of one element (no host synchronisation: `1 / num_batches_tracked` makes the
+        momentum: a number, or a tensor of no dimension (no host synchronisation: `1 / num_batches_tracked` makes the
             cumulative average of `nn.BatchNorm2d(momentum=None)`).
-        eps: added to the variance.
+        eps: added to the variance; a number, not negative, and in training not 0.
         residual: like `input` in shape, in any layout; added before the activation.
         activation: None, or a name: "relu", "relu6", "leaky_relu" ("leaky_relu(0.2)" for a slope that is not 0.01),
             "silu", "gelu", "gelu_tanh", "hardswish", "mish".
@@ -67,15 +69,22 @@ def batch_norm_act(
         rounded once. First and second derivatives are supported; a NaN passes through the activation, as in PyTorch.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit; one value per channel in training.
-        RuntimeError: the triton backend was asked for and cannot run there.
+        TypeError: an argument that is no tensor, number or bool where one is wanted.
+        NotImplementedError: an input that is not of these dtypes, or not dense.
+        RuntimeError: shapes, dtypes or devices that do not fit; the triton backend was asked for and cannot run there.
+        ValueError: an eps or an activation that there is not; one value per channel in training.
 
-    After an error the running statistics are what they were.
+    The types are those that `F.batch_norm` raises for the same call. After an error the running statistics are what
+    they were.
     """
+    name = "batch_norm_act"
+    if type(eps) is not float:
+        eps = number(name, "eps", eps)
+    if type(momentum) is not float:
+        momentum = momentum_number(name, momentum)
     check_batch_norm_act(
-        "batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-    )  # fmt: skip
+        name, input, running_mean, running_var, weight, bias, training, eps, residual, activation
+    )
     if isinstance(momentum, Tensor):
         if not training or running_mean is None or running_var is None or input.numel() == 0:
             momentum = 0.0
@@ -122,14 +131,15 @@ def dual_batch_norm_act(
             what they belong to. With `training` they are updated in place.
         weight, bias, residual_weight, residual_bias: [C] or None (ones and zeros).
         training: normalise both with the statistics of the batch.
-        momentum, eps, residual_momentum, residual_eps: numbers, as for `batch_norm_act`.
+        momentum, eps, residual_momentum, residual_eps: as for `batch_norm_act`; a momentum that is a tensor is read.
         activation: as for `batch_norm_act`.
 
     Returns:
         A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `batch_norm_act` does; for the residual the message says so.
+        TypeError, NotImplementedError, RuntimeError, ValueError: as `batch_norm_act` does; for the residual the message
+            says so.
 
     After an error the running statistics are what they were.
     """
@@ -159,7 +169,7 @@ def projection(
 
     Args:
         input: [N, Cin, ...] with 1 to 3 spatial dimensions; float32, bfloat16, float16 or float64.
-        weight: [Cout, Cin, 1, ...]; float32 or the input's dtype.
+        weight: [Cout, Cin, 1, ...]; of the input's dtype, or float32 with a 16-bit one.
         bias: [Cout] or None.
         stride: one step, or one for each spatial dimension.
         padding, dilation, groups: 0, 1 and 1; anything else is refused.
@@ -168,8 +178,10 @@ def projection(
         [N, Cout, ...] in the input's dtype. First and second derivatives are supported.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a weight that is not 1x1, or shapes, devices or values that do not fit.
+        TypeError: an argument that is no tensor or whole number where one is wanted.
+        NotImplementedError: an input that is not of these dtypes, or not dense.
+        RuntimeError: shapes, dtypes, devices or a stride that do not fit.
+        ValueError: a weight that is not 1x1; padding, dilation or groups.
     """
     steps = check_projection("projection", input, weight, bias, stride, padding, dilation, groups)
     return project(input, weight, bias, steps, False)[0]
@@ -217,8 +229,8 @@ def projection_batch_norm_act(
         A tensor with the input's shape, dtype and memory format.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `projection` and `dual_batch_norm_act` do; ValueError too when the
-            projected shortcut has not the input's shape.
+        TypeError, NotImplementedError, RuntimeError, ValueError: as `projection` and `dual_batch_norm_act` do;
+            RuntimeError too when the projected shortcut has not the input's shape.
 
     After an error the running statistics are what they were.
     """
@@ -246,9 +258,10 @@ def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu")
         A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, an unknown activation.
-        RuntimeError: the triton backend was asked for and cannot run there.
+        TypeError: an argument that is no tensor.
+        NotImplementedError: an input or residual that is not of these dtypes, or not dense.
+        RuntimeError: shapes, dtypes or devices that do not fit; the triton backend was asked for and cannot run there.
+        ValueError: an unknown activation.
     """
     check_add_act("add_act", input, residual, activation)
     if (
@@ -277,9 +290,10 @@ def scaled_add_act(
         A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, an unknown activation.
-        RuntimeError: the triton backend was asked for and cannot run there.
+        TypeError: an argument that is no tensor.
+        NotImplementedError: an input or residual that is not of these dtypes, or not dense.
+        RuntimeError: shapes, dtypes or devices that do not fit; the triton backend was asked for and cannot run there.
+        ValueError: an unknown activation.
     """
     check_scaled_add_act("scaled_add_act", input, residual, scale, activation)
     if is_eager() and wants_triton(input.is_cuda) and goes_to_kernels(input):
@@ -313,17 +327,22 @@ def add_batch_norm_act(
         (sum, output), both with the input's shape, dtype and memory format. First and second derivatives are supported.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes, devices or values that do not fit; one value per channel in training.
-        RuntimeError: the triton backend was asked for and cannot run there.
+        TypeError, NotImplementedError, RuntimeError, ValueError: as `batch_norm_act` does.
 
     After an error the running statistics are what they were.
     """
-    check_add_act("add_batch_norm_act", input, residual, activation)
+    name = "add_batch_norm_act"
+    eps, momentum = number(name, "eps", eps), momentum_number(name, momentum)
+    check_add_act(name, input, residual, activation)
     check_batch_norm_act(
-        "add_batch_norm_act", input, running_mean, running_var, weight, bias, training, momentum, eps, None, activation
-    )  # fmt: skip
-    if is_eager() and wants_triton(input.is_cuda) and goes_to_kernels(input):
+        name, input, running_mean, running_var, weight, bias, training, eps, None, activation
+    )
+    if (
+        not isinstance(momentum, Tensor)
+        and is_eager()
+        and wants_triton(input.is_cuda)
+        and goes_to_kernels(input)
+    ):
         return preactivation.add_batch_norm_act(
             input, residual, running_mean, running_var, weight, bias, training, momentum, eps, activation
         )  # fmt: skip
@@ -337,13 +356,14 @@ def _with_tensor_momentum(
     input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
 ) -> Tensor:
     """Take the statistics of this batch alone (momentum 1) and blend them in on the device."""
-    batch_mean, batch_var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    wide = operators.accumulate_dtype(running_mean.dtype)
+    batch_mean, batch_var = (torch.zeros_like(t, dtype=wide) for t in (running_mean, running_var))
     output = batch_norm_act(
         input, batch_mean, batch_var, weight, bias, True, 1.0, eps, residual=residual, activation=activation
     )  # fmt: skip
     with torch.no_grad():
-        factor = momentum.to(running_mean.dtype).reshape(())
-        # Not seen by autograd, as BatchNorm's own update is not: another call may have saved them.
-        running_mean.data.lerp_(batch_mean, factor)
-        running_var.data.lerp_(batch_var, factor)
+        factor = (momentum.real if momentum.is_complex() else momentum).to(batch_mean)
+        for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
+            # Not seen by autograd, as BatchNorm's own update is not: another call may have saved them.
+            running.data.copy_(running.to(wide).lerp(batch, factor))
     return output

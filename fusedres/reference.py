@@ -52,16 +52,15 @@ def scaled_add_act(
 
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
-    # To a float32 input everything is float32 already.
-    if input.dtype is torch.float32 or not _needs_casts(input, running_mean, weight, bias):
+    # To a wider input everything is of its dtype already.
+    if input.dtype not in _BELOW_FLOAT32 or not _are_mixed(running_mean, running_var, weight, bias):
         cudnn = torch.backends.cudnn.enabled
         return torch.batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
         )
-    # aten takes parameters and buffers of one dtype only; the contract takes each in float32 or in the input's dtype.
-    wide = torch.float32 if input.dtype in _BELOW_FLOAT32 else input.dtype
+    # aten takes parameters and buffers of one dtype only (on a CPU); a 16-bit input takes each in float32 or its own.
     mean, var, weight, bias = (
-        None if tensor is None else tensor.to(wide)
+        None if tensor is None else tensor.to(torch.float32)
         for tensor in (running_mean, running_var, weight, bias)
     )
     output = _batch_norm(input, mean, var, weight, bias, training, momentum, eps)
@@ -71,11 +70,8 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
     return output
 
 
-def _needs_casts(input: Tensor, running_mean: Tensor | None, weight, bias) -> bool:
-    dtypes = {tensor.dtype for tensor in (running_mean, weight, bias) if tensor is not None}
-    if len(dtypes) > 1:
-        return True
-    return bool(dtypes) and input.dtype not in dtypes and input.dtype not in _BELOW_FLOAT32
+def _are_mixed(*tensors: Tensor | None) -> bool:
+    return len({tensor.dtype for tensor in tensors if tensor is not None}) > 1
 
 
 def _is_transformed() -> bool:

@@ -242,12 +242,13 @@ def test_machine_code(layout, dtype, architecture):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"residual": torch.zeros(4, 8, 5, 6)}, ValueError, "residual has shape [4, 8, 5, 6], expected [4, 8, 5, 5]"),
+        ({"residual": torch.zeros(4, 8, 5, 6)}, RuntimeError, "residual has shape [4, 8, 5, 6], expected [4, 8, 5, 5]"),
         ({"residual": None}, TypeError, "residual is None, expected a torch.Tensor"),
-        ({"residual_weight": torch.zeros(7)}, ValueError, "of the residual: weight has shape [7], expected [8]"),
+        ({"residual_weight": torch.zeros(7)}, RuntimeError, "of the residual: weight has shape [7], expected [8]"),
         ({"residual_running_var": None}, ValueError, "of the residual: running_var is None and running_mean is not"),
-        ({"weight": torch.zeros(8, dtype=torch.float16)}, TypeError, "weight has dtype torch.float16"),
-        ({"residual_momentum": torch.tensor(0.1)}, TypeError, "residual_momentum is a Tensor, expected a number"),
+        ({"weight": torch.zeros(8, dtype=torch.float16)}, RuntimeError, "weight has dtype torch.float16"),
+        ({"residual_momentum": torch.ones(1)}, TypeError, "residual_momentum is tensor([1.]), expected a number"),
+        ({"residual_eps": -1.0}, ValueError, "residual_eps is -1.0, expected a positive number"),
         ({"activation": "tanh"}, ValueError, "unknown activation 'tanh'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

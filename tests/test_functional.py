@@ -143,12 +143,13 @@ def test_empty_batch(training, residual, device):
     assert all(torch.equal(actual[name], eager[name]) for name in eager)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("parameter_dtype", ["float32", "same"])
 @pytest.mark.parametrize("buffer_dtype", ["float32", "same"])
 def test_parameters_in_float32_or_in_the_dtype_of_the_input(
     dtype, parameter_dtype, buffer_dtype, device
 ):
+    """A 16-bit input takes each in either; on a CPU PyTorch wants all of them in one dtype, on a GPU it does not."""
     case = Case(dtype=DTYPES[dtype], device=device)
     for name, wanted in (
         ("weight", parameter_dtype), ("bias", parameter_dtype),

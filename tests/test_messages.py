@@ -30,40 +30,51 @@ def arguments(**changes):
 
 BAD = {
     "residual shape": (
-        {"residual": torch.randn(2, 3, 2, 2)}, ValueError, ["residual", "[2, 3, 2, 2]", "[2, 3, 4, 4]"],
+        {"residual": torch.randn(2, 3, 2, 2)}, RuntimeError, ["residual", "[2, 3, 2, 2]", "[2, 3, 4, 4]"],
     ),
     "residual that would broadcast": (
-        {"residual": torch.randn(1, 3, 4, 4)}, ValueError, ["residual", "[1, 3, 4, 4]", "[2, 3, 4, 4]"],
+        {"residual": torch.randn(1, 3, 4, 4)}, RuntimeError, ["residual", "[1, 3, 4, 4]", "[2, 3, 4, 4]"],
     ),
-    "weight channels": ({"weight": torch.ones(4)}, ValueError, ["weight", "[4]", "[3]"]),
-    "bias channels": ({"bias": torch.ones(3, 1)}, ValueError, ["bias", "[3, 1]", "[3]"]),
-    "running_mean channels": ({"running_mean": torch.zeros(2)}, ValueError, ["running_mean", "[2]", "[3]"]),
-    "running_var channels": ({"running_var": torch.zeros(5)}, ValueError, ["running_var", "[5]", "[3]"]),
+    "weight channels": ({"weight": torch.ones(4)}, RuntimeError, ["weight", "[4]", "[3]"]),
+    "bias channels": ({"bias": torch.ones(3, 1)}, RuntimeError, ["bias", "[3, 1]", "[3]"]),
+    "running_mean channels": ({"running_mean": torch.zeros(2)}, RuntimeError, ["running_mean", "[2]", "[3]"]),
+    "running_var channels": ({"running_var": torch.zeros(5)}, RuntimeError, ["running_var", "[5]", "[3]"]),
     "weight on another device": (
-        {"weight": torch.ones(3, device="meta")}, ValueError, ["weight", "meta", "cpu"],
+        {"weight": torch.ones(3, device="meta")}, RuntimeError, ["weight", "meta", "cpu"],
     ),
     "residual on another device": (
-        {"residual": torch.randn(2, 3, 4, 4, device="meta")}, ValueError, ["residual", "meta", "cpu"],
+        {"residual": torch.randn(2, 3, 4, 4, device="meta")}, RuntimeError, ["residual", "meta", "cpu"],
     ),
     "integer input": (
-        {"input": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, TypeError, ["input", "int64", "float32"],
+        {"input": torch.ones(2, 3, 4, 4, dtype=torch.int64)}, NotImplementedError, ["input", "int64", "float32"],
     ),
     "integer residual": (
-        {"residual": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, ["residual", "int32", "float32"],
+        {"residual": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, NotImplementedError, ["residual", "int32", "float32"],
     ),
-    "weight dtype": ({"weight": torch.ones(3).double()}, TypeError, ["weight", "float64", "float32"]),
+    "weight dtype": ({"weight": torch.ones(3).double()}, RuntimeError, ["weight", "float64", "float32"]),
     "unknown activation": ({"activation": "tanh"}, ValueError, ["activation", "'tanh'", "'relu'"]),
-    "one dimension": ({"input": torch.randn(3)}, ValueError, ["input", "[3]", "2 dimensions"]),
+    "one dimension": ({"input": torch.randn(3)}, RuntimeError, ["input", "[3]", "2 dimensions"]),
     "not a tensor": ({"input": [1.0]}, TypeError, ["input", "list", "torch.Tensor"]),
     "weight not a tensor": ({"weight": 1.0}, TypeError, ["weight", "float", "torch.Tensor"]),
     "residual not a tensor": ({"residual": 1.0}, TypeError, ["residual", "float", "torch.Tensor"]),
+    "parameters of a float64 input": (
+        {"input": torch.randn(2, 3, 4, 4).double()}, RuntimeError, ["running_mean", "float32", "float64", "convert"],
+    ),
+    "sparse input": ({"input": torch.eye(3).to_sparse()}, NotImplementedError, ["input", "sparse", "to_dense"]),
+    "no dimension": ({"input": torch.tensor(1.0)}, IndexError, ["input", "[]", "2 dimensions"]),
+    "negative eps": ({"eps": -1.0}, ValueError, ["eps", "-1.0", "positive"]),
+    "no eps": ({"eps": 0}, ValueError, ["eps", "0", "positive", "training"]),
+    "eps of an eval call": ({"eps": -1.0, "training": False}, ValueError, ["eps", "-1.0", "negative"]),
+    "eps None": ({"eps": None}, TypeError, ["eps", "None", "number"]),
+    "training an int": ({"training": 1}, TypeError, ["training", "1", "bool"]),
+    "momentum of two": ({"momentum": torch.ones(2)}, TypeError, ["momentum", "tensor", "no dimension"]),
     "momentum None": ({"momentum": None}, TypeError, ["momentum", "None", "num_batches_tracked"]),
     "one of the running statistics": (
         {"running_mean": None}, ValueError, ["running_mean is None", "running_var"],
     ),
     "eval without statistics": (
         {"running_mean": None, "running_var": None, "training": False},
-        ValueError, ["running_mean", "None", "training=False"],
+        RuntimeError, ["running_mean", "None", "training=False"],
     ),
 }  # fmt: skip
 
@@ -99,7 +110,7 @@ def test_one_value_per_channel_raises_as_pytorch_does(shape):
 
 def test_a_module_does_not_count_a_batch_that_failed():
     module = fusedres.nn.BatchNormAct2d(3)
-    with pytest.raises(ValueError, match="residual"):
+    with pytest.raises(RuntimeError, match="residual"):
         module(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 1, 1))
     assert module.num_batches_tracked.item() == 0
     assert torch.equal(module.running_mean, torch.zeros(3))

@@ -249,9 +249,9 @@ def test_machine_code(layout, dtype, architecture):
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"residual": torch.randn(2, 3, 1, 1)}, ValueError, r"add_batch_norm_act: residual .*\[2, 3, 1, 1\]"),
-        ({"residual": torch.randn(2, 3, 4, 4).double()}, TypeError, "residual has dtype torch.float64"),
-        ({"weight": torch.ones(4)}, ValueError, r"weight has shape \[4\], expected \[3\]"),
+        ({"residual": torch.randn(2, 3, 1, 1)}, RuntimeError, r"add_batch_norm_act: residual .*\[2, 3, 1, 1\]"),
+        ({"residual": torch.randn(2, 3, 4, 4).double()}, RuntimeError, "residual has dtype torch.float64"),
+        ({"weight": torch.ones(4)}, RuntimeError, r"weight has shape \[4\], expected \[3\]"),
         ({"running_var": None}, ValueError, "running_var is None and running_mean is not"),
         ({"activation": "tanh"}, ValueError, "unknown activation 'tanh'"),
     ],

@@ -214,30 +214,38 @@ def test_derivatives_of_the_tail(training, device):
 
 
 WRONG = {
-    "3x3": ({"projection_weight": torch.ones(16, 8, 3, 3)}, "no projection"),
-    "groups by shape": ({"projection_weight": torch.ones(16, 4, 1, 1)}, "8 channels"),
-    "groups": ({"groups": 2}, "groups is 2"),
-    "dilation": ({"dilation": 2}, "dilation is 2"),
-    "padding": ({"padding": 1}, "padding is 1"),
-    "stride": ({"stride": 1}, "stride=2 fits"),
-    "stride 0": ({"stride": 0}, "expected 1 or more"),
-    "bias": ({"projection_bias": torch.ones(3)}, r"expected \[16\]"),
-}
+    "3x3": ({"projection_weight": torch.ones(16, 8, 3, 3)}, ValueError, "no projection"),
+    "dimensions": ({"projection_weight": torch.ones(16, 8, 1)}, RuntimeError, "Cout, Cin, 1, 1"),
+    "groups by shape": ({"projection_weight": torch.ones(16, 4, 1, 1)}, RuntimeError, "8 channels"),
+    "groups": ({"groups": 2}, ValueError, "groups is 2"),
+    "dilation": ({"dilation": 2}, ValueError, "dilation is 2"),
+    "padding": ({"padding": 1}, ValueError, "padding is 1"),
+    "stride": ({"stride": 1}, RuntimeError, "stride=2 fits"),
+    "stride 0": ({"stride": 0}, RuntimeError, "expected 1 or more"),
+    "stride of three": ({"stride": (1, 2, 1)}, RuntimeError, "whole number or 2 of them"),
+    "stride 1.5": ({"stride": 1.5}, TypeError, "whole number"),
+    "bias": ({"projection_bias": torch.ones(3)}, RuntimeError, r"expected \[16\]"),
+    "dtype": ({"projection_weight": torch.ones(16, 8, 1, 1).half()}, RuntimeError, "float16"),
+    "float64": ({"input": torch.randn(2, 16, 4, 4).double(), "shortcut": torch.randn(2, 8, 7, 7).double()},
+                RuntimeError, "float32, expected the dtype of shortcut, torch.float64"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", WRONG)
 def test_wrong_arguments_are_named(change):
-    options, message = WRONG[change]
+    options, error, message = WRONG[change]
     buffers = [torch.ones(16) for _ in VECTORS]
     arguments = {
+        "input": torch.randn(2, 16, 4, 4),
+        "shortcut": torch.randn(2, 8, 7, 7),
         "projection_weight": torch.ones(16, 8, 1, 1),
         "stride": 2,
         "training": True,
     } | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         projection_batch_norm_act(
-            torch.randn(2, 16, 4, 4),
-            torch.randn(2, 8, 7, 7),
+            arguments.pop("input"),
+            arguments.pop("shortcut"),
             arguments.pop("projection_weight"),
             *buffers,
             **arguments,

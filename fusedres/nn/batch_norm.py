@@ -9,10 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import activate, check_activation
+from ..checks import takes
 from ..dual import tail_of_two
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from .norms import activates, begin, parts_inside, promotes, why_not_fused
+
+# Of checks and kernels; not what checkpointing throws once it has recomputed enough.
+_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
 
 def call_batch_norm(
@@ -30,7 +34,7 @@ def call_batch_norm(
             input, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch, call.momentum,
             norm.eps, residual=residual, activation=activation,
         )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError):
+    except _REFUSALS:
         if call.batches is not None:
             call.batches.sub_(1)
         raise
@@ -77,7 +81,7 @@ def call_add_batch_norm(
             input, residual, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch,
             call.momentum, norm.eps, activation=activation,
         )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError):
+    except _REFUSALS:
         if call.batches is not None:
             call.batches.sub_(1)
         raise
@@ -119,7 +123,7 @@ def call_dual_batch_norm(
             a.weight, a.bias, b.weight, b.bias, a.use_batch, a.momentum, norm.eps, b.momentum, residual_norm.eps,
             activation, moments,
         )  # fmt: skip
-    except (TypeError, ValueError, RuntimeError):
+    except _REFUSALS:
         for batches in counters:
             batches.sub_(1)
         raise
@@ -162,7 +166,7 @@ def call_function(
 ) -> Tensor:
     """`activation(F.batch_norm(input, ...) + residual)`: `call_tail` for a BatchNorm that is called as a function."""
     vectors = running_mean, running_var, weight, bias
-    fits = all(t is None or t.dtype in (torch.float32, input.dtype) for t in vectors)
+    fits = all(t is None or takes(t.dtype, input.dtype) for t in vectors)
     is_alone = residual is None and activation is None
     if (
         fits
