@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import abc
 import builtins
+import copy
 import enum
 import functools
+import gc
 import math
 import operator
+import weakref
+from collections import OrderedDict
 from typing import NamedTuple
 
 import pytest
@@ -153,8 +157,15 @@ def attribute_and_view(self, x):
     return F.relu(out + x)
 
 
+def statistics_by_a_view(self, x):
+    mean = self.bn1.running_mean.view(1, -1, 1, 1)
+    out = self.bn1(self.conv1(x))
+    return F.relu(out + mean * x)
+
+
 @pytest.mark.parametrize(
-    "forward", [elu, dropout, for_each, by_name, attribute_twice, attribute_and_view]
+    "forward",
+    [elu, dropout, for_each, by_name, attribute_twice, attribute_and_view, statistics_by_a_view],
 )
 def test_an_input_that_is_written_to_is_normalised_as_it_was(forward):
     block = make(forward)
@@ -546,3 +557,106 @@ RAISES = {
 @pytest.mark.parametrize("name", RAISES)
 def test_what_would_raise_is_left_alone_with_a_reason(name):
     assert "it raises" in fusedres.explain(reads(RAISES[name])).rows[0].reason
+
+
+# --- what is handed on -------------------------------------------------------------------------------------------
+
+
+class Appends(nn.Module):
+    def forward(self, x, kept):
+        kept.append(x * 2)
+        return x
+
+
+class HandsOn(HasScale):
+    def __init__(self) -> None:
+        super().__init__()
+        self.appends = Appends()
+
+
+def reads_what_was_appended(self, x):
+    kept = []
+    x = self.appends(x, kept)
+    return F.relu(self.bn(self.conv(x))) + kept[0]
+
+
+def returns_what_was_appended(self, x):
+    kept = []
+    x = self.appends(x, kept)
+    return F.relu(self.bn(self.conv(x))), kept
+
+
+def appends_to_its_own(self, x):
+    x = self.appends(x, self.options)
+    return F.relu(self.bn(self.conv(x))) * len(self.options)
+
+
+def returns_an_ordered_dict(self, x):
+    return OrderedDict(y=F.relu(self.bn(self.conv(x))))
+
+
+HANDED_ON = [
+    reads_what_was_appended, returns_what_was_appended, appends_to_its_own, returns_an_ordered_dict,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", HANDED_ON)
+def test_a_list_is_what_a_child_made_of_it(forward):
+    torch.manual_seed(0)
+    block = type("Own", (HandsOn,), {"forward": forward})().double()
+    same(fused_copy(block), block, X)
+
+
+def test_its_own_list_is_the_one_that_is_returned():
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x))), self.options
+
+    block = type("Own", (HasScale,), {"forward": forward})().double()
+    fusedres.fuse_(block)
+    assert block(X)[1] is block.options
+
+
+# --- for the whole process ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["__call__", "_call_impl"])
+def test_a_layer_s_call_that_is_replaced_runs(name, monkeypatch):
+    fused = fused_copy(make(lambda self, x: self.relu(self.bn1(self.conv1(x)))))
+    plain = copy.deepcopy(fused)
+    fusedres.unfuse_(plain)
+    own = getattr(nn.ReLU, name)
+    monkeypatch.setattr(nn.ReLU, name, lambda self, x: own(self, x) * 3)
+    same(fused, plain, X)
+
+
+class Triples(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        return found * 3 if function is F.relu else found
+
+
+def test_a_mode_that_waits_for_functions_sees_them():
+    block = make(normed)
+    fused = fused_copy(block)
+    with Triples():
+        same(fused, block, X)
+
+
+# --- what it costs -----------------------------------------------------------------------------------------------
+
+
+def test_a_list_that_is_too_long_to_be_compared_at_each_call_is_left_alone():
+    block = reads(lambda self: self.options[0])
+    block.options = [1.0] * 10_000
+    assert "too long a list" in fusedres.fuse_(block).rows[0].reason
+
+
+def test_a_module_that_was_left_alone_goes_with_its_last_owner():
+    block = make(lambda self, x: normed(self, x) if x.sum() > 0 else x)
+    fusedres.fuse_(block)
+    gone = weakref.ref(block)
+    gc.disable()
+    del block
+    is_gone = gone() is None
+    gc.enable()
+    assert is_gone

@@ -154,9 +154,18 @@ class Effects:
                 if any(each is norm or id(each) in ids for each in held):
                     return f"{node.target} holds its statistics too, and is called before the site ends"
             for source in node.all_input_nodes:
-                if source.op == "get_attr" and self._reads(str(source.target), ids, norm):
-                    return f"{source.target} is used before the site ends"
+                for each in self._views_of(source):
+                    if each.op == "get_attr" and self._reads(str(each.target), ids, norm):
+                        return f"{each.target} is used before the site ends"
         return None
+
+    def _views_of(self, node: fx.Node) -> list[fx.Node]:
+        """The node, and all that it may share memory with since it was made of it."""
+        found = [node]
+        for each in found:  # it grows
+            if not self._is_fresh(each):
+                found += (source for source in each.all_input_nodes if source not in found)
+        return found
 
     def _reads(self, target: str, ids: set[int], norm: nn.Module | None) -> bool:
         owner = self._modules.get(target.rpartition(".")[0])

@@ -67,7 +67,9 @@ class Calls(Operators):
             return self._call_module(function, args, keywords)
         if isinstance(function, Opaque):
             attribute = self.node("get_attr", function.path)
-            return self.node("call_function", call, (attribute, *args), keywords)
+            made = self.node("call_function", call, (attribute, *args), keywords)
+            self.give([*args, *keywords.values()])
+            return made
         if isinstance(function, Bound):
             return self._call_bound(function, args, keywords)
         if isinstance(function, Native):
@@ -199,6 +201,8 @@ class Calls(Operators):
             raise NotTraceable("its forward calls the module itself")
         made = self.node("call_module", ".".join(at.path), tuple(args), keywords)
         made.of = (Given(at, tuple(args)),)
+        if not known.is_layer(at.module):
+            self.give([*args, *keywords.values()])
         return made
 
     def _call_bound(self, method: Bound, args: list[Any], keywords: dict[str, Any]) -> Any:

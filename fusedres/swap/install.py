@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from ..dispatch import current_backend
 from ..nn.norms import is_replaced
@@ -218,8 +219,21 @@ def _are_plain_tensors(args: tuple) -> bool:
 
 def runs_own_forward() -> bool:
     """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
-    modules wait for each child's call."""
-    return current_backend() == "off" or torch.jit.is_tracing() or _has_any_global_hook()
+    modules wait for each child's call, a TorchFunctionMode for each function's."""
+    return (
+        current_backend() == "off"
+        or torch.jit.is_tracing()
+        or _has_any_global_hook()
+        or _sees_functions()
+    )
+
+
+def _sees_functions() -> bool:
+    """Whether a TorchFunctionMode waits for the functions of the forward; that of a default device does not."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def why_plan_is_stale(module: nn.Module, plan: Plan) -> str | None:

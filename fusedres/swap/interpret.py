@@ -40,6 +40,7 @@ class Interpreter(Calls):
             result = self.enter(function, [module, *placeholders], {})
             self._result = result
             end = self.graph.output(self.argument(result))
+            self.give(result)
             if self.last is not None:
                 node, guards, reason = self.last
                 if end.prev is not node or guards != len(self.guards):
@@ -52,6 +53,8 @@ class Interpreter(Calls):
             # Python itself, on the way: an iterator of other lengths, arguments that a builtin does not take.
             text = f"it raises {type(error).__name__}: {error}"
             raise NotTraceable(f"{text}{self._where()}") from None
+        finally:
+            self.frames.clear()  # they know this, in a circle
 
     def why_tensor(self) -> tuple[Guard, ...] | None:
         """What it depends on that the forward gives a Tensor, beside its guards; None where it need not give one."""

@@ -34,7 +34,7 @@ def _functions_of(activation: str) -> Iterator[tuple[Any, str]]:
 
 
 def _names_in(cls: type) -> Iterator[tuple[Any, str]]:
-    for name in ("forward", "_check_input_dim", "_conv_forward"):
+    for name in ("forward", "__call__", "_call_impl", "_check_input_dim", "_conv_forward"):
         if hasattr(cls, name):
             yield cls, name
 

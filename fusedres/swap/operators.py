@@ -64,6 +64,7 @@ class Operators(Attributes):
         super().__init__()
         self.graph = fx.Graph()
         self.asked = False
+        self._given: dict[int, Any] = {}
 
     # --- nodes ------------------------------------------------------------------------------------------------------
 
@@ -113,23 +114,43 @@ class Operators(Attributes):
         if isinstance(value, SymbolAttribute):
             return self.value_of(value).node
         kind = type(value)
+        self.not_given(value)
         if kind in (list, tuple):
             return kind(self.argument(item) for item in value)
         if kind is dict or kind is OrderedDict:
             if any(has_symbol(key) for key in value):
                 raise NotTraceable("a key of a dict is computed from its input")
+            if kind is OrderedDict:
+                return self.node("call_function", kind, (list(value.items()),)).node
             return {key: self.argument(item) for key, item in value.items()}
         if kind is slice:
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
         if kind is torch.Size:
-            return tuple(value)
+            return self.node("call_function", kind, (tuple(value),)).node
         if kind is range:
-            return tuple(value)
+            return self.node("call_function", kind, (value.start, value.stop, value.step)).node
         if isinstance(value, (*PLAIN, type)):
             return value
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             return self.node("call_function", kind, tuple(value)).node
         raise NotTraceable(f"it gives {described(value)} to a function of tensors, or returns it")
+
+    def give(self, value: Any) -> None:
+        """Whoever is given a list, or another that can be written to, may write to it, or keep it."""
+        if isinstance(value, HOLDERS):
+            if not isinstance(value, (tuple, frozenset)):
+                if id(value) in self.outside:
+                    raise NotTraceable(
+                        f"it hands on a {type(value).__name__} that outlives the call"
+                    )
+                self._given[id(value)] = value
+            for item in value.values() if isinstance(value, dict) else value:
+                self.give(item)
+
+    def not_given(self, value: Any) -> None:
+        """Refuse what somebody else may have written to."""
+        if id(value) in self._given:
+            raise NotTraceable(f"it uses a {type(value).__name__} after it gave it to a child")
 
     # --- questions --------------------------------------------------------------------------------------------------
 
@@ -153,6 +174,7 @@ class Operators(Attributes):
             if hasattr(kind, "__bool__") or hasattr(kind, "__len__"):
                 raise NotTraceable(f"it asks {described(value)} whether it is true")
             return True
+        self.not_given(value)
         return bool(value)
 
     def is_same(self, a: Any, b: Any) -> bool:
@@ -222,6 +244,7 @@ class Operators(Attributes):
         if isinstance(value, (Generator, Iterator)):
             return value
         if isinstance(value, _ITERABLE):
+            self.not_given(value)
             return iter(value)
         raise NotTraceable(f"it goes through {described(value)}")
 
@@ -358,6 +381,8 @@ class Operators(Attributes):
 
     def natively(self, function: Any, args: list[Any], keywords: dict[str, Any]) -> Any:
         """Call a function of plain values; what it raises would be raised at each call too."""
+        for value in (*args, *keywords.values(), getattr(function, "__self__", None)):
+            self.not_given(value)
         try:
             return function(*args, **keywords)
         except StopIteration:

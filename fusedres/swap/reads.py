@@ -26,6 +26,8 @@ from .values import (
     literal,
 )
 
+_MOST = 1000  # items of a holder that is read
+
 
 class Reads:
     """What is read from outside of a module. Guards go into `guards`, in the order in which they were met."""
@@ -130,6 +132,10 @@ class Reads:
         )
 
     def _held(self, value: Any, source: Source) -> Any:
+        if _size(value) > _MOST:
+            raise NotTraceable(
+                f"its forward depends on {source.text}, too long a {type(value).__name__} to be looked at at each call"
+            )
         try:
             self.guard(stays(source, value))
         except NotTraceable as error:
@@ -153,7 +159,7 @@ class Reads:
 
     def changes(self, holder: Any) -> None:
         """Refuse to write to what was read from outside."""
-        if id(holder) in self.outside:
+        if id(holder) in self.outside and not isinstance(holder, (tuple, frozenset)):
             raise NotTraceable(
                 f"it writes to a {type(holder).__name__} that outlives the call; return the value instead"
             )
@@ -169,6 +175,13 @@ def is_plain_object(kind: type) -> bool:
     reader = next(base for base in kind.__mro__ if "__getattribute__" in vars(base))
     is_plain = reader in (object, types.SimpleNamespace) and not hasattr(kind, "__getattr__")
     return is_plain and not issubclass(kind, (*HOLDERS, *PLAIN)) and kind.__dictoffset__ != 0
+
+
+def _size(value: Any) -> int:
+    """How many values stand in a holder."""
+    if not isinstance(value, HOLDERS):
+        return 1
+    return sum(map(_size, value.values() if isinstance(value, dict) else value))
 
 
 def _copied(value: Any) -> Any:
