@@ -93,7 +93,7 @@ def test_products_and_final_steps(rows, channels_out, channels_in, grids):
         assert math.prod(grids[-1]) == tile.programs * tile.blocks_out * -(-channels_in // tile.block_in)  # fmt: skip
     for k, final in ((3, launch_bn_finalize), (2, launch_bn_grad_finalize)):
         partial = SimpleNamespace(shape=(launch.MAX_PARTIALS, k, channels_out))
-        final(partial, *[None] * 5, *((0.1, 1e-5) if k == 3 else (rows, None)))
+        final(partial, *[None] * (6 if k == 3 else 5), *((0.1, 1e-5) if k == 3 else (rows, None)))
     assert len(grids) == 8
     for grid in grids:
         assert_fits(grid)
