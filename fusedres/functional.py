@@ -309,7 +309,7 @@ def add_batch_norm_act(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     *,
     activation: str | None = "relu",

@@ -17,6 +17,10 @@ _FROZEN = {("torchvision.ops.misc", "FrozenBatchNorm2d"), (_TIMM, "FrozenBatchNo
 _WITH_PARTS = {(_TIMM, name) for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")}  # fmt: skip
 
 
+# What stands as `forward` in the `__dict__` of an instance that nobody replaced it on; `fuse_` adds its own class.
+OWN_FORWARDS: set[type] = {type(None)}
+
+
 def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
@@ -65,8 +69,7 @@ def why_called(child: nn.Module) -> str | None:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether somebody gave an instance a forward of its own; what `fuse_` put there says what it is."""
-    forward = module.__dict__.get("forward")
-    return forward is not None and not hasattr(type(forward), "_fusedres_seat")
+    return type(module.__dict__.get("forward")) not in OWN_FORWARDS
 
 
 def why_not_fused(norm: nn.Module) -> str | None:

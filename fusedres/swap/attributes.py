@@ -50,6 +50,10 @@ class Attributes(Reads):
     enter: Callable[..., Any]
     node: Callable[..., Symbol]
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._children: dict[ModuleAt, set[str]] = {}  # those that were read, by name
+
     # --- attributes -------------------------------------------------------------------------------------------------
 
     def attribute(self, value: Any, name: str) -> Any:
@@ -246,7 +250,6 @@ class Attributes(Reads):
             if child is None:
                 self.guard(stays(self.source(at, name), None))
                 return None
-            self._class_has_not(at, name)
             return self.child(at, name, child)
         self._absent(at, name)
         self._class_has_not(at, name)
@@ -255,11 +258,22 @@ class Attributes(Reads):
     def child(self, at: ModuleAt, name: str, child: nn.Module) -> ModuleAt:
         """A child, with a guard that there is one."""
         reason = f"{name} was removed after it was fused"
-        test = (
-            f"{{m}}._modules[{literal(name)}] is not None and {literal(name)} not in {{m}}.__dict__"
-        )
-        self.guard(Guard(at.path, test, (), reason))
+        self.guard(Guard(at.path, f"{{m}}._modules[{literal(name)}] is not None", (), reason))
+        self._children.setdefault(at, set()).add(name)
         return ModuleAt((*at.path, name), child)
+
+    def guard_children(self) -> None:
+        """That no attribute of a module or of its class hides the children that were read, all names at once.
+
+        Under torch.compile the compiler sees to that itself.
+        """
+        for at, names in self._children.items():
+            classes = at.cls.__mro__[: at.cls.__mro__.index(nn.Module)]
+            tests = ["{1}.isdisjoint({m}.__dict__)"]
+            tests += [f"{{1}}.isdisjoint({{{i}}}.__dict__)" for i in range(2, 2 + len(classes))]
+            constants = (torch.compiler.is_compiling, frozenset(names), *classes)
+            reason = f"one of {', '.join(sorted(names))} was hidden after it was fused"
+            self.guard(Guard(at.path, f"({{0}}() or {' and '.join(tests)})", constants, reason))
 
     def children(self, at: ModuleAt) -> list[tuple[str, Any]]:
         """All children by name, with a guard that they stay as many, in that order."""

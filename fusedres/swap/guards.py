@@ -137,6 +137,10 @@ def code_stays(function: types.FunctionType) -> list[Guard]:
 # --- as code -----------------------------------------------------------------------------------------------------
 
 
+# For a function that tells why something is not so: the usual case of its guard, spelled out (None: there is none).
+INLINE: dict[Any, Callable[[Guard], Guard | None]] = {}
+
+
 class _Writer:
     """Source of tests, with names for the modules and constants in it."""
 
@@ -163,6 +167,14 @@ class _Writer:
         return name
 
     def test(self, guard: Guard) -> str:
+        """The test; in front of a call that would tell, what is nearly always the case."""
+        inline = INLINE.get(guard.constants[0]) if guard.constants else None
+        usual = inline(guard) if inline is not None else None
+        text = self.written(guard)
+        return text if usual is None else f"({self.written(usual)} or {text})"
+
+    def written(self, guard: Guard) -> str:
+        """The test as it stands, with names for its places."""
         # Written out, since a test's own braces are none of str.format's.
         text = guard.test.replace("{s}", "self")
         if guard.path is not None:
@@ -199,7 +211,7 @@ def why_not(module: nn.Module, guards: Iterable[Guard]) -> str | None:
 def _told(module: nn.Module, guard: Guard) -> str | None:
     """What the function in a test says."""
     writer = _Writer()
-    text = writer.test(guard).removesuffix(" is None")
+    text = writer.written(guard).removesuffix(" is None")
     scope = {**writer.scope, "self": module}
     try:
         exec("\n".join(writer.lines), scope)

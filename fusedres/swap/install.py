@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from ..dispatch import current_backend
-from ..nn.norms import is_replaced
+from ..nn.norms import OWN_FORWARDS, is_replaced
 from .guards import compiled, why_not
 from .plan import Plan
 from .rewrite import compile_source, fingerprint
@@ -107,8 +107,6 @@ class Seat:
         kind: the class whose forward was traced.
     """
 
-    _fusedres_seat = True  # for the floors below, which do not know this class
-
     def __init__(self, module: nn.Module | None, plan: Plan | None, kind: Any) -> None:
         self._module: Callable[[], Any] = _nobody if module is None else weakref.ref(module)
         self.plan = plan
@@ -171,6 +169,9 @@ class Seat:
     def double(self) -> nn.Module:
         """`__prepare_scriptable__` of the module: what TorchScript compiles in its place."""
         return unfused_double(self._caller(), {})
+
+
+OWN_FORWARDS.add(Seat)
 
 
 def _nobody() -> None:

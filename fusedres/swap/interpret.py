@@ -38,12 +38,13 @@ class Interpreter(Calls):
         ]
         try:
             result = self.enter(function, [module, *placeholders], {})
-            self._result = result
+            self._result, count = result, len(self.guards)
+            self.guard_children()
             end = self.graph.output(self.argument(result))
             self.give(result)
             if self.last is not None:
                 node, guards, reason = self.last
-                if end.prev is not node or guards != len(self.guards):
+                if end.prev is not node or guards != count:
                     raise NotTraceable(reason)
         except NotTraceable as error:
             raise NotTraceable(f"{error}{self._where()}") from None

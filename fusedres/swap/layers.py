@@ -16,10 +16,10 @@ from torch import nn
 
 from ..activations import NAMES
 from ..nn.activations import LAYERS
-from ..nn.norms import FUSED_NORMS
+from ..nn.norms import FUSED_NORMS, OWN_FORWARDS, why_not_fused
 from ..nn.projection import CONVOLUTIONS
-from .guards import Guard
-from .nodes import Skipped
+from .guards import INLINE, Guard
+from .nodes import Skipped, why_not_skipped
 
 _BEHIND_NORM = ((F, "batch_norm"), (torch, "batch_norm"))
 _CLASSES = (*FUSED_NORMS, *CONVOLUTIONS, *LAYERS, nn.SyncBatchNorm, nn.Identity, nn.Sequential)
@@ -87,3 +87,30 @@ def _stays(owner: Any, name: str) -> Guard:
     return Guard(
         None, f"{{0}}.{name} is {{1}}", (owner, value), f"{text} was replaced for the whole process"
     )
+
+
+# --- the usual case of a child that is not called ----------------------------------------------------------------
+
+_NOT_CALLED = (
+    "not ({m}._forward_hooks or {m}._forward_pre_hooks or {m}._backward_hooks or {m}._backward_pre_hooks) "
+    "and type({m}.__dict__.get('forward')) in {0}"
+)
+# What they compute is told by their class.
+_BY_CLASS = (*CONVOLUTIONS, nn.Sequential, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Mish)
+
+
+def _usual_norm(guard: Guard) -> Guard:
+    test = (
+        f"type({{m}}) in {{1}} and {_NOT_CALLED} and type({{m}}._parameters.get('weight')) is {{2}} "
+        "and type({m}._parameters.get('bias')) is {2}"
+    )
+    return Guard(guard.path, test, (OWN_FORWARDS, FUSED_NORMS, nn.Parameter))
+
+
+def _usual_child(guard: Guard) -> Guard | None:
+    kind = guard.constants[1].kind
+    test = f"type({{m}}) is {{1}} and {_NOT_CALLED}"
+    return Guard(guard.path, test, (OWN_FORWARDS, kind)) if kind in _BY_CLASS else None
+
+
+INLINE.update({why_not_fused: _usual_norm, why_not_skipped: _usual_child})
