@@ -660,3 +660,8 @@ def test_a_module_that_was_left_alone_goes_with_its_last_owner():
     is_gone = gone() is None
     gc.enable()
     assert is_gone
+
+
+def test_batch_norm_with_arguments_that_it_does_not_take_is_left_alone():
+    block = make(lambda self, x: F.relu(F.batch_norm(input=x, size=x.shape[2:])))
+    assert {row.pattern for row in fusedres.explain(block).rows} == {"BN"}

@@ -24,7 +24,10 @@ from torch import nn
 def tensor_functions() -> frozenset[int]:
     """The ids of PyTorch's functions of tensors: they depend on their arguments and on a torch.Generator alone."""
     found = [
-        getattr(torch._C._VariableFunctions, name) for name in dir(torch._C._VariableFunctions)
+        # Those of object are made anew at each look, and what is made later may have their ids.
+        getattr(torch._C._VariableFunctions, name)
+        for name in dir(torch._C._VariableFunctions)
+        if not name.startswith("__")
     ]
     for package in (F, torch, torch.functional, torch.special, torch.linalg, torch.fft):
         found += [

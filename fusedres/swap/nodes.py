@@ -173,7 +173,10 @@ def norm_call(node: fx.Node) -> NormCall | None:
     if node.op != "call_function" or node.target is not F.batch_norm:
         return None
     given: tuple[Any, dict[str, Any]] = node.args, node.kwargs
-    call = NormCall(*given[0], **given[1])
+    try:
+        call = NormCall(*given[0], **given[1])
+    except TypeError:
+        return None  # arguments that it does not take
     reads = [value for value in call[1:6] if isinstance(value, fx.Node)]
     is_plain = all(type(value) in (int, float) for value in call[6:])
     if not isinstance(call.input, fx.Node) or not is_plain or not call.state:

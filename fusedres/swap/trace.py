@@ -130,8 +130,10 @@ def _refuse_special(module: nn.Module, original: type[nn.Module]) -> None:
 
 def is_lazy(module: nn.Module) -> bool:
     """Whether a module waits for its first input (nn.LazyConv2d)."""
+    if not isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return False
     waits = getattr(module, "has_uninitialized_params", None)
-    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and bool(waits and waits())
+    return bool(waits and waits())
 
 
 def _signature(original: type[nn.Module]) -> tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]:
