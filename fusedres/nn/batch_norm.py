@@ -13,7 +13,7 @@ from ..checks import takes
 from ..dual import tail_of_two
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
-from .norms import activates, begin, parts_inside, promotes, why_not_fused
+from .norms import activates, begin, left_to_pytorch, parts_inside, why_not_fused
 
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
@@ -56,7 +56,7 @@ def _is_called(norm: Any, input: Tensor) -> bool:
         or not isinstance(input, Tensor)  # a proxy of torch.fx
         or why_not_fused(norm) is not None
         or bool(parts_inside(norm))
-        or promotes(norm, input)
+        or left_to_pytorch(norm, input)
     )
 
 
@@ -109,8 +109,8 @@ def call_dual_batch_norm(
         or isinstance(a.momentum, Tensor)
         or isinstance(b.momentum, Tensor)
         or not is_like(residual, input, into)
-        or promotes(norm, input)
-        or promotes(residual_norm, residual)
+        or left_to_pytorch(norm, input)
+        or left_to_pytorch(residual_norm, residual)
     ):
         other = call_tail(residual_norm, residual)
         return call_tail(norm, input, other, activation, into)
@@ -140,11 +140,11 @@ def call_tail(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
-    if promotes(norm, input) and activates(norm):
+    if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with.
     is_alone = residual is None and activation is None
-    if promotes(norm, input) or (is_alone and torch.compiler.is_compiling()):
+    if left_to_pytorch(norm, input) or (is_alone and torch.compiler.is_compiling()):
         return plain_call(norm, input, residual, activation, into)
     if residual is None or is_like(residual, input, into):
         return call_batch_norm(norm, input, residual, activation)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..checks import momentum_number, number
+
 FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TIMM = "timm.layers.norm_act"
 # By name, since neither package need be installed: the statistics and the affine are buffers that nothing changes.
@@ -159,7 +161,21 @@ def begin(norm: Any, input: Tensor) -> Call:
     )
 
 
-def promotes(norm: nn.Module, input: Tensor) -> bool:
-    """Whether PyTorch gives the output of this BatchNorm another dtype than its input's (a frozen one multiplies)."""
+def left_to_pytorch(norm: Any, input: Tensor) -> bool:
+    """Whether PyTorch itself runs this call of a BatchNorm: it gives another dtype than its input's (a frozen one
+    multiplies), or momentum or eps is what PyTorch refuses, which is its error to raise."""
+    momentum, eps = norm.__dict__.get("momentum"), norm.eps
+    is_usual = (momentum is None or type(momentum) is float) and type(eps) is float and eps > 0
+    if not is_usual and _refuses(momentum, eps):
+        return True
     weight = norm._buffers.get("weight")
     return weight is not None and weight.dtype != input.dtype
+
+
+def _refuses(momentum: Any, eps: Any) -> bool:
+    try:
+        if momentum is not None:
+            momentum_number("momentum", momentum)
+        return not number("BatchNorm", "eps", eps) > 0
+    except TypeError:
+        return True
