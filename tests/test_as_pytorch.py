@@ -36,6 +36,9 @@ def operators():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
+    # The import forbids the flags of torch.backends to the whole process; other tests set them.
+    flags = torch.backends.disable_global_flags.__globals__
+    flags["__allow_nonbracketed_mutation_flag"] = True
     return [op for op in op_db if op.name == "nn.functional.batch_norm"]
 
 
