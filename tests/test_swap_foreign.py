@@ -289,3 +289,34 @@ def test_timm_s_own_spelling_of_an_activation_is_known(name):
     fused = copy.deepcopy(model)
     assert [row.pattern for row in fusedres.fuse_(fused).rows] == [f"BN+{SWISHES[name]}"]
     assert excess(model, fused, X) <= ALLOWED
+
+
+class Dropping(nn.Module):
+    """It drops paths before the sum, in place onto what the drop gives (TinyViT's convolutions)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from timm.layers import DropPath
+
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2, self.drop = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), DropPath(0.5)
+
+    def forward(self, x):
+        y = self.drop(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        y += x
+        return F.relu(y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_sum_onto_what_a_dropped_path_gives_runs_fused(training):
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = Dropping().double().train(training)
+    fused = fused_copy(model)
+    statuses = [row.status for row in fusedres.explain(fused).rows]
+    found = []
+    for each in (model, fused):
+        torch.manual_seed(3)
+        found.append(each(X))
+    assert (statuses, torch.allclose(*found)) == (["fused", "fused"], True)

@@ -45,11 +45,15 @@ _ADD_METHODS = ("add", "add_")
 
 
 class Skipped(NamedTuple):
-    """A child that is not called any more: where, what class it must be of, and the activation that it must compute."""
+    """A child that is not called any more: where, what class it must be of, and the activation that it must compute.
+
+    is_called: it is called, and trusted to be what it is.
+    """
 
     path: Path
     kind: type[nn.Module]
     activation: str | None = None
+    is_called: bool = False
 
 
 def skipped(path: str, child: nn.Module) -> Skipped:
@@ -66,7 +70,8 @@ def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
         name = kind.__name__
         package = "nn." if kind.__module__.startswith("torch.nn.") else ""
         return f"it is a {type(child).__name__}, not an {package}{name}"
-    if is_identity_kind(kind) and (share := _dropped_share(child)) != 0:
+    drops = is_identity_kind(kind) and not expected.is_called
+    if drops and (share := _dropped_share(child)) != 0:
         return f"it drops a share of {share}"
     if expected.activation is not None and (now := activation_of(child)) != expected.activation:
         return f"it computes {now}, not {expected.activation}"

@@ -314,8 +314,9 @@ def _skipped(chosen: Iterable[Match | Sum], modules: Mapping[str, nn.Module]) ->
     for match in chosen:
         called = (*match.passed, match.act)
         names = [str(n.target) for n in called if n is not None and n.op == "call_module"]
-        names += match.trusted.names
         found.extend(skipped(name, modules[name]) for name in names)
+        trusted = match.trusted.names
+        found.extend(skipped(name, modules[name])._replace(is_called=True) for name in trusted)
         if isinstance(match, Match) and match.projected is not None:
             found.extend(match.projected.skipped)
     return found
