@@ -21,6 +21,7 @@ from torch import Tensor
 from . import fork, operators
 from .dispatch import INTERPRET, is_eager, wants_triton, why_not_triton
 from .kernels.layout import GatherMap, gather_map
+from .layouts import output_format
 from .operators import LIBRARY, accumulate_dtype
 
 LIBRARY.define(
@@ -69,7 +70,10 @@ def why_library(input: Tensor, weight: Tensor) -> str | None:
         return "torch.compile schedules PyTorch's own convolution"
     if torch._C._functorch.maybe_current_level() is not None:
         return "torch.func transforms PyTorch's own convolution"
-    if input.stride(1) != 1:
+    # Of other permutations PyTorch's convolution makes a contiguous output.
+    if input.stride(1) != 1 or (
+        not input.is_contiguous() and output_format(input) is torch.contiguous_format
+    ):
         return "the input is not channels_last"
     if why_not_triton(input.device, input.dtype) is not None:
         return "Triton cannot run there"

@@ -135,6 +135,22 @@ def test_outputs(layout, form):
             torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", [n for n, x in LAYOUTS.items() if 3 <= x.dim() <= 4])
+def test_a_projection(layout, stride):
+    """Not in 5-D, where PyTorch's own choice depends on how many threads there are."""
+    x = LAYOUTS[layout]
+    weight = torch.randn(6, x.shape[1], *[1] * (x.dim() - 2))
+    convolve = (F.conv1d, F.conv2d)[x.dim() - 3]
+    found, expected = (
+        strides_and_values(lambda x, *_, f=f: f(x, weight, None, stride), x, x, True, None)
+        for f in (functional.projection, convolve)
+    )
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-4, atol=1e-4)
+    for ours, theirs in ((found[1][0], expected[1][0]), (found[2], expected[2])):
+        assert walked(ours) == walked(theirs)
+
+
 def draw(rng: random.Random, shape):
     order = list(range(len(shape)))
     kind = rng.random()
