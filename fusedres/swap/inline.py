@@ -79,8 +79,7 @@ class Traces:
     def made(self, module: nn.Module) -> Made | None:
         """What is known of a module that gives back new memory at each call; None where nothing is.
 
-        Asked of what has a BatchNorm below only, and of an nn.Sequential: tracing others can crash the process (a proxy
-        that says it is a Tensor, given to a C++ function).
+        Asked of what has a BatchNorm below, which is traced anyway, and of an nn.Sequential.
         """
         if id(module) not in self._made:
             self._made[id(module)] = None  # of one that holds itself

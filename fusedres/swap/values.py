@@ -6,7 +6,6 @@ import enum
 import keyword
 import types
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -186,6 +185,3 @@ class Source:
         text = f"{self.text}.{holder}[{key!r}]"
         inside = literal(key) if isinstance(key, str) else repr(key)
         return Source(self.path, f"{self.expression}.{holder}[{inside}]", self.constants, text)
-
-
-OPERATIONS: dict[str, Callable[..., Any]]
