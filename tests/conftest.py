@@ -1,15 +1,20 @@
-"""Options of the tests. `--backend {aten,triton}` is what they run over, `--share K/N` runs the K-th of N shares,
-`--seconds S` stops after so long.
+"""Options of the tests. `--backend {aten,triton,ptx}` is what they run over, `--share K/N` runs the K-th of N shares,
+`--seconds S` stops after so long, `--sample N` takes about every N-th case of each test.
 
-`aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. Each test
-runs under at least one of the two, and `make test` runs both: a test marked `kernels` needs the kernels to run, one
-marked `compiler` needs them not to be interpreted, one marked `once` does not depend on the backend.
+`aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. `ptx` is
+what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.benchmarks.ptx): a test fails, too, where a
+launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or `triton`, and
+`make test` runs both, and a sample of `ptx`: a test marked `kernels` needs the kernels to run, one marked `interpreter`
+reads Triton's interpreter, one marked `compiler` needs the kernels not to run, one marked `once` does not depend on the
+backend.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import zlib
+from contextlib import ExitStack
 
 import pytest
 
@@ -17,14 +22,16 @@ _START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backend", choices=["aten", "triton"], default="aten")
+    parser.addoption("--backend", choices=["aten", "triton", "ptx"], default="aten")
+    parser.addoption("--arch", type=int, choices=[80, 90], default=90, help="of --backend ptx")
+    parser.addoption("--sample", type=int, default=1, help="about every N-th case of each test")
     parser.addoption("--share", default="1/1", help="run the K-th of N shares of the tests: K/N")
     parser.addoption("--seconds", type=float, help="start no test after so long, and report")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "kernels: runs the Triton kernels (under --backend triton)",
+        "kernels: runs the Triton kernels (under --backend triton and ptx)",
         "interpreter: reads Triton's interpreter (under --backend triton, where there is no GPU)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
@@ -42,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"ignore:{text} encountered:RuntimeWarning")
         if not torch.cuda.is_available():
             os.environ["TRITON_INTERPRET"] = "1"
+    elif config.getoption("--backend") == "ptx":
+        os.environ.pop("TRITON_INTERPRET", None)
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:
@@ -52,17 +61,30 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     unwanted = {"kernels", "interpreter"}
-    if config.getoption("--backend") == "triton":
+    if config.getoption("--backend") != "aten":
         unwanted = {"compiler", "once"}
-        if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU
+        if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU, or compiled code on the CPU
             unwanted.add("interpreter")
     share, shares = map(int, config.getoption("--share").split("/"))
     wanted = [i for i in items if not unwanted & {mark.name for mark in i.iter_markers()}]
-    wanted = wanted[share - 1 :: shares]
+    wanted = _sample(wanted, config.getoption("--sample"))[share - 1 :: shares]
     if len(wanted) < len(items):
         kept = set(wanted)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = wanted
+
+
+def _sample(items: list[pytest.Item], n: int) -> list[pytest.Item]:
+    """Of the cases of each test one in n, and one at least: the same at each run, another for each test."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    kept = {
+        case
+        for name, all_of_it in cases.items()
+        for case in all_of_it[zlib.crc32(name.encode()) % min(n, len(all_of_it)) :: n]
+    }
+    return [item for item in items if item in kept]
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +93,41 @@ def backend(request: pytest.FixtureRequest):
     import fusedres
 
     name = request.config.getoption("--backend")
-    with fusedres.backend(name):
-        yield name
+    with ExitStack() as stack:
+        stack.enter_context(fusedres.backend("triton" if name == "ptx" else name))
+        if name != "aten":  # all kernels are tested, those too that the library is faster than
+            from fusedres.projection import in_triton
+
+            stack.enter_context(in_triton())
+        if name != "ptx":
+            yield name
+            return
+        from fusedres.benchmarks.ptx import emulated
+
+        with emulated(request.config.getoption("--arch")) as launches:
+            request.node.stash[_LAUNCHES] = launches
+            yield "triton"
+
+
+_LAUNCHES = pytest.StashKey[list]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Under --backend ptx, what the launches of a test did wrong is a failure of the test, and told before all else."""
+    failure = None
+    try:
+        result = yield
+    except Exception as error:
+        failure = error
+    wrong = sorted({error for launch in item.stash.get(_LAUNCHES, []) for error in launch.errors})
+    if wrong:
+        raise AssertionError(
+            "the compiled kernels did what they must not:\n" + "\n".join(wrong[:10])
+        ) from failure
+    if failure is not None:
+        raise failure
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +138,9 @@ def seed() -> None:
 
 
 @pytest.fixture
-def device(backend: str):
+def device(request: pytest.FixtureRequest, backend: str):
     """Where the kernels run: the GPU where there is one."""
     import torch
 
-    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu and _LAUNCHES not in request.node.stash else "cpu")

@@ -66,6 +66,7 @@ def test_the_wheel_holds_every_tracked_module(wheel):
         for name in tracked()
         if name.startswith(("fusedres/", "kernels/", "benchmarks/"))
         and name.endswith((".py", ".typed"))
+        and not name.startswith("benchmarks/ptx/")  # an instrument: it needs gcc and a checkout
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == expected
