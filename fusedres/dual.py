@@ -117,7 +117,7 @@ def _backward(
     dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
     if reduces:
         tile = k.tile(rows, size, k.REDUCING, chip, k.DUAL_SHARE)
-        shape = (tile.programs, 2, channels)
+        shape = (tile.programs, 2, tile.width)
         partials = [
             saved.new_empty(shape, dtype=operators._partial_dtype(input.dtype)) for _ in range(2)
         ]
@@ -133,7 +133,7 @@ def _backward(
             k.grad_finalize(
                 partials[i], moments, gamma, both[i],
                 vectors[2 * i] if needs[2 + i] else None,
-                None if bias_dtypes[i] is None else vectors[2 * i + 1], rows.rows, k.dtype[saved.dtype],
+                None if bias_dtypes[i] is None else vectors[2 * i + 1], rows, tile, k.dtype[saved.dtype],
             )  # fmt: skip
     if dz is not None:
         rows, (input, dy, residual) = operators._common_rows(dx, input, dz, residual)

@@ -104,6 +104,7 @@ def _kernels() -> SimpleNamespace:
             chip=chip.current_chip,
             tile=launch.choose_tile,
             DUAL_SHARE=launch.DUAL_SHARE,
+            STATISTICS=launch.STATISTICS,
             REDUCING=launch.REDUCING,
             APPLYING=launch.APPLYING,
             dtype={torch.float32: tl.float32, torch.float64: tl.float64},
@@ -126,8 +127,12 @@ def _common_rows(output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor,
     rows_packed = not bits_layout(alone)[0]
 
     def fits(rows: RowMap | None) -> bool:
-        # Bits packed along the rows are found again only if the rows are split in the same way.
-        return rows is not None and (not rows_packed or rows.inner == alone.inner)
+        # Bits are found again only where the rows are split in the same way, if they are packed along the rows.
+        return (
+            rows is not None
+            and rows.spread == alone.spread
+            and (not rows_packed or rows.inner == alone.inner)
+        )
 
     rows = row_map_of(output, *others)
     if not fits(rows):
@@ -215,14 +220,14 @@ def _statistics(
     """
     mean, var = _dense(buffers[0]), _dense(buffers[1])
     if known is None:
-        tile = k.tile(rows, x.element_size(), k.REDUCING, k.chip())
-        partial = x.new_empty((tile.programs, 3, rows.channels), dtype=_partial_dtype(x.dtype))
+        tile = k.tile(rows, x.element_size(), k.STATISTICS, k.chip())
+        partial = x.new_empty((tile.programs, 3, tile.width), dtype=_partial_dtype(x.dtype))
         residual, total = added
         k.stats(x, residual, total, partial, rows, tile, k.offset[rows.needs_int64])
-        first, stride = (x, rows.strides[1]) if total is None else (total, rows.strides[0])
-        k.finalize(partial, first, bias, saved, mean, var, stride, momentum, eps)
+        first, which = (x, 1) if total is None else (total, 0)
+        k.finalize(partial, first, bias, saved, mean, var, rows, which, tile, momentum, eps)
     else:
-        k.finalize(known, None, bias, saved, mean, var, None, momentum, eps)
+        k.finalize(known, None, bias, saved, mean, var, None, 0, None, momentum, eps)
     for buffer, updated in zip(buffers, (mean, var), strict=True):
         if buffer is not None and updated is not None and updated is not buffer:
             buffer.copy_(updated)
@@ -301,7 +306,7 @@ def _batch_norm_act_backward(
     is_whole = reduces and not training and skip is None and addend is None
     if reduces:
         tile = k.tile(rows, size, k.REDUCING, chip, share)
-        partial = saved.new_empty((tile.programs, 2, channels), dtype=_partial_dtype(input.dtype))
+        partial = saved.new_empty((tile.programs, 2, tile.width), dtype=_partial_dtype(input.dtype))
         if is_whole:
             second = k.skip(None, None, None, dresidual if writes_residual else None)
         else:
@@ -320,7 +325,8 @@ def _batch_norm_act_backward(
             coefficients,
             dweight if need_weight else None,
             None if bias_dtype is None else dbias,
-            rows.rows,
+            rows,
+            tile,
             k.dtype[wide],
         )
     if dz is not None:
@@ -363,9 +369,10 @@ def _skip(
         return k.skip(skip, own_stride, place, dz)
     full = spread_skip(skip, stride, dx)
     own = row_map_of(dx, full)
-    if own is None or (own.outer, own.inner, own.needs_int64) != (
+    if own is None or (own.outer, own.inner, own.spread, own.needs_int64) != (
         rows.outer,
         rows.inner,
+        rows.spread,
         rows.needs_int64,
     ):
         full = torch.empty_like(dx, dtype=full.dtype).copy_(full)
@@ -378,6 +385,10 @@ def _walked_as(rows: RowMap, dx: Tensor, small: Tensor) -> Strides | None:
     if dx.dim() != 4:
         return None
     images, channels, height, width = small.shape
+    if rows.spread > 1:
+        is_dense = dx.is_contiguous() and small.is_contiguous()
+        # `visited` gives the position in the small image, and its channel with it.
+        return (0, channels * height * width, 1) if is_dense else None
     formats = (
         (torch.channels_last, images * dx.shape[2] * dx.shape[3], (0, channels, 1)),
         (torch.contiguous_format, dx.shape[2] * dx.shape[3], (channels * height * width, 1, height * width)),
@@ -411,8 +422,8 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 
 
 def _rows_view(tensor: Tensor, rows: RowMap) -> Tensor:
-    """[outer, inner, C] of a tensor that is laid out as the map's first."""
-    return tensor.as_strided((rows.outer, rows.inner, rows.channels), rows.strides[0])
+    """[outer, inner, columns] of a tensor that is laid out as the map's first."""
+    return tensor.as_strided((rows.outer, rows.inner, rows.columns), rows.strides[0])
 
 
 def _pack(mask: Tensor) -> Tensor:
@@ -422,7 +433,7 @@ def _pack(mask: Tensor) -> Tensor:
     view = _rows_view(mask, rows).to(torch.uint8)
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     if pack_channels:
-        view = torch.nn.functional.pad(view, (0, -rows.channels % 8))
+        view = torch.nn.functional.pad(view, (0, -rows.columns % 8))
         return (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8).flatten()
     view = torch.nn.functional.pad(view, (0, 0, 0, -rows.inner % 8))
     view = (view.unflatten(1, (-1, 8)) * weights[:, None]).sum(2, dtype=torch.uint8)
@@ -436,12 +447,12 @@ def unpack(bits: Tensor, mask: Tensor) -> Tensor:
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
     if pack_channels:
         view = bits.view(rows.outer, rows.inner, -1, 1) >> positions
-        view = (view & 1).flatten(2)[:, :, : rows.channels]
+        view = (view & 1).flatten(2)[:, :, : rows.columns]
     else:
         if stride[2] == 1:
-            view = bits.view(rows.outer, -1, rows.channels)
+            view = bits.view(rows.outer, -1, rows.columns)
         else:
-            view = bits.view(rows.outer, rows.channels, -1).transpose(1, 2)
+            view = bits.view(rows.outer, rows.columns, -1).transpose(1, 2)
         view = ((view.unsqueeze(2) >> positions[:, None]) & 1).flatten(1, 2)[:, : rows.inner]
     _rows_view(mask, rows).copy_(view)
     return mask

@@ -120,14 +120,14 @@ def _backward(
         return dinput, dresidual, dscale
     tile = k.tile(rows, size, k.REDUCING, chip, share)
     partial = input.new_empty(
-        (tile.programs, 2, rows.channels), dtype=operators._partial_dtype(input.dtype)
+        (tile.programs, 2, tile.width), dtype=operators._partial_dtype(input.dtype)
     )
     k.grad_reduce(
         dy, x, mask, weight, None, partial, added, None, None, None,
         k.skip(None, None, None, dz), dx,
         rows, bits_stride, pack_channels, tile, *parse(activation), k.dtype[wide], offset,
     )  # fmt: skip
-    k.grad_finalize(partial, None, None, None, dscale, None, rows.rows, k.dtype[wide])
+    k.grad_finalize(partial, None, None, None, dscale, None, rows, tile, k.dtype[wide])
     return dinput, dresidual, dscale
 
 

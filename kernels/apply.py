@@ -1,9 +1,10 @@
 """Second pass of the forward: y = act((x - mean) * invstd * weight + bias + residual).
 
-x, residual, y [rows, C]; mean, invstd, weight, bias [C]. A residual that has a BatchNorm of its own is normalised as x
-is. Reads x (and the residual) once, writes y and, for a tail that will be differentiated, one bit an element. Parallel
-over row programs and channel blocks; no reduction. Arithmetic in float32 (float64 for float64), rounded once. Tiles run
-in the reverse order of the statistics pass: what that pass read last is what the cache still holds.
+x, residual, y [rows, columns]; mean, invstd, weight, bias [C]. A residual that has a BatchNorm of its own is
+normalised as x is. Reads x (and the residual) once, writes y and, for a tail that will be differentiated, one bit an
+element. Parallel over row programs and blocks of columns; no reduction. Arithmetic in float32 (float64 for float64),
+rounded once. Tiles run in the reverse order of the statistics pass: what that pass read last is what the cache still
+holds.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from .layout import RowMap, Strides
 from .moments import center, normalize
 from .norm import load_norm
 from .start import start
-from .tile import tile_channels, tile_offsets, tile_rows
+from .tile import tile_columns, tile_offsets, tile_rows
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def bn_apply_kernel(
     outer,
     inner,
     channels,
+    spread,
     tiles_inner,
     tiles,
     programs,
@@ -62,15 +64,16 @@ def bn_apply_kernel(
     STAGES: tl.constexpr,
 ):
     i_program = tl.program_id(1)
-    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    columns = channels * spread
+    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
         p_running_mean, p_running_var, p_saved, p_weight, p_bias,
-        o_channel, m_channel, channels, i_program, eps, ACC,
+        o_column, m_column, channels, spread, i_program, eps, ACC,
     )  # fmt: skip
     if NORMALIZE_RESIDUAL:
         b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
             p_residual_running_mean, p_residual_running_var, p_residual_saved, p_residual_weight, p_residual_bias,
-            o_channel, m_channel, channels, i_program, residual_eps, ACC,
+            o_column, m_column, channels, spread, i_program, residual_eps, ACC,
         )  # fmt: skip
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
@@ -78,22 +81,22 @@ def bn_apply_kernel(
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        m = m_row[:, None] & m_channel[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+        m = m_row[:, None] & m_column[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
         b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
         b_z = normalize(center(b_x, b_mean, b_low), b_scale, b_bias)
         if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
             b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
             if NORMALIZE_RESIDUAL:
                 b_residual = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
             b_z += b_residual
-        o_y = tile_offsets(o_outer, o_inner, o_channel, y_stride)
+        o_y = tile_offsets(o_outer, o_inner, o_column, y_stride, spread)
         b_y = activate(b_z, ACTIVATION, SLOPE)
         tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
         if p_bits is not None:
             o_byte, m_byte = byte_tile(
-                i_tile, outer, inner, channels, tiles_inner, bits_stride,
+                i_tile, outer, inner, columns, tiles_inner, bits_stride,
                 PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
             )  # fmt: skip
             b_byte = pack(m & passes(b_z, ACTIVATION), PACK_CHANNELS)
@@ -164,6 +167,7 @@ def launch_bn_apply(
             rows.outer,
             rows.inner,
             rows.channels,
+            rows.spread,
             tile.tiles_inner,
             tile.tiles,
             tile.programs,

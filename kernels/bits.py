@@ -1,18 +1,18 @@
 """One bit an element: whether a tail's gradient passes its activation, eight of them a byte.
 
-The bytes are a tensor of their own, with the same index map and either an eighth of the channels or an eighth of the
+The bytes are a tensor of their own, with the same index map and either an eighth of the columns or an eighth of the
 inner rows, whichever dimension a thread holds contiguously.
 """
 
 import triton
 import triton.language as tl
 
-from .tile import tile_channels, tile_offsets, tile_rows
+from .tile import tile_columns, tile_offsets, tile_rows
 
 
 @triton.jit
 def pack(m, PACK_CHANNELS: tl.constexpr):
-    """bool [rows, channels] -> uint8 [rows, channels / 8] or [rows / 8, channels]."""
+    """bool [rows, columns] -> uint8 [rows, columns / 8] or [rows / 8, columns]."""
     b = m.to(tl.int32)
     o_bit = tl.arange(0, 8)
     if PACK_CHANNELS:
@@ -26,7 +26,7 @@ def pack(m, PACK_CHANNELS: tl.constexpr):
 
 @triton.jit
 def unpack(b_byte, PACK_CHANNELS: tl.constexpr):
-    """uint8 [rows, channels / 8] or [rows / 8, channels] -> bool [rows, channels]."""
+    """uint8 [rows, columns / 8] or [rows / 8, columns] -> bool [rows, columns]."""
     b = b_byte.to(tl.int32)
     o_bit = tl.arange(0, 8)
     if PACK_CHANNELS:
@@ -43,7 +43,7 @@ def byte_tile(
     i_tile,
     outer,
     inner,
-    channels,
+    columns,
     tiles_inner,
     stride,
     PACK_CHANNELS: tl.constexpr,
@@ -57,10 +57,10 @@ def byte_tile(
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        o_channel, m_channel = tile_channels((channels + 7) // 8, BLOCK_CHANNELS // 8, OFFSET)
+        o_column, m_column = tile_columns((columns + 7) // 8, BLOCK_CHANNELS // 8, OFFSET)
     else:
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
         )
-        o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    return tile_offsets(o_outer, o_inner, o_channel, stride), m_row[:, None] & m_channel[None, :]
+        o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
+    return tile_offsets(o_outer, o_inner, o_column, stride, 1), m_row[:, None] & m_column[None, :]

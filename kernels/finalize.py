@@ -1,7 +1,8 @@
 """The small steps between the passes: partial sums of all programs into one value a channel.
 
-Reads the partials once ([P, k, C], a few hundred KiB at most), writes per-channel vectors. Parallel over blocks of
-eight channels; all partials of a block are merged at once, in a fixed tree.
+Reads the partials once ([P, k, width], a few hundred KiB at most), writes per-channel vectors. Parallel over blocks of
+channels; all partials of a block are merged at once, in a fixed tree. A channel has one of each row program; in a flat
+walk one of each row program and block of columns that it has a part in.
 """
 
 import functools
@@ -10,23 +11,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Tile, partials_a_channel
+from .layout import RowMap
 from .moments import inverse_std, load_pivot, merge
 from .start import start
 from .tile import load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
+MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
+
+
+def _share(spread: int, tile: Tile | None) -> dict[str, int]:
+    """Who left the partials of a channel, as constants of a kernel."""
+    if tile is None or not tile.slots:
+        return {"SLOTS": 0, "COLUMNS": 1, "EACH": 1}
+    columns = tile.block_channels
+    return {"SLOTS": tile.slots, "COLUMNS": columns, "EACH": partials_a_channel(spread, columns)}
 
 
 @functools.lru_cache(maxsize=1024)
-def _options(programs: int) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(programs))
-    warps = max(4, min(16, block * BLOCK_CHANNELS // 128))  # 4 values a thread, where 16 warps do
+def _options(partials: int) -> dict[str, int]:
+    block = max(16, triton.next_power_of_2(partials))
+    channels = max(1, min(BLOCK_CHANNELS, MOST_VALUES // block))
+    warps = max(4, min(16, block * channels // 128))  # 4 values a thread, where 16 warps do
     return {
         "BLOCK_PARTIALS": block,
-        "BLOCK_CHANNELS": BLOCK_CHANNELS,
+        "BLOCK_CHANNELS": channels,
         "num_warps": warps,
         "enable_fp_fusion": True,
     }
+
+
+@triton.jit
+def _partial_offsets(
+    o_channel, m_channel, programs, spread, width,
+    KINDS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """(offsets, mask) [partials, channels] of the first of KINDS values; EACH: blocks of COLUMNS that a channel may
+    have a part in, where they have SLOTS."""
+    o_partial = tl.arange(0, BLOCK_PARTIALS)
+    m = (o_partial < programs * EACH)[:, None] & m_channel[None, :]
+    if SLOTS == 0:
+        o = (o_partial * (KINDS * width))[:, None] + o_channel[None, :]
+    else:
+        o_first = o_channel * spread
+        o_block = (o_first // COLUMNS)[None, :] + (o_partial % EACH)[:, None]
+        m = m & (o_block * COLUMNS < (o_first + spread)[None, :])
+        o_slot = o_channel[None, :] - (o_block * COLUMNS) // spread
+        o = ((o_partial // EACH) * (KINDS * width))[:, None] + o_block * SLOTS + o_slot
+    return o, m
 
 
 @triton.jit
@@ -38,32 +72,46 @@ def bn_finalize_kernel(
     p_running_mean,
     p_running_var,
     x_stride,
+    outer,
+    inner,
     channels,
+    spread,
     programs,
+    width,
     momentum: "fp64",
     eps: "fp64",
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """saved [4, C] <- mean, mean_low, invstd, bias; the running statistics move towards the batch's (var unbiased).
 
     The backward, which computes z again, is to have the bias of the forward, whatever has become of it since. The means
-    in partial are relative to the first values of x; without x they are the means themselves.
+    in partial are relative to the pivots of x; without x they are the means themselves.
     """
     ACC: tl.constexpr = p_saved.dtype.element_ty
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
-    o_partial = tl.arange(0, BLOCK_PARTIALS)
-    m = (o_partial < programs)[:, None] & m_channel[None, :]
-    p = p_partial + (o_partial * 3 * channels)[:, None] + o_channel[None, :]
-    b_count = tl.load(p, mask=m, other=0.0)
-    b_mean = tl.load(p + channels, mask=m, other=0.0)
-    b_m2 = tl.load(p + 2 * channels, mask=m, other=0.0)
-    b_total = b_count.to(tl.float64) * b_mean.to(tl.float64)
-    b_n, b_offset, b_m2 = merge(b_count.to(tl.float64), b_total, b_m2.to(tl.float64))
+    # Several threads hold a channel, and one of them stores it: all have read before the merge, whose barriers come
+    # between.
+    if p_running_mean is not None:
+        b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
+        b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
+    o, m = _partial_offsets(
+        o_channel, m_channel, programs, spread, width, 3, SLOTS, COLUMNS, EACH, BLOCK_PARTIALS
+    )
+    b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
+    b_mean = tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64)
+    b_m2 = tl.load(p_partial + 2 * width + o, mask=m, other=0.0).to(tl.float64)
+    b_n, b_offset, b_m2 = merge(b_count, b_mean, b_m2)
 
     if p_x is not None:
-        b_pivot = load_pivot(p_x, o_channel.to(tl.int64), m_channel, x_stride[2], ACC)
+        b_pivot = load_pivot(
+            p_x, None, None, o_channel.to(tl.int64) * spread, m_channel, outer, inner, spread, x_stride, None,
+            ACC, tl.int64,
+        )  # fmt: skip
         b_first = b_pivot.to(tl.float64)
     else:
         b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
@@ -83,15 +131,13 @@ def bn_finalize_kernel(
 
     if p_running_mean is not None:
         b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
-        b_old = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
-        b_new = b_old * (1.0 - b_momentum) + b_exact * b_momentum
+        b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
         tl.store(
             p_running_mean + o_channel,
             b_new.to(ACC).to(p_running_mean.dtype.element_ty),
             mask=m_channel,
         )
-        b_old = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
-        b_new = b_old * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
+        b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
         tl.store(
             p_running_var + o_channel,
             b_new.to(ACC).to(p_running_var.dtype.element_ty),
@@ -106,20 +152,32 @@ def launch_bn_finalize(
     saved: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    x_stride: tuple[int, int, int] | None,
+    rows: RowMap | None,
+    which: int,
+    tile: Tile | None,
     momentum: float,
     eps: float,
 ) -> None:
-    """saved [4, C] <- partial [P, 3, C], bias; running_mean and running_var [C] are updated in place where given."""
-    programs, _, channels = partial.shape
+    """saved [4, C] <- partial [P, 3, width], bias; running_mean and running_var [C] are updated in place where given.
+
+    x is rows.strides[which] of the map that it was reduced by; without it the means of partial [P, 3, C] are absolute.
+    """
+    programs, _, width = partial.shape
+    channels = saved.shape[1]
+    if rows is None:
+        spread, walk = 1, (None, None, None)
+    else:
+        spread, walk = rows.spread, (rows.strides[which], rows.outer, rows.inner)
+    constants = _share(spread, tile)
+    options = _options(programs * constants["EACH"])
     start(
         bn_finalize_kernel,
-        (-(-channels // BLOCK_CHANNELS),),
+        (-(-channels // options["BLOCK_CHANNELS"]),),
         (partial, x, bias, saved, running_mean, running_var),
-        (x_stride, channels, programs),
+        (*walk, channels, spread, programs, width),
         (momentum, eps),
-        {},
-        _options(programs),
+        constants,
+        options,
     )
 
 
@@ -132,9 +190,14 @@ def bn_grad_finalize_kernel(
     p_dweight,
     p_dbias,
     channels,
+    spread,
     programs,
-    inverse_rows: "fp64",
+    width,
+    inverse_count: "fp64",
     ACC: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -144,11 +207,11 @@ def bn_grad_finalize_kernel(
     """
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
-    o_partial = tl.arange(0, BLOCK_PARTIALS)
-    m = (o_partial < programs)[:, None] & m_channel[None, :]
-    p = p_partial + (o_partial * 2 * channels)[:, None] + o_channel[None, :]
-    b_dz = tl.sum(tl.load(p, mask=m, other=0.0).to(tl.float64), axis=0)
-    b_dzx = tl.sum(tl.load(p + channels, mask=m, other=0.0).to(tl.float64), axis=0)
+    o, m = _partial_offsets(
+        o_channel, m_channel, programs, spread, width, 2, SLOTS, COLUMNS, EACH, BLOCK_PARTIALS
+    )
+    b_dz = tl.sum(tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64), axis=0)
+    b_dzx = tl.sum(tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64), axis=0)
 
     if p_saved is None:
         b_invstd = tl.full([BLOCK_CHANNELS], 1.0, ACC)
@@ -164,7 +227,7 @@ def bn_grad_finalize_kernel(
         tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
     if p_coefficients is not None:
         b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-        b_share = b_scale * tl.full([BLOCK_CHANNELS], inverse_rows, tl.float64)
+        b_share = b_scale * tl.full([BLOCK_CHANNELS], inverse_count, tl.float64)
         b_slope = -(b_share * b_invstd) * (b_dzx * b_invstd)
         tl.store(p_coefficients + o_channel, b_slope.to(ACC), mask=m_channel)
         tl.store(p_coefficients + channels + o_channel, -(b_share * b_dz).to(ACC), mask=m_channel)
@@ -177,17 +240,20 @@ def launch_bn_grad_finalize(
     coefficients: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
-    rows: int,
+    rows: RowMap,
+    tile: Tile,
     accumulate: tl.dtype,
 ) -> None:
-    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, C]."""
-    programs, _, channels = partial.shape
+    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, width]."""
+    programs, _, width = partial.shape
+    constants = _share(rows.spread, tile)
+    options = _options(programs * constants["EACH"])
     start(
         bn_grad_finalize_kernel,
-        (-(-channels // BLOCK_CHANNELS),),
+        (-(-rows.channels // options["BLOCK_CHANNELS"]),),
         (partial, saved, weight, coefficients, dweight, dbias),
-        (channels, programs),
-        (1.0 / rows,),
-        {"ACC": accumulate},
-        _options(programs),
+        (rows.channels, rows.spread, programs, width),
+        (1.0 / rows.values,),
+        {"ACC": accumulate, **constants},
+        options,
     )

@@ -14,18 +14,18 @@ from .tile import tile_offsets
 
 
 @triton.jit
-def visited_rows(o_row, place):
-    """(row, mask) in a tensor of every stride-th position; `place`: (H, W, stride of H, of W, its own H, its own W).
+def visited(o_position, place):
+    """(position, mask) in a tensor of every stride-th one; `place`: (H, W, stride of H, of W, its own H, its own W).
 
-    o_row counts the positions of [N, H, W] in order.
+    o_position counts the positions of [N, H, W] (or of [C, H, W]) in order.
     """
-    i_column = o_row % place[1]
-    i_line = o_row // place[1]
+    i_column = o_position % place[1]
+    i_line = o_position // place[1]
     i_image = i_line // place[0]
     i_line = i_line % place[0]
-    m_row = (i_line % place[2] == 0) & (i_column % place[3] == 0)
+    m = (i_line % place[2] == 0) & (i_column % place[3] == 0)
     o_small = (i_image * place[4] + i_line // place[2]) * place[5] + i_column // place[3]
-    return o_small, m_row
+    return o_small, m
 
 
 @triton.jit
@@ -39,12 +39,13 @@ def load_dz(
     b_residual,
     o_outer,
     o_inner,
-    o_channel,
+    o_column,
     m,
     i_tile,
     outer,
     inner,
-    channels,
+    columns,
+    spread,
     tiles_inner,
     dy_stride,
     skip_stride,
@@ -59,20 +60,24 @@ def load_dz(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """dz [rows, channels]. A tail's mask is read; without one z is computed again, from x (and the residual)."""
-    o_dy = tile_offsets(o_outer, o_inner, o_channel, dy_stride)
+    """dz [rows, columns]. A tail's mask is read; without one z is computed again, from x (and the residual)."""
+    o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread)
     b_dz = tl.load(p_dy + o_dy, mask=m, other=0.0).to(ACC)
     if p_skip is not None:
         m_skip = m
         if skip_place is not None:
-            o_inner, m_row = visited_rows(o_inner, skip_place)
-            m_skip = m & m_row[:, None]
-        o_skip = tile_offsets(o_outer, o_inner, o_channel, skip_stride)
+            if spread == 1:
+                o_inner, m_row = visited(o_inner, skip_place)
+                m_skip = m & m_row[:, None]
+            else:  # the positions are columns
+                o_column, m_column = visited(o_column, skip_place)
+                m_skip = m & m_column[None, :]
+        o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread)
         b_dz += tl.load(p_skip + o_skip, mask=m_skip, other=0.0).to(ACC)
         b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, channels, tiles_inner, bits_stride,
+            i_tile, outer, inner, columns, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)

@@ -4,9 +4,9 @@
 
 A residual that has a BatchNorm of its own gets its gradient as x does. slope and level [C] come from
 `bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent and dx = scale * dz. Reads dy, x
-(and a tail's mask, or its residual), writes dx and dresidual, each at most once. Parallel over row programs and channel
-blocks; no reduction. Tiles run in the reverse order of the reducing pass. What x was used for besides gives a gradient
-too (the sum of a pre-activation unit): it is read and added to dx.
+(and a tail's mask, or its residual), writes dx and dresidual, each at most once. Parallel over row programs and blocks
+of columns; no reduction. Tiles run in the reverse order of the reducing pass. What x was used for besides gives a
+gradient too (the sum of a pre-activation unit): it is read and added to dx.
 """
 
 import triton
@@ -19,7 +19,7 @@ from .layout import RowMap, Strides
 from .moments import center, normalize
 from .norm import load_norm
 from .start import start
-from .tile import load_vector, tile_channels, tile_offsets, tile_rows
+from .tile import load_vector, tile_columns, tile_offsets, tile_rows
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def bn_grad_apply_kernel(
     outer,
     inner,
     channels,
+    spread,
     tiles_inner,
     tiles,
     programs,
@@ -61,20 +62,33 @@ def bn_grad_apply_kernel(
 ):
     """dx and dresidual (each where given) <- dy, x."""
     i_program = tl.program_id(1)
-    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    columns = channels * spread
+    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
-        None, None, p_saved, p_weight, None, o_channel, m_channel, channels, i_program, 0.0, ACC
+        None,
+        None,
+        p_saved,
+        p_weight,
+        None,
+        o_column,
+        m_column,
+        channels,
+        spread,
+        i_program,
+        0.0,
+        ACC,
     )
     b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
-        o_channel, m_channel, channels, i_program, 0.0, ACC,
+        o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
+    o_channel = o_column // spread
     if p_coefficients is not None:
-        b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
-        b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+        b_slope = load_vector(p_coefficients, o_channel, m_column, 0.0, ACC)
+        b_level = load_vector(p_coefficients + channels, o_channel, m_column, 0.0, ACC)
     if p_residual_coefficients is not None:
-        b_rslope = load_vector(p_residual_coefficients, o_channel, m_channel, 0.0, ACC)
-        b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+        b_rslope = load_vector(p_residual_coefficients, o_channel, m_column, 0.0, ACC)
+        b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_column, 0.0, ACC)
     # Where z is computed again the residual is part of it.
     IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
 
@@ -83,31 +97,31 @@ def bn_grad_apply_kernel(
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        m = m_row[:, None] & m_channel[None, :]
+        m = m_row[:, None] & m_column[None, :]
         if p_coefficients is not None or (ACTIVATION is not None and p_bits is None):
-            o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
             b_centered = center(tl.load(p_x + o_x, mask=m, other=0.0).to(ACC), b_mean, b_low)
         else:
             b_centered = tl.zeros([BLOCK_OUTER * BLOCK_INNER, BLOCK_CHANNELS], ACC)
         if IN_Z or p_residual_coefficients is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
             b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
         if IN_Z:
             b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
         else:
             b_added = None
         b_dz = load_dz(
-            p_dy, None, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_channel, m, i_tile,
-            outer, inner, channels, tiles_inner, dy_stride, None, None, bits_stride,
+            p_dy, None, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, spread, tiles_inner, dy_stride, None, None, bits_stride,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
-        o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
+        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
         if p_dx is not None:
             b_dx = b_scale[None, :] * b_dz
             if p_coefficients is not None:
                 b_dx += b_slope[None, :] * b_centered + b_level[None, :]
             if p_addend is not None:
-                o_addend = tile_offsets(o_outer, o_inner, o_channel, addend_stride)
+                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread)
                 b_dx += tl.load(p_addend + o_addend, mask=m, other=0.0).to(ACC)
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
@@ -171,6 +185,7 @@ def launch_bn_grad_apply(
             rows.outer,
             rows.inner,
             rows.channels,
+            rows.spread,
             tile.tiles_inner,
             tile.tiles,
             tile.programs,

@@ -3,12 +3,12 @@
     dbias = sum(dz),  sum(dz * (x - mean)) = dweight / invstd          dz = dy * act'(z)
 
 Reads dy and x once (and a tail's mask, one bit an element, or its residual where act' takes more than two values),
-writes 2 values a channel and program. A residual that has a BatchNorm of its own is read once too, for its own sums. So
-is a second gradient of the output, which came over the skip connection: dy is the sum of both then, and dz is written,
-for the second pass to read instead. Where dx needs none of the sums (nothing was normalised: dx = scale * dz) it is
-written here too, and there is no second pass. Parallel and deterministic as the statistics pass is. Sums over the tiles
-of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit tensors have fewer digits to lose and
-less time a byte. The last sum is in float64.
+writes 2 values a channel (or block of columns) and program. A residual that has a BatchNorm of its own is read once
+too, for its own sums. So is a second gradient of the output, which came over the skip connection: dy is the sum of
+both then, and dz is written, for the second pass to read instead. Where dx needs none of the sums (nothing was
+normalised: dx = scale * dz) it is written here too, and there is no second pass. Parallel and deterministic as the
+statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit
+tensors have fewer digits to lose and less time a byte. The last sum is in float64.
 """
 
 from typing import NamedTuple
@@ -18,19 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .grad import load_dz
-from .launch import Tile
+from .launch import Tile, is_aligned
 from .layout import RowMap, Strides
 from .moments import (
     add_compensated,
-    add_product,
     center,
-    center_remainder,
     normalize,
+    slots_of,
+    store_partial,
     sum_rows,
 )
 from .norm import load_norm
 from .start import start
-from .tile import tile_channels, tile_offsets, tile_rows
+from .tile import sum_groups, tile_columns, tile_offsets, tile_rows
 
 
 class Skip(NamedTuple):
@@ -50,15 +50,30 @@ NO_SKIP = Skip(None, None, None, None)
 
 
 @triton.jit
-def add_dot(b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSATED: tl.constexpr):
-    """dot + dz * (x - mean), and what was rounded off it."""
+def _add(
+    b_sum,
+    b_low,
+    b_more,
+    GROUP: tl.constexpr,
+    COLUMNS_FASTEST: tl.constexpr,
+    COMPENSATED: tl.constexpr,
+):
+    """sum + more [rows, columns], a thread's rows together; and what that rounds off."""
+    b_more = sum_groups(b_more, GROUP, COLUMNS_FASTEST)
     if COMPENSATED:
-        b_rest = center_remainder(b_x, b_mean, b_low, b_centered)
-        b_dot_low += tl.where(m, b_dz * b_rest, 0.0)
-        b_dot, b_dot_low = add_product(b_dot, b_dot_low, b_dz, b_centered)
+        b_sum, b_low = add_compensated(b_sum, b_low, b_more)
     else:
-        b_dot += b_dz * b_centered
-    return b_dot, b_dot_low
+        b_sum += b_more
+    return b_sum, b_low
+
+
+@triton.jit
+def _of_channels(b_value, o_column, m_column, spread, SLOTS: tl.constexpr):
+    """Sums of columns as they are, or (in a flat walk) those of a channel added up."""
+    if SLOTS > 0:
+        m = slots_of(o_column, m_column, spread, b_value.shape[0], SLOTS)
+        b_value = tl.sum(tl.where(m, b_value[None, :], 0.0), axis=1)
+    return b_value
 
 
 @triton.jit
@@ -86,9 +101,14 @@ def bn_grad_reduce_kernel(
     outer,
     inner,
     channels,
+    spread,
     tiles_inner,
     tiles,
     programs,
+    width,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    COLUMNS_FASTEST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -99,77 +119,95 @@ def bn_grad_reduce_kernel(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [programs, 2, C]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a BatchNorm."""
+    """partial [programs, 2, width]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a
+    BatchNorm.
+    """
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(1)
-    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
+    columns = channels * spread
+    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
     b_mean, b_low, b_scale, b_bias = load_norm(
-        None, None, p_saved, p_weight, None, o_channel, m_channel, channels, i_program, 0.0, ACC
+        None,
+        None,
+        p_saved,
+        p_weight,
+        None,
+        o_column,
+        m_column,
+        channels,
+        spread,
+        i_program,
+        0.0,
+        ACC,
     )
     b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
-        o_channel, m_channel, channels, i_program, 0.0, ACC,
+        o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
 
-    b_sum = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_dot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_sum_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_dot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_sum = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_dot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_sum_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     # The residual is part of z, where z is computed again; with a BatchNorm of its own it has sums of its own too.
     IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
     if p_residual_saved is not None:
-        b_rdot = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-        b_rdot_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+        b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+        b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        m = m_row[:, None] & m_channel[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
+        m = m_row[:, None] & m_column[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
         b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
         b_centered = tl.where(m, center(b_x, b_mean, b_low), 0.0)
         if IN_Z:
-            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
             b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
             b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
         else:
             b_added = None
         b_dz = load_dz(
-            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_channel, m, i_tile,
-            outer, inner, channels, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
+            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
-        o_out = tile_offsets(o_outer, o_inner, o_channel, out_stride)
+        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
         if p_dz is not None:
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
         if p_dx is not None:
             tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
-        if COMPENSATED:
-            b_sum, b_sum_low = add_compensated(b_sum, b_sum_low, b_dz)
-        else:
-            b_sum += b_dz
-        b_dot, b_dot_low = add_dot(
-            b_dot, b_dot_low, b_dz, b_x, b_centered, b_mean, b_low, m, COMPENSATED
-        )
+        b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, COLUMNS_FASTEST, COMPENSATED)
+        b_more = b_dz * b_centered
+        if p_skip is not None:
+            # A second gradient may give the rows to threads in another way, so that a sum of rows is one over threads:
+            # see `moments.merge` for what a fused multiply-add would do there.
+            b_more = tl.where(m, b_more, 0.0)
+        b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED)
         if p_residual_saved is not None:
             if not IN_Z:
-                o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
+                o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
                 b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
             b_centered = tl.where(m, center(b_residual, b_rmean, b_rlow), 0.0)
-            b_rdot, b_rdot_low = add_dot(
-                b_rdot, b_rdot_low, b_dz, b_residual, b_centered, b_rmean, b_rlow, m, COMPENSATED
+            b_more = b_dz * b_centered
+            if p_skip is not None:
+                b_more = tl.where(m, b_more, 0.0)
+            b_rdot, b_rdot_low = _add(
+                b_rdot, b_rdot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED
             )
 
-    PARTIAL: tl.constexpr = p_partial.dtype.element_ty
-    b_sum = sum_rows(b_sum, b_sum_low).to(PARTIAL)
-    p_row = p_partial + i_program * 2 * channels + o_channel
-    tl.store(p_row, b_sum, mask=m_channel)
-    tl.store(p_row + channels, sum_rows(b_dot, b_dot_low).to(PARTIAL), mask=m_channel)
+    b_sum = _of_channels(sum_rows(b_sum, b_sum_low), o_column, m_column, spread, SLOTS)
+    b_dot = _of_channels(sum_rows(b_dot, b_dot_low), o_column, m_column, spread, SLOTS)
+    p_row = p_partial + i_program * 2 * width
+    store_partial(p_row, b_sum, o_column, m_column, SLOTS)
+    store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
     if p_residual_saved is not None:
-        p_row = p_residual_partial + i_program * 2 * channels + o_channel
-        tl.store(p_row, b_sum, mask=m_channel)
-        tl.store(p_row + channels, sum_rows(b_rdot, b_rdot_low).to(PARTIAL), mask=m_channel)
+        b_dot = _of_channels(sum_rows(b_rdot, b_rdot_low), o_column, m_column, spread, SLOTS)
+        p_row = p_residual_partial + i_program * 2 * width
+        store_partial(p_row, b_sum, o_column, m_column, SLOTS)
+        store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
 
 
 def launch_bn_grad_reduce(
@@ -194,8 +232,11 @@ def launch_bn_grad_reduce(
     accumulate: tl.dtype,
     offset: tl.dtype,
 ) -> None:
-    """partial [tile.programs, 2, C] <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
+    """partial [tile.programs, 2, tile.width] <- dy, x; rows.strides: the output, x, dy, and the residual where
+    given.
+    """
     skip = skip or NO_SKIP
+    group = tile.group if rows.channels_fastest or all(map(is_aligned, (dy, x, residual))) else 1
     start(
         bn_grad_reduce_kernel,
         tile.grid,
@@ -225,12 +266,17 @@ def launch_bn_grad_reduce(
             rows.outer,
             rows.inner,
             rows.channels,
+            rows.spread,
             tile.tiles_inner,
             tile.tiles,
             tile.programs,
+            tile.width,
         ),
         (),
         {
+            "SLOTS": tile.slots,
+            "GROUP": group,
+            "COLUMNS_FASTEST": rows.channels_fastest,
             "ACTIVATION": activation,
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,

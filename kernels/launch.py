@@ -8,10 +8,11 @@ tensor are 8 KiB a program, and four programs share a multiprocessor at 64 regis
 import functools
 from dataclasses import dataclass
 
-from .chip import Chip
-from .layout import RowMap
+from torch import Tensor
 
-TILE_BYTES = 8192  # of a tensor: two 16-byte accesses a thread with 8 warps
+from .chip import Chip
+from .layout import VECTOR, RowMap
+
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
@@ -21,16 +22,35 @@ MOST_PROGRAMS = 65535
 # The passes of a dual tail hold a third tensor, and its sums: with a whole tile they spill on sm_90. So do, on sm_100,
 # those that compute the input of an activation again beside a third tensor, a residual or a second gradient.
 DUAL_SHARE = 2
-# Programs a multiprocessor, in all: a reducing pass keeps its accumulators, an applying pass keeps nothing.
-REDUCING, APPLYING = 4, 16
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a kind of pass wants: bytes of a tensor in a tile, warps, programs a multiprocessor, tiles in flight."""
+
+    tile_bytes: int
+    warps: int
+    programs: int
+    stages: int
+
+
+STATISTICS = Pass(16384, 4, 4, 3)
+REDUCING = Pass(8192, 4, 4, 3)
+APPLYING = Pass(8192, 8, 16, 1)
+VECTOR_BYTES = 16
+MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
 # Tiles in flight: the accumulators leave a reducing pass two programs at a time (97 registers), so its loop has the
 # loads of the next two tiles under way (cp.async) while it works on one.
-STAGES = {REDUCING: 3, APPLYING: 1}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_OUTER x BLOCK_INNER rows of BLOCK_CHANNELS channels; `programs` share the `tiles` of a channel block."""
+    """BLOCK_OUTER x BLOCK_INNER rows of BLOCK_CHANNELS columns; `programs` share the `tiles` of a block of columns.
+
+    whole: tiles that have all their rows; even: all blocks have all their columns. group: rows of a column that a
+    thread of a reducing pass holds. slots: channels that the columns of a block may belong to, in a flat walk; else 0.
+    width: partial sums of a kind that a row program leaves, in all blocks.
+    """
 
     block_outer: int
     block_inner: int
@@ -41,6 +61,11 @@ class Tile:
     tiles: int
     programs: int
     channel_blocks: int
+    whole: int
+    even: bool
+    group: int
+    slots: int
+    width: int
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
@@ -68,6 +93,41 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_aligned(tensor: Tensor | None) -> bool:
+    """Whether its values can be read as vectors; where there is none, nothing stands in the way."""
+    return tensor is None or tensor.data_ptr() % VECTOR_BYTES == 0
+
+
+def _rows_a_thread(
+    rows: RowMap, block_rows: int, block_channels: int, size: int, warps: int
+) -> int:
+    """How many rows of a column Triton's layout surely gives a thread: a sum of more needs shuffles, or shared
+    memory.
+    """
+    vector = VECTOR_BYTES // size
+    threads = 32 * warps
+    if rows.channels_fastest:
+        lanes = max(1, block_channels // vector)  # along the columns
+        return max(1, min(MOST_GROUP, block_rows // max(1, threads // lanes)))
+    steps = (
+        rows.inner if rows.outer > 1 else 0,
+        *(s for walk in rows.strides for s in (walk[0], walk[2])),
+    )
+    if any(step % VECTOR for step in steps) or any(walk[1] != 1 for walk in rows.strides):
+        return 1  # Triton sees no vector there
+    return max(1, min(vector, block_rows * block_channels // threads))
+
+
+def touched(length: int, unit: int) -> int:
+    """The most units of so many columns that a run of `length` columns may touch."""
+    return (length + unit - 2) // unit + 1
+
+
+def partials_a_channel(spread: int, block_channels: int) -> int:
+    """Blocks of columns that leave something for a channel."""
+    return touched(spread, block_channels)
+
+
 def _block_inner(inner: int, outer: int, most: int) -> int:
     """The longest power of two that pads the inner rows by at most an eighth, else the one that pads them least."""
     if outer == 1:  # only the last tile is padded
@@ -79,12 +139,10 @@ def _block_inner(inner: int, outer: int, most: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(
-    rows: RowMap, element_size: int, per_multiprocessor: int, chip: Chip, share: int = 1
-) -> Tile:
-    """The tile of a pass over `rows`; `per_multiprocessor` is REDUCING or APPLYING, `share` 2 for half a tile."""
-    elements = TILE_BYTES // share // element_size
-    channels = _power_of_two(rows.channels)
+def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: int = 1) -> Tile:
+    """The tile of a pass over `rows`; `share` is 2 for half a tile."""
+    elements = kind.tile_bytes // share // element_size
+    channels = _power_of_two(rows.columns)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
@@ -96,17 +154,27 @@ def choose_tile(
     block_outer = max(block_outer, 1)
     tiles_inner = _ceil(rows.inner, block_inner)
     tiles = tiles_inner * _ceil(rows.outer, block_outer)
-    channel_blocks = _ceil(rows.channels, block_channels)
-    wanted = _ceil(per_multiprocessor * chip.multiprocessors, channel_blocks)
-    if per_multiprocessor == REDUCING:
-        wanted = min(wanted, max(1, rows.rows // ROWS_A_PROGRAM), MAX_PARTIALS)
+    channel_blocks = _ceil(rows.columns, block_channels)
+    wanted = max(1, kind.programs * chip.multiprocessors // channel_blocks)
+    if kind is not APPLYING:
+        most = min(
+            rows.outer * rows.inner // ROWS_A_PROGRAM,
+            MAX_PARTIALS // partials_a_channel(rows.spread, block_channels),
+        )
+        wanted = min(wanted, max(1, most))
     programs = max(1, min(tiles, wanted, MOST_PROGRAMS))
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
+    slots = _power_of_two(touched(block_channels, rows.spread)) if rows.spread > 1 else 0
     tile_size = block_outer * block_inner * block_channels
-    warps = 8 if tile_size * element_size >= TILE_BYTES // 2 else 4
+    warps = kind.warps if tile_size * element_size * 2 >= kind.tile_bytes else 4
     return Tile(
-        block_outer, block_inner, block_channels, warps, STAGES[per_multiprocessor],
+        block_outer, block_inner, block_channels, warps, kind.stages,
         tiles_inner, tiles, programs, channel_blocks,
+        whole=(rows.inner // block_inner) * (rows.outer // block_outer),
+        even=rows.columns % block_channels == 0,
+        group=_rows_a_thread(rows, block_outer * block_inner, block_channels, element_size, warps),
+        slots=slots,
+        width=channel_blocks * slots if slots else rows.columns,
     )  # fmt: skip
 
 

@@ -3,6 +3,10 @@
 Row (o, i) and channel c of a tensor stand at o * stride_outer + i * stride_inner + c * stride_channel. channels_last
 is one outer row; contiguous [N, C, H, W] is N outer and H * W inner rows. Several tensors share one map when the same
 dimensions can be merged in each of them.
+
+A contiguous plane whose H * W no vector of values divides (14x14, 7x7) would be walked two bytes at a time. It is
+walked as [N] rows of [C * H * W] columns instead, as if they were channels: what lies next to each other is read
+together, and column f belongs to channel f // (H * W).
 """
 
 import functools
@@ -11,29 +15,43 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Strides = tuple[int, int, int]
+# (outer, inner, column), or (outer, inner, channel, within) where the columns of a channel do not follow each other.
+Strides = tuple[int, ...]
+VECTOR = 16  # what Triton knows an integer to be a multiple of
+FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer
 
 
 @dataclass(frozen=True)
 class RowMap:
-    """rows = outer * inner of them, each with `channels` values; `strides[k]` = (outer, inner, channel) of tensor k;
-    tensor 0 is the one that is written."""
+    """outer * inner rows, each with `columns` values; `strides[k]` are those of tensor k; tensor 0 is the one that is
+    written. spread: columns of a channel, 1 but in a flat walk."""
 
     outer: int
     inner: int
     channels: int
     strides: tuple[Strides, ...]
     needs_int64: bool
+    spread: int = 1
 
     @property
-    def rows(self) -> int:
-        return self.outer * self.inner
+    def columns(self) -> int:
+        return self.channels * self.spread
+
+    @property
+    def values(self) -> int:
+        """Of a channel."""
+        return self.outer * self.inner * self.spread
 
     @property
     def channels_fastest(self) -> bool:
-        """Whether neighbours in memory are channels of one row (channels_last) or rows of one channel."""
-        _, inner, channel = self.strides[0]
-        return channel == 1 and not (inner == 1 and self.inner >= self.channels)
+        """Whether neighbours in memory are columns of one row (channels_last, flat) or rows of one channel."""
+        inner, column = self.strides[0][1:3]
+        return column == 1 and not (inner == 1 and self.inner >= self.columns)
+
+    def channel_stride(self, k: int) -> int:
+        """How far apart the first values of two channels stand in tensor k."""
+        stride = self.strides[k]
+        return stride[2] if len(stride) > 3 else stride[2] * self.spread
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,17 +79,34 @@ def row_map(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowMap | None:
         sizes.insert(0, 1)
         steps.insert(0, [0] * len(strides))
     channels = shape[1]
+    spread = 1
+    if _is_flat(sizes, steps, channels, first[1]):
+        spread = sizes[1]
     last = [
         sum((size - 1) * step[k] for size, step in zip(sizes, steps, strict=True))
         + (channels - 1) * strides[k][1]
         for k in range(len(strides))
     ]
-    return RowMap(
-        outer=sizes[0],
-        inner=sizes[1],
-        channels=channels,
-        strides=tuple((steps[0][k], steps[1][k], strides[k][1]) for k in range(len(strides))),
-        needs_int64=max(*last, sizes[0] * sizes[1] * channels) >= 2**31 - 2**20,
+    needs_int64 = max(*last, sizes[0] * sizes[1] * channels) >= 2**31 - 2**20
+    each = [(steps[0][k], steps[1][k], strides[k][1]) for k in range(len(strides))]
+    if spread == 1:
+        return RowMap(sizes[0], sizes[1], channels, tuple(each), needs_int64)
+    walks = tuple(
+        (0, row, 1) if (within, channel) == (1, spread) else (0, row, channel, within)
+        for row, within, channel in each
+    )
+    return RowMap(1, sizes[0], channels, walks, needs_int64, spread)
+
+
+def _is_flat(sizes: list[int], steps: list[list[int]], channels: int, channel_stride: int) -> bool:
+    """Whether the tensor that is written has planes that follow each other and that no vector divides."""
+    return (
+        sizes[0] >= FEWEST_FLAT
+        and channels > 1
+        and sizes[1] > 1
+        and steps[1][0] == 1
+        and channel_stride == sizes[1]
+        and sizes[1] % VECTOR != 0
     )
 
 
@@ -82,7 +117,7 @@ def row_map_of(*tensors: Tensor) -> RowMap | None:
 
 def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
     """(whether channels are packed, bytes in all, strides in bytes) of the mask of a tensor with these rows."""
-    outer, inner, channels = rows.outer, rows.inner, rows.channels
+    outer, inner, channels = rows.outer, rows.inner, rows.columns
     if packs_channels(rows):
         width = -(-channels // 8)
         return True, outer * inner * width, (inner * width, width, 1)
@@ -93,7 +128,7 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
 
 def packs_channels(rows: RowMap) -> bool:
     """Where eight divides the channels (or nearly) no bit is wasted; otherwise the rows are packed."""
-    return rows.channels_fastest and (rows.channels % 8 == 0 or rows.channels >= 64)
+    return rows.channels_fastest and (rows.columns % 8 == 0 or rows.columns >= 64)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Moments of a channel as (count, mean, M2 = sum of squared deviations), and what is done with them.
 
-A mean travels relative to a pivot (the channel's first value), so that it keeps its digits when mean / std is large;
+A mean travels relative to a pivot (a value of the channel), so that it keeps its digits when mean / std is large;
 the final mean is a pair mean + mean_low of one rounding each. Never E[x^2] - E[x]^2.
 """
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .chip import INTERPRETED
+from .tile import column_offsets
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -59,32 +60,83 @@ def sum_rows(b_value, b_low):
 
 
 @triton.jit
-def load_pivot(p_x, o_channel, m_channel, stride_channel, ACC: tl.constexpr):
-    """The channel's first value, or 0 where that is not finite (the rest of the channel should not all turn to NaN)."""
-    return finite_or_zero(
-        tl.load(p_x + o_channel * stride_channel, mask=m_channel, other=0.0).to(ACC)
-    )
+def _value_at(
+    p_x, p_residual, p_sum, o_outer, o_inner, o_column, m_column, spread, x_stride, residual_stride,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_CHANNELS] of one row; or x + residual, as it is stored."""
+    o_x = o_outer * x_stride[0] + o_inner * x_stride[1] + column_offsets(o_column, x_stride, spread)
+    b_x = tl.load(p_x + o_x, mask=m_column, other=0.0).to(ACC)
+    if p_residual is not None:
+        o_residual = o_outer * residual_stride[0] + o_inner * residual_stride[1]
+        o_residual += column_offsets(o_column, residual_stride, spread)
+        b_x += tl.load(p_residual + o_residual, mask=m_column, other=0.0).to(ACC)
+        b_x = b_x.to(p_sum.dtype.element_ty).to(ACC)
+    return b_x
 
 
 @triton.jit
-def finite_or_zero(b_value):
-    """0 for what is not finite."""
-    return tl.where(tl.abs(b_value) < float("inf"), b_value, 0.0)
+def load_pivot(
+    p_x, p_residual, p_sum, o_column, m_column, outer, inner, spread, x_stride, residual_stride,
+    ACC: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """A value near the channel's others: the median of its first, its middle and its last row, one of which may be far
+    off. 0 where that is not finite (the rest of the channel should not all turn to NaN). o_column: the channel's first.
+    """
+    o_last = tl.full([], outer - 1, OFFSET), tl.full([], inner - 1, OFFSET)
+    b_first = _value_at(
+        p_x, p_residual, p_sum, o_last[0] * 0, o_last[1] * 0, o_column, m_column, spread, x_stride,
+        residual_stride, ACC,
+    )  # fmt: skip
+    b_middle = _value_at(
+        p_x, p_residual, p_sum, o_last[0] // 2, o_last[1] // 2, o_column, m_column, spread, x_stride,
+        residual_stride, ACC,
+    )  # fmt: skip
+    b_last = _value_at(
+        p_x, p_residual, p_sum, o_last[0], o_last[1], o_column, m_column, spread, x_stride,
+        residual_stride, ACC,
+    )  # fmt: skip
+    b_least = tl.where(b_first < b_middle, b_first, b_middle)
+    b_most = tl.where(b_first < b_middle, b_middle, b_first)
+    b_pivot = tl.where(b_last < b_least, b_least, tl.where(b_last > b_most, b_most, b_last))
+    return tl.where(tl.abs(b_pivot) < float("inf"), b_pivot, 0.0)
 
 
 @triton.jit
-def merge(b_count, b_total, b_m2):
-    """Merge over axis 0: (count, total = count * mean, M2) of [P, C] groups -> (count, mean, M2) of [C], float64.
+def merge(b_count, b_mean, b_m2):
+    """Merge over axis 0: (count, mean, M2) of [P, C] groups -> the same of [C], in float64.
 
     Chan, Golub and LeVeque 1983, all groups at once. The sums are in float64: there is one a program, and what a
     float32 tree rounds off would be seen in the last digit of a running variance.
     """
     b_n = tl.sum(b_count.to(tl.float64), axis=0)
-    b_mean = tl.sum(b_total.to(tl.float64), axis=0) / tl.maximum(b_n, 1.0)
-    b_delta = b_total / tl.maximum(b_count, 1.0) - b_mean.to(b_total.dtype)[None, :]
-    b_delta = tl.where(b_count > 0, b_delta, 0.0)
+    # The choice keeps the product out of a fused multiply-add with what a shuffle brings: threads that hold copies of a
+    # sum would not have the same bits.
+    b_total = tl.where(b_count > 0, b_count * b_mean, 0.0)
+    b_all = tl.sum(b_total.to(tl.float64), axis=0) / tl.maximum(b_n, 1.0)
+    b_delta = tl.where(b_count > 0, b_mean - b_all.to(b_mean.dtype)[None, :], 0.0)
     b_m2 = b_m2 + b_delta * (b_delta * b_count)
-    return b_n, b_mean, tl.sum(b_m2.to(tl.float64), axis=0)
+    return b_n, b_all, tl.sum(b_m2.to(tl.float64), axis=0)
+
+
+@triton.jit
+def slots_of(o_column, m_column, spread, BLOCK_CHANNELS: tl.constexpr, SLOTS: tl.constexpr):
+    """[SLOTS, columns]: which columns belong to the first, the second... channel of this block (of a flat walk)."""
+    o_first = (tl.program_id(0).to(o_column.dtype) * BLOCK_CHANNELS) // spread
+    o_slot = (o_column // spread - o_first).to(tl.int32)
+    return (tl.arange(0, SLOTS)[:, None] == o_slot[None, :]) & m_column[None, :]
+
+
+@triton.jit
+def store_partial(
+    p_partial, b_value, o_column, m_column, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What a program has of a kind: a value a column, or (SLOTS) one for each slot of its block."""
+    if SLOTS == 0:
+        tl.store(p_partial + o_column, b_value.to(p_partial.dtype.element_ty), mask=m_column)
+    else:
+        o_slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+        tl.store(p_partial + o_slot, b_value.to(p_partial.dtype.element_ty))
 
 
 @triton.jit

@@ -1,23 +1,69 @@
 """First pass of the forward: the moments of each channel.
 
-    mean = sum(x) / n,  M2 = sum((x - mean)^2)          x [rows, C]; mean, M2 [C]
+    mean = sum(x) / n,  M2 = sum((x - mean)^2)          x [rows, columns]; mean, M2 [C]
 
-Reads x once, writes 3 values a channel and program. With a residual x is the sum of both, rounded as it is stored: both
-are read once and the sum is written. Parallel over channel blocks (grid axis 0) and row programs (axis 1). Each
-position of the tile keeps its own running (count, sum, M2) (Youngs and Cramer 1971), merged once at the end in a fixed
-tree, so a launch gives the same bits every time. Arithmetic in float32; the sums over the tiles of a float32 tensor are
-compensated (PyTorch's own are double on a CPU).
+Reads x once, writes 3 values a channel (or block of columns) and program. With a residual x is the sum of both,
+rounded as it is stored: both are read once and the sum is written. Parallel over blocks of columns (grid axis 0) and
+row programs (axis 1).
+
+A thread holds GROUP rows of a column at a time: their mean and the squares of their deviations are exact two-pass
+sums, and are merged into what the thread has by (count, sum, M2) (Chan, Golub and LeVeque 1983); what the threads of a
+program have is merged once at the end in a fixed tree, so a launch gives the same bits every time. Arithmetic in
+float32; of a float32 tensor the sums over the groups are compensated (PyTorch's own are double on a CPU). Whole tiles
+come first and need no masks; the others follow in a second loop.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile
+from .launch import Tile, is_aligned
 from .layout import RowMap
-from .moments import add_compensated, finite_or_zero, load_pivot, merge
+from .moments import add_compensated, load_pivot, merge, slots_of, store_partial
 from .start import start
-from .tile import tile_channels, tile_offsets, tile_rows
+from .tile import groups, partial_tile, tile_columns, tile_offsets, whole_tile
+
+
+@triton.jit
+def _load_sum(
+    p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC: tl.constexpr
+):  # fmt: skip
+    """x, or x + residual as it is stored (and it is stored); m is None where nothing is masked."""
+    if m is None:
+        b_x = tl.load(p_x + o_x).to(ACC)
+    else:
+        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+    if p_residual is not None:
+        if m is None:
+            b_x += tl.load(p_residual + o_residual).to(ACC)
+        else:
+            b_x += tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+        b_stored = b_x.to(p_sum.dtype.element_ty)
+        if m is None:
+            tl.store(p_sum + o_sum, b_stored)
+        else:
+            tl.store(p_sum + o_sum, b_stored, mask=m)
+        b_x = b_stored.to(ACC)
+    return b_x
+
+
+@triton.jit
+def _add_group(
+    b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square, inverse, weight,
+    COMPENSATED: tl.constexpr,
+):  # fmt: skip
+    """Merge groups (sum, mean, squares) into (total, M2): inverse = 1 / count before, weight = count * k / (count +
+    k).
+    """
+    b_r = b_mean - b_total * inverse
+    b_square += b_r * (b_r * weight)
+    if COMPENSATED:
+        b_m2, b_m2_low = add_compensated(b_m2, b_m2_low, b_square)
+        b_total, b_total_low = add_compensated(b_total, b_total_low, b_sum)
+    else:
+        b_m2 += b_square
+        b_total += b_sum
+    return b_total, b_total_low, b_m2, b_m2_low
 
 
 @triton.jit
@@ -32,74 +78,119 @@ def bn_stats_kernel(
     outer,
     inner,
     channels,
-    tiles_inner,
-    tiles,
+    spread,
+    whole,
     programs,
+    width,
+    SLOTS: tl.constexpr,
+    ONE_OUTER: tl.constexpr,
+    EVEN: tl.constexpr,
+    COLUMNS_FASTEST: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [programs, 3, C]: count, mean relative to the pivot, M2; sum <- x + residual, where there is one."""
+    """partial [programs, 3, width]: count, mean relative to the pivot, M2; sum <- x + residual, where there is one.
+
+    whole: tiles without a partial row; EVEN: no partial block of columns either.
+    """
     ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
+    AXIS: tl.constexpr = 0 if COLUMNS_FASTEST else 1
     i_program = tl.program_id(1)
-    o_channel, m_channel = tile_channels(channels, BLOCK_CHANNELS, OFFSET)
-    if p_residual is None:
-        b_pivot = load_pivot(p_x, o_channel, m_channel, x_stride[2], ACC)
-    else:
-        b_first = tl.load(p_x + o_channel * x_stride[2], mask=m_channel, other=0.0).to(ACC)
-        p_first = p_residual + o_channel * residual_stride[2]
-        b_first += tl.load(p_first, mask=m_channel, other=0.0).to(ACC)
-        b_pivot = finite_or_zero(b_first.to(p_sum.dtype.element_ty).to(ACC))
+    columns = channels * spread
+    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
+    b_pivot = load_pivot(
+        p_x, p_residual, p_sum, o_column - o_column % spread, m_column, outer, inner, spread, x_stride,
+        residual_stride, ACC, OFFSET,
+    )  # fmt: skip
 
-    b_count = tl.zeros([ROWS], ACC)
-    b_total = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_m2 = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_total_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    b_m2_low = tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
-    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        m = m_row[:, None] & m_channel[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_channel, x_stride)
-        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+    b_total = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_m2 = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_total_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_m2_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    # All groups have the same count until the partial tiles.
+    count = tl.full([], 0.0, ACC)
+    for i_tile in tl.range(i_program, whole, programs, num_stages=STAGES):
+        o_outer, o_inner = whole_tile(i_tile, inner, ONE_OUTER, BLOCK_OUTER, BLOCK_INNER, OFFSET)
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
+        o_residual = o_x
+        o_sum = o_x
         if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_channel, residual_stride)
-            b_x += tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-            b_stored = b_x.to(p_sum.dtype.element_ty)
-            o_sum = tile_offsets(o_outer, o_inner, o_channel, sum_stride)
-            tl.store(p_sum + o_sum, b_stored, mask=m)
-            b_x = b_stored.to(ACC)
-        b_d = tl.where(m, b_x - b_pivot[None, :], 0.0)
-        b_more = b_count + m_row.to(ACC)
-        # The deviation from the mean of what came before; weight 0 for the first value and for rows that are not there.
-        b_mean = b_total * (1.0 / tl.maximum(b_count, 1.0))[:, None]
-        b_r = tl.where(m, b_d - b_mean, 0.0)
-        b_weight = b_count / tl.maximum(b_more, 1.0)
-        b_square = b_r * (b_r * b_weight[:, None])
-        if COMPENSATED:
-            b_m2, b_m2_low = add_compensated(b_m2, b_m2_low, b_square)
-            b_total, b_total_low = add_compensated(b_total, b_total_low, b_d)
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
+            o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
+        if EVEN:
+            b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, None, ACC)
         else:
-            b_m2 += b_square
-            b_total += b_d
+            m = m_column[None, :] & (o_inner >= 0)[:, None]
+            b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC)
+        # 16-bit values keep their digits in the sum of a group, whatever their mean.
+        if COMPENSATED:
+            b_x = b_x - b_pivot[None, :]
+        b_group = groups(b_x, GROUP, COLUMNS_FASTEST)
+        b_sum = tl.sum(b_group, axis=AXIS)
+        b_mean = b_sum * (1.0 / GROUP)
+        b_d = b_group - tl.expand_dims(b_mean, AXIS)
+        b_square = tl.sum(b_d * b_d, axis=AXIS)
+        if not COMPENSATED:
+            b_sum = b_sum - b_pivot[None, :] * GROUP
+            b_mean = b_mean - b_pivot[None, :]
+        b_total, b_total_low, b_m2, b_m2_low = _add_group(
+            b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square,
+            1.0 / tl.maximum(count, 1.0), count / (count + GROUP) * GROUP, COMPENSATED,
+        )  # fmt: skip
+        count += GROUP
+
+    b_count = tl.zeros([ROWS // GROUP], ACC) + count
+    tiles = tl.cdiv(outer, BLOCK_OUTER) * tl.cdiv(inner, BLOCK_INNER)
+    for i in tl.range(i_program, tiles - whole, programs, num_stages=1):
+        o_outer, o_inner, m_row = partial_tile(i, outer, inner, BLOCK_OUTER, BLOCK_INNER, OFFSET)
+        m = m_row[:, None] & m_column[None, :]
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
+        o_residual = o_x
+        o_sum = o_x
+        if p_residual is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
+            o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
+        b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC)
+        b_x = tl.where(m, b_x - b_pivot[None, :], 0.0)
+        b_k = tl.sum(groups(m_row.to(ACC), GROUP, COLUMNS_FASTEST), axis=AXIS)
+        b_group = groups(b_x, GROUP, COLUMNS_FASTEST)
+        b_sum = tl.sum(b_group, axis=AXIS)
+        b_mean = b_sum / tl.maximum(b_k, 1.0)[:, None]
+        b_d = b_group - tl.expand_dims(b_mean, AXIS)
+        b_d = tl.where(groups(m, GROUP, COLUMNS_FASTEST), b_d, 0.0)
+        b_square = tl.sum(b_d * b_d, axis=AXIS)
+        b_more = b_count + b_k
+        b_weight = b_count / tl.maximum(b_more, 1.0) * b_k
+        b_total, b_total_low, b_m2, b_m2_low = _add_group(
+            b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square,
+            (1.0 / tl.maximum(b_count, 1.0))[:, None], b_weight[:, None], COMPENSATED,
+        )  # fmt: skip
         b_count = b_more
 
-    b_counts = b_count[:, None] + tl.zeros([ROWS, BLOCK_CHANNELS], ACC)
+    b_counts = b_count[:, None] + tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     if COMPENSATED:
         b_total = b_total.to(tl.float64) + b_total_low.to(tl.float64)
         b_m2 = b_m2.to(tl.float64) + b_m2_low.to(tl.float64)
         b_counts = b_counts.to(tl.float64)
-    b_n, b_mean, b_m2 = merge(b_counts, b_total, b_m2)
-    PARTIAL: tl.constexpr = p_partial.dtype.element_ty
-    p_row = p_partial + i_program * 3 * channels + o_channel
-    tl.store(p_row, b_n.to(PARTIAL), mask=m_channel)
-    tl.store(p_row + channels, b_mean.to(PARTIAL), mask=m_channel)
-    tl.store(p_row + 2 * channels, b_m2.to(PARTIAL), mask=m_channel)
+    b_inverse = 1.0 / tl.maximum(b_count, 1.0).to(b_total.dtype)
+    b_n, b_mean, b_m2 = merge(b_counts, b_total * b_inverse[:, None], b_m2)
+    if SLOTS > 0:  # the columns of a channel together
+        m = slots_of(o_column, m_column, spread, BLOCK_CHANNELS, SLOTS)
+        b_n, b_mean, b_m2 = merge(
+            tl.trans(tl.where(m, b_n[None, :], 0.0)),
+            tl.trans(tl.where(m, b_mean[None, :], 0.0)),
+            tl.trans(tl.where(m, b_m2[None, :], 0.0)),
+        )
+    p_row = p_partial + i_program * 3 * width
+    store_partial(p_row, b_n, o_column, m_column, SLOTS)
+    store_partial(p_row + width, b_mean, o_column, m_column, SLOTS)
+    store_partial(p_row + 2 * width, b_m2, o_column, m_column, SLOTS)
 
 
 def launch_bn_stats(
@@ -111,7 +202,8 @@ def launch_bn_stats(
     tile: Tile,
     offset: tl.dtype,
 ) -> None:
-    """partial [tile.programs, 3, C] <- moments of x, or of total <- x + residual; rows.strides: total, x, residual."""
+    """partial [tile.programs, 3, tile.width] <- moments of x, or of total <- x + residual; rows.strides: total, x,
+    residual."""
     start(
         bn_stats_kernel,
         tile.grid,
@@ -123,11 +215,21 @@ def launch_bn_stats(
             rows.outer,
             rows.inner,
             rows.channels,
-            tile.tiles_inner,
-            tile.tiles,
+            rows.spread,
+            tile.whole,
             tile.programs,
+            tile.width,
         ),
         (),
-        {"OFFSET": offset},
+        {
+            "SLOTS": tile.slots,
+            "ONE_OUTER": rows.outer == 1,
+            "EVEN": tile.even,
+            "COLUMNS_FASTEST": rows.channels_fastest,
+            "GROUP": tile.group
+            if rows.channels_fastest or all(map(is_aligned, (x, residual)))
+            else 1,
+            "OFFSET": offset,
+        },
         tile.options,
     )

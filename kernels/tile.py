@@ -1,4 +1,4 @@
-"""The index map of `layout.RowMap` on the device: which rows and channels a program's tile holds, and where."""
+"""The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where."""
 
 import triton
 import triton.language as tl
@@ -25,19 +25,101 @@ def tile_rows(
 
 
 @triton.jit
-def tile_channels(channels, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
-    """(c, mask) of the channels of this program, each [BLOCK_CHANNELS]; the channel block is grid axis 0."""
-    o_channel = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
-        OFFSET
-    )
-    return o_channel, o_channel < channels
+def whole_tile(
+    i_tile,
+    inner,
+    ONE_OUTER: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """(o, i) of the rows of the i-th of the tiles without a row that is not there."""
+    o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
+    if ONE_OUTER:  # no division in the loop
+        i_outer = i_tile * 0
+        i_inner = i_tile
+    else:
+        tiles_inner = inner // BLOCK_INNER
+        i_outer = i_tile // tiles_inner
+        i_inner = i_tile % tiles_inner
+    o_inner = i_inner.to(OFFSET) * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
+    o_outer = i_outer.to(OFFSET) * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
+    return o_outer, o_inner
 
 
 @triton.jit
-def tile_offsets(o_outer, o_inner, o_channel, stride):
-    """Offsets [rows, channels] of a tensor with `stride` = (outer, inner, channel)."""
+def partial_tile(
+    i,
+    outer,
+    inner,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """(o, i, mask) of the rows of the i-th of the other tiles: the last of each outer block, then the last outer
+    block.
+    """
+    tiles_inner = inner // BLOCK_INNER
+    tiles_outer = tl.cdiv(outer, BLOCK_OUTER)
+    last = tl.where(inner % BLOCK_INNER != 0, tiles_outer, 0)
+    i_outer = tl.where(i < last, i, tiles_outer - 1)
+    i_inner = tl.where(i < last, tiles_inner, i - last)
+    o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
+    o_inner = i_inner.to(OFFSET) * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
+    o_outer = i_outer.to(OFFSET) * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
+    return o_outer, o_inner, (o_outer < outer) & (o_inner < inner)
+
+
+@triton.jit
+def groups(b_x, GROUP: tl.constexpr, COLUMNS_FASTEST: tl.constexpr):
+    """[rows, ...] -> [GROUP, rows / GROUP, ...], or [rows / GROUP, GROUP, ...]: what a thread holds along GROUP."""
+    ROWS: tl.constexpr = b_x.shape[0]
+    if len(b_x.shape) == 1:
+        if COLUMNS_FASTEST:
+            b = tl.reshape(b_x, (GROUP, ROWS // GROUP))
+        else:
+            b = tl.reshape(b_x, (ROWS // GROUP, GROUP))
+    elif COLUMNS_FASTEST:
+        b = tl.reshape(b_x, (GROUP, ROWS // GROUP, b_x.shape[1]))
+    else:
+        b = tl.reshape(b_x, (ROWS // GROUP, GROUP, b_x.shape[1]))
+    return b
+
+
+@triton.jit
+def sum_groups(b_x, GROUP: tl.constexpr, COLUMNS_FASTEST: tl.constexpr):
+    """[rows, columns] -> [rows / GROUP, columns], by sums in a thread."""
+    if GROUP == 1:
+        b = b_x
+    else:
+        b = tl.sum(groups(b_x, GROUP, COLUMNS_FASTEST), axis=0 if COLUMNS_FASTEST else 1)
+    return b
+
+
+@triton.jit
+def tile_columns(columns, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0."""
+    o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
+        OFFSET
+    )
+    return o_column, o_column < columns
+
+
+@triton.jit
+def column_offsets(o_column, stride, spread):
+    """Offsets of columns, by the third stride, or the third and the fourth (channel, within): see `layout.Strides`."""
+    if len(stride) == 3:
+        o = o_column * stride[2]
+    else:
+        o = (o_column // spread) * stride[2] + (o_column % spread) * stride[3]
+    return o
+
+
+@triton.jit
+def tile_offsets(o_outer, o_inner, o_column, stride, spread):
+    """Offsets [rows, columns] of a tensor."""
     o_row = o_outer * stride[0] + o_inner * stride[1]
-    return o_row[:, None] + (o_channel * stride[2])[None, :]
+    return o_row[:, None] + column_offsets(o_column, stride, spread)[None, :]
 
 
 @triton.jit

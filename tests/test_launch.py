@@ -48,11 +48,11 @@ def test_passes_over_a_tensor(shape, channels_last, multiprocessors):
     choose = launch.choose_tile.__wrapped__
     for size in (2, 4, 8):
         for share in (1, launch.DUAL_SHARE):
-            for per in (launch.REDUCING, launch.APPLYING):
-                tile = choose(rows, size, per, chip(multiprocessors), share)
+            for kind in (launch.STATISTICS, launch.REDUCING, launch.APPLYING):
+                tile = choose(rows, size, kind, chip(multiprocessors), share)
                 assert_fits(tile.grid)
                 # All of it, by programs that all have something to do.
-                assert tile.channel_blocks * tile.block_channels >= rows.channels
+                assert tile.channel_blocks * tile.block_channels >= rows.columns
                 assert tile.programs <= tile.tiles
                 assert tile.grid == (tile.channel_blocks, tile.programs)
 
@@ -91,9 +91,12 @@ def test_products_and_final_steps(rows, channels_out, channels_in, grids):
         partial = SimpleNamespace(shape=(tile.programs, channels_out, channels_in))
         launch_projection_grad_weight(None, None, partial, gather, (1, 1), tile, "ieee", None, None)
         assert math.prod(grids[-1]) == tile.programs * tile.blocks_out * -(-channels_in // tile.block_in)  # fmt: skip
-    for k, final in ((3, launch_bn_finalize), (2, launch_bn_grad_finalize)):
-        partial = SimpleNamespace(shape=(launch.MAX_PARTIALS, k, channels_out))
-        final(partial, *[None] * (6 if k == 3 else 5), *((0.1, 1e-5) if k == 3 else (rows, None)))
+    shape = (rows, channels_out)
+    walk, saved = row_map(shape, dense(shape, False)), SimpleNamespace(shape=(4, channels_out))
+    tile = launch.choose_tile.__wrapped__(walk, 4, launch.REDUCING, chip(132))
+    moments, sums = (SimpleNamespace(shape=(launch.MAX_PARTIALS, k, channels_out)) for k in (3, 2))
+    launch_bn_finalize(moments, *[None] * 2, saved, *[None] * 3, 0, None, 0.1, 1e-5)
+    launch_bn_grad_finalize(sums, *[None] * 5, walk, tile, None)
     assert len(grids) == 8
     for grid in grids:
         assert_fits(grid)
