@@ -13,6 +13,7 @@ import torch
 
 import fusedres
 from fusedres.functional import batch_norm_act, dual_batch_norm_act, projection
+from fusedres.projection import in_triton
 
 from .cases import shape_name
 from .compile_only import Launch, compile_only
@@ -70,7 +71,8 @@ def compile_target(target: Target) -> list[Launch]:
     dtype, layout = getattr(torch, target.dtype), getattr(torch, target.layout)
     with fusedres.backend("triton"), compile_only(target.architecture) as recorded:
         if target.kernel == "projection":
-            _run_projection(target.shape, dtype, layout)
+            with in_triton():
+                _run_projection(target.shape, dtype, layout)
         else:
             _run_operator(target, dtype, layout)
         return list(recorded)

@@ -5,13 +5,16 @@
     fusedres::projection_input_gradient_  the same, added to a gradient that is there
     fusedres::projection_weight_gradient  dy, input -> gradient of the weight
 
-The Triton product reads the strided rows where they stand and leaves the statistics of what it wrote; the library's
-convolution is faster once arithmetic, not memory, is what takes the time. `why_library` draws the line.
+The Triton product reads the strided rows where they stand and leaves the statistics of what it wrote. Where both were
+timed the library's convolution was faster all the same, so it is what runs (`why_library`), but for whoever asks for
+the other with `in_triton`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,13 +56,29 @@ def intensity(channels_in: int, channels_out: int, element_size: int) -> float:
     return 2 * channels_in * channels_out / (element_size * (channels_in + channels_out))
 
 
+# An H200 (torch 2.11, Triton 3.6, 26 November 2026), the projections of a ResNet-50 at batch 256: in bfloat16 the
+# Triton product with its moments took 497, 332, 348 and 243 us, the library's 183, 109, 86 and 82, and a pass for the
+# moments some 100 at most; in float32 it was 5 to 8 times slower (benchmarks/results/).
+_asked = threading.local()
+
+
+@contextmanager
+def in_triton() -> Iterator[None]:
+    """In this thread, projections that are bound by memory go to the Triton product: for tests and for measuring it."""
+    before = getattr(_asked, "depth", 0)
+    _asked.depth = before + 1
+    try:
+        yield
+    finally:
+        _asked.depth = before
+
+
 def describe_choice(channels_in: int, channels_out: int, architecture: int = 90) -> str:
     """Which implementation a projection of 16-bit channels-last tensors gets, for the report of `fuse_`."""
     found, ridge = intensity(channels_in, channels_out, 2), RIDGE.get(architecture, OTHER_RIDGE)
-    # By arithmetic intensity: no GPU has measured it yet.
-    if found < ridge:
-        return f"1x1 in Triton: memory-bound at {found:.0f} flop/byte (not timed)"
-    return f"1x1 by the library: compute-bound at {found:.0f} flop/byte (not timed)"
+    if getattr(_asked, "depth", 0) and found < ridge:
+        return f"1x1 in Triton: memory-bound at {found:.0f} flop/byte"
+    return "1x1 by the library: faster where both were timed"
 
 
 def why_library(input: Tensor, weight: Tensor) -> str | None:
@@ -83,6 +102,8 @@ def why_library(input: Tensor, weight: Tensor) -> str | None:
         return "float64 products are the library's"
     if input.dtype == torch.float32 and not _allows_tf32():
         return "float32 products without tf32 are the library's"
+    if not getattr(_asked, "depth", 0):
+        return "the library's was faster where both were timed"
     channels_out, channels_in = weight.shape[:2]
     ridge = RIDGE.get(_architecture(), OTHER_RIDGE) * (
         TF32_SHARE if input.dtype == torch.float32 else 1
@@ -103,7 +124,8 @@ def _allows_tf32() -> bool:
     return bool(convolutions.conv.fp32_precision == "tf32")
 
 
-def _precision(tensor: Tensor) -> str:
+def precision(tensor: Tensor) -> str:
+    """Of the Triton products of such a tensor: "tf32" (operands rounded to 10 bits) or "ieee"."""
     is_tf32 = tensor.dtype == torch.float32 and not INTERPRET and _allows_tf32()
     return "tf32" if is_tf32 else "ieee"
 
@@ -156,7 +178,7 @@ def _product(
     step_out, step_in = weight.stride()[:2]
     k.projection(
         x, weight, bias, y, partial if moments else None, gather, (x.stride(1), y.stride(1)),
-        (step_out, step_in) if transposed else (step_in, step_out), channels, tile, adds, _precision(x),
+        (step_out, step_in) if transposed else (step_in, step_out), channels, tile, adds, precision(x),
         k.dtype[accumulate_dtype(x.dtype)], k.offset[gather.needs_int64],
     )  # fmt: skip
     return partial
@@ -194,7 +216,7 @@ def _projection_weight_gradient(dy: Tensor, input: Tensor, stride: list[int]) ->
     wide = accumulate_dtype(dy.dtype)
     partial = dy.new_empty((tile.programs, channels_out, channels_in), dtype=wide)
     k.projection_grad_weight(
-        dy, input, partial, gather, (dy.stride(1), input.stride(1)), tile, _precision(dy),
+        dy, input, partial, gather, (dy.stride(1), input.stride(1)), tile, precision(dy),
         k.dtype[wide], k.offset[gather.needs_int64],
     )  # fmt: skip
     return partial.sum(0).view(channels_out, channels_in, *[1] * len(stride))
