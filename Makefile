@@ -15,24 +15,33 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-slow test-oldest bench sweep lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-ptx test-ptx-sample test-slow test-oldest bench sweep lint format types wheel clean
 
 help:
 	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
-	@echo 'make test    lint, types, and the tests over plain PyTorch and over the Triton kernels'
+	@echo 'make test    lint, types, and the tests over plain PyTorch, over the Triton kernels and over their machine code'
 	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
-	@echo 'also: sweep test-aten test-triton test-slow test-oldest lint format types wheel clean'
+	@echo 'also: sweep test-aten test-triton test-ptx test-slow test-oldest lint format types wheel clean'
 
 demo: $(READY)
 	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
 
-test: lint types test-aten test-triton
+test: lint types test-aten test-triton test-ptx-sample
 
 test-aten: $(READY)
 	$(PYTEST) -m 'not slow' --backend aten $(ARGS)
 
 test-triton: $(READY)
 	$(PYTEST) -m 'not slow' --backend triton $(ARGS)
+
+# What Triton compiles of the kernels, run on the CPU (docs/testing.md); it needs gcc. ARCH is 80 or 90.
+ARCH := 90
+test-ptx: $(READY)
+	$(PYTEST) -m 'not slow' --backend ptx --arch $(ARCH) $(ARGS)
+
+test-ptx-sample: $(READY)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 14 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 18 $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow --backend aten $(ARGS)

@@ -9,7 +9,7 @@ from .record import Row, latest
 
 TIME = "time_us"
 # Exact figures, where a larger one is worse.
-COUNTED = ("bytes", "kernels", "registers", "spills", "shared_bytes")
+COUNTED = ("bytes", "kernels", "registers", "spills", "shared_bytes", "instructions", "barriers")
 ROUNDING = 1e-6
 
 

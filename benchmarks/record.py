@@ -24,7 +24,7 @@ class Row:
     """What was measured, of what, where and when.
 
     Attributes:
-        level: operator, block, model, bytes, network, code or host.
+        level: operator, block, model, bytes, network, code, executed or host.
         kernel: the operator, block, model or Triton kernel.
         provider: who ran it (eager, compile, fusedres ...).
         metric: what the number is, unit included (`time_us`, `bytes`, `registers`).

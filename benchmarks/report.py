@@ -44,7 +44,7 @@ def _page(rows: Sequence[Row], plots: Sequence[Path]) -> Iterator[str]:
         yield f"- **{device}**: {'; '.join(_distinct(row.versions for row in of))}; {span}"
     sections = {
         "bytes": _bytes, "network": _network, "operator": _times, "block": _times, "model": _times,
-        "host": _host, "code": _code, "state": _state,
+        "host": _host, "code": _code, "executed": _executed, "state": _state,
     }  # fmt: skip
     drawn = {path.stem: path.name for path in plots}
     for level, section in sections.items():
@@ -234,6 +234,38 @@ def _code(rows: Sequence[Row]) -> Iterator[str]:
             [chip, kernel, dtype, layout, *("-" if v is None else f"{v:.0f}" for v in figures)]
         )
     heads = ["registers", "spills", "shared", "occupancy", "load", "store", "tensor core"]
+    yield from _table(["chip", "kernel", "dtype", "layout", *heads], lines)
+
+
+def _executed(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Machine code, run"
+    yield ""
+    shapes = ", ".join(_distinct(row.shape for row in rows if row.shape))
+    yield (
+        f"The PTX of a forward and a backward pass at {shapes}, run in an interpreter. Instructions of threads an "
+        "element of the output, 32 for each that a warp issues: all, then by class (memory, comparisons and control "
+        "are the rest). Global loads and stores: 32-byte sectors a request, in brackets over the fewest that hold the "
+        "bytes asked for (below 1: lanes ask for the same). Shared loads and stores: wavefronts over the fewest; 1.00 "
+        "is no bank conflict. Barriers a warp."
+    )
+    yield ""
+    classes = ("float", "integer", "conversion", "move", "shuffle", "tensor_core")
+    accesses = ("load_sectors", "store_sectors")
+    shared = ("shared_load_wavefronts_ratio", "shared_store_wavefronts_ratio")
+    lines = []
+    for (chip, kernel, dtype, layout), group in _grouped(
+        (row for row in rows if row.median is not None),
+        lambda row: (row.mode, row.kernel, row.dtype, row.layout),
+    ):
+        by = {row.metric: row.median for row in group}
+        counted = ("instructions", *(f"{name}_instructions" for name in classes))
+        cells = [f"{by[name]:.2f}" if name in by else "-" for name in counted]
+        cells += [f"{by[a]:.1f} ({by[f'{a}_ratio']:.2f})" if a in by else "-" for a in accesses]
+        cells += [f"{by[name]:.2f}" if name in by else "-" for name in shared]
+        cells.append(f"{by['barriers']:.1f}" if "barriers" in by else "-")
+        lines.append([chip, kernel, dtype, layout, *cells])
+    heads = ["instructions", *(name.replace("_", " ") for name in classes)]
+    heads += ["global loads", "global stores", "shared loads", "shared stores", "barriers"]
     yield from _table(["chip", "kernel", "dtype", "layout", *heads], lines)
 
 

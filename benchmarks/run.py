@@ -15,7 +15,7 @@ import torch
 from ..cli.device import device_name
 from ..cli.env import versions
 from ..cli.errors import CommandError
-from . import bytes_level, cases, code, host
+from . import bytes_level, cases, code, executed, host
 from .cases import Case
 from .measure import Plan, measure
 from .providers import PROVIDERS, Provider
@@ -25,7 +25,7 @@ from .timing import QUICK, Effort
 from .workload import Setting
 
 TIMED = ("operator", "block", "model")
-UNTIMED = ("bytes", "code", "host")
+UNTIMED = ("bytes", "code", executed.LEVEL, "host")
 LEVELS = (*TIMED, *UNTIMED)
 NHWC, NCHW = torch.channels_last, torch.contiguous_format
 
@@ -112,6 +112,7 @@ def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> None:
             return
         except CommandError as error:
             book.add([_skipped(name, f"not run: {error}")])
+            say(f"  {name}: not run: {error}")
         except Exception as error:
             book.add([_skipped(name, f"failed: {first_line(error)}")])
             say(f"  {name} failed: {first_line(error)}")
@@ -132,8 +133,23 @@ def plan(wish: Wish) -> Iterator[Unit]:
         elif level == "code":
             for target in code.targets(wish.quick):
                 yield f"code: {target.name}", partial(_code_rows, target)
+        elif level == executed.LEVEL:
+            yield from _executed_units(wish)
         elif level == "host":
             yield "host: calls and steps", partial(host.measure, wish.device, wish.quick)
+
+
+def _executed_units(wish: Wish) -> Iterator[Unit]:
+    why = executed.missing()
+    if why is not None:
+        yield f"{executed.LEVEL}: kernels", partial(_refused, why)
+        return
+    for target in executed.targets(wish.quick):
+        yield f"{executed.LEVEL}: {target.name}", partial(executed.measure, target)
+
+
+def _refused(why: str) -> Iterator[list[Row]]:
+    raise CommandError(why)
 
 
 def _code_rows(target: code.Target) -> Iterator[list[Row]]:

@@ -13,7 +13,7 @@ from .device import choose_device
 from .errors import CommandError
 from .progress import Progress
 
-LEVELS = ("operator", "block", "model", "bytes", "code", "host")
+LEVELS = ("operator", "block", "model", "bytes", "code", "executed", "host")
 
 
 def add_to(commands) -> None:
@@ -21,8 +21,9 @@ def add_to(commands) -> None:
         "bench",
         help="the benchmark suite",
         description="Measure fusedres beside PyTorch eager, torch.compile and other peers: the time of operators, "
-        "blocks and models, and what needs no GPU: bytes, machine code, host cost. Every result is checked before it "
-        "is timed. Rows are appended to results.json and results.csv; plots and a page are made from them.",
+        "blocks and models, and what needs no GPU: bytes, machine code, what it executes, host cost. Every result is "
+        "checked before it is timed. Rows are appended to results.json and results.csv; plots and a page are made from "
+        "them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
