@@ -47,8 +47,8 @@ def run(model: nn.Module, x: Tensor, steps: int = 1) -> dict[str, Tensor]:
 
 
 def _weighed(output: Tensor) -> Tensor:
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return (output * weight).sum()
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+    return (output * weight.view_as(output)).sum()
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

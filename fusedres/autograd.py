@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import batching as batching  # its vmap rules register themselves
@@ -192,7 +191,8 @@ def normalized_graph(
     w, b = (None if t is None else t.to(wide) for t in aliases[1:])
     x = aliases[0].to(wide)
     if training:
-        return F.batch_norm(x, None, None, w, b, True, 0.0, eps), aliases
+        # Without cuDNN (the last argument): vmap has no rule for its derivative of a channels_last tensor.
+        return torch.batch_norm(x, w, b, None, None, True, 0.0, eps, False), aliases
     # Not F.batch_norm, which under vmap asks for a derivative by the running statistics.
     mean, low, invstd = (operators._per_channel(row, x) for row in saved.detach()[:3].unbind(0))
     y = (x - mean - low) * invstd

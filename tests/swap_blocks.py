@@ -54,9 +54,10 @@ def make(forward, double: bool = True) -> nn.Module:
     return block.double() if double else block
 
 
-def images(*shape: int) -> Tensor:
+def images(*shape: int, device: torch.device | str = "cpu") -> Tensor:
     """An input in float64, the same each time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
 
 def fused_copy(model: nn.Module, **options) -> nn.Module:

@@ -16,7 +16,7 @@ from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.steps import ALLOWED, excess
 from fusedres.functional import batch_norm_act, dual_batch_norm_act
 
-from .helpers import DTYPES, Case, over_budget, run, run_eager
+from .helpers import DTYPES, Case, exact_hardswish, over_budget, run, run_eager
 from .swap_blocks import fused_copy, images, make
 from .test_dual import draw, off
 
@@ -46,7 +46,8 @@ def test_double_keeps_its_digits(activation, residual, device):
     case = Case(
         (4, 6, 5, 7), torch.float64, residual=residual, activation=activation, device=device
     )
-    torch.testing.assert_close(run(case), run_eager(case), rtol=1e-12, atol=1e-13)
+    with exact_hardswish(device):
+        torch.testing.assert_close(run(case), run_eager(case), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
@@ -62,7 +63,8 @@ def test_layouts(activation, layout, device):
 @pytest.mark.parametrize("activation", OTHERS)
 def test_dual_tail(activation, dtype, training, device):
     tensors = draw((8, 8, 9, 9), DTYPES[dtype], "channels_last", device=device)
-    assert off(tensors, training=training, activation=activation) == {}
+    with exact_hardswish(device):
+        assert off(tensors, training=training, activation=activation) == {}
 
 
 def corners(device) -> torch.Tensor:
@@ -76,18 +78,21 @@ def corners(device) -> torch.Tensor:
 @RESIDUAL
 @pytest.mark.parametrize("activation", NAMES)
 def test_corners_and_not_finite_values_are_pytorch_s(activation, residual, device):
-    """In eval with identity statistics the activation's input is the value itself."""
+    """In eval with identity statistics the activation's input is the value itself: 1 + eps is 1. (PyTorch 2.11 refuses
+    an eps of 0.)"""
     x = corners(device).requires_grad_()
     n = x.shape[1]
     mean, var = torch.zeros(n, device=device), torch.ones(n, device=device)
     added = torch.zeros_like(x) if residual else None
-    y = batch_norm_act(x, mean, var, eps=0.0, residual=added, activation=activation)
+    y = batch_norm_act(x, mean, var, eps=1e-30, residual=added, activation=activation)
     wide = x.detach().double().requires_grad_()
     expected = activate(wide, activation)
     found = [y, *torch.autograd.grad(y.sum(), x)]
     wanted = [expected, *torch.autograd.grad(expected.sum(), wide)]
+    # At -3 gelu's 1 + erf is 2.7e-3: a rounding of erf, 2^-24, is 2.2e-5 of it.
+    rtol = 3e-5 if activation == "gelu" else 1e-5
     torch.testing.assert_close(
-        [t.double() for t in found], wanted, rtol=1e-5, atol=1e-30, equal_nan=True
+        [t.double() for t in found], wanted, rtol=rtol, atol=1e-30, equal_nan=True
     )
 
 
@@ -267,9 +272,10 @@ def test_spelling_is_found(name):
 
 @MODES
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_spelling_computes_the_same(name, training):
-    block = SPELLINGS[name][0]().train(training)
-    assert excess(block, fused_copy(block), images(3, 4, 6, 5), steps=2) <= ALLOWED
+def test_spelling_computes_the_same(name, training, device):
+    block, x = SPELLINGS[name][0]().to(device).train(training), images(3, 4, 6, 5, device=device)
+    with exact_hardswish(device):
+        assert excess(block, fused_copy(block), x, steps=2) <= ALLOWED
 
 
 class Sub(nn.SiLU):

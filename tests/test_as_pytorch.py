@@ -1,7 +1,8 @@
 """`F.batch_norm` and `nn.BatchNorm`, call by call: what works there works here, what raises there raises here.
 
 Without an activation `batch_norm_act` is `F.batch_norm`. Errors are of its types, with texts of our own; after one,
-nothing has changed (PyTorch has counted the batch by then).
+nothing has changed (PyTorch has counted the batch by then). What is expected is what PyTorch does on a CPU; only of its
+own samples, which name a device, what it does there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,23 @@ from .helpers import DTYPES
 ours = functools.partial(batch_norm_act, activation=None)
 
 
+def on(device, values):
+    """The tensors among them there, but those of the meta device and of oneDNN's layout, which are on no GPU."""
+    return [
+        t.to(device) if isinstance(t, torch.Tensor) and not (t.is_meta or t.is_mkldnn) else t
+        for t in values
+    ]
+
+
 # --- PyTorch's own samples ---------------------------------------------------------------------------------------
 
 
 @functools.cache
 def operators():
     """PyTorch's descriptions of its own function: with cuDNN and without."""
+    pytest.importorskip(
+        "expecttest"
+    )  # PyTorch's own tests import it; it comes with our extra `test`
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
@@ -99,7 +111,7 @@ def assert_within_budget(found, expected, exact):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("input", DTYPES)
-def test_dtypes_of_input_parameters_and_statistics(input, training):
+def test_dtypes_of_input_parameters_and_statistics(input, training, device):
     """All of one dtype, or float32 ones with a 16-bit input."""
     works = 0
     for parameter in (None, *DTYPES):
@@ -114,7 +126,7 @@ def test_dtypes_of_input_parameters_and_statistics(input, training):
                 )
             ]
             expected = kind_of(F.batch_norm, x, *vectors, training)
-            found = kind_of(ours, x, *vectors, training)
+            found = kind_of(ours, *on(device, (x, *vectors)), training)
             is_16_bit = input in ("bfloat16", "float16")
             if is_16_bit and {parameter, statistic} == {"float32", input}:
                 # Its CPU kernels refuse this mixture, which FSDP makes, its CUDA kernels do not.
@@ -177,11 +189,14 @@ CALLS = {
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("call", CALLS)
-def test_what_is_raised(call, training):
+def test_what_is_raised(call, training, device):
     input, mean, var, *affine = CALLS[call]
+    if isinstance(input, torch.Tensor) and input.is_mkldnn:
+        device = "cpu"
     statistics = [t.clone() if isinstance(t, torch.Tensor) else t for t in (mean, var)]
     expected = kind_of(F.batch_norm, input, *statistics, *affine, training=training)
-    statistics = [t.clone() if isinstance(t, torch.Tensor) else t for t in (mean, var)]
+    statistics = [t.clone() if isinstance(t, torch.Tensor) else t for t in on(device, (mean, var))]
+    input, *affine = on(device, (input, *affine))
     found = kind_of(ours, input, *statistics, *affine, training=training)
     if expected is RuntimeError and call.startswith("complex"):
         expected = (
@@ -189,7 +204,7 @@ def test_what_is_raised(call, training):
         )
     assert found == expected
     if isinstance(found, type):
-        for now, before in zip(statistics, (mean, var), strict=True):
+        for now, before in zip(statistics, on(device, (mean, var)), strict=True):
             assert not isinstance(now, torch.Tensor) or now.is_meta or torch.equal(now, before)
 
 
@@ -219,10 +234,10 @@ NUMBERS = {
 EPS = {"-0.0": -0.0, "-1": -1, "-1e-300": -1e-300, "-inf": -float("inf"), "1e-300": 1e-300}
 
 
-def numbers_outcome(function, training, **options):
+def numbers_outcome(function, device, training, **options):
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64)
-    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    x = torch.randn(4, 3, 5, generator=generator, dtype=torch.float64).to(device)
+    mean, var = x.new_zeros(3), x.new_ones(3)
     try:
         return [function(x, mean, var, None, None, training, **options), mean, var]
     except Exception as error:
@@ -235,27 +250,29 @@ def assert_same(found, expected):
     if isinstance(found, type):
         assert found is expected
     else:
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(
+            found, expected, rtol=1e-12, atol=1e-12, equal_nan=True, check_device=False
+        )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("argument", ["momentum", "eps"])
 @pytest.mark.parametrize("what", {**NUMBERS, **EPS})
-def test_numbers(what, argument, training):
+def test_numbers(what, argument, training, device):
     value = {**NUMBERS, **EPS}[what]
-    expected = numbers_outcome(F.batch_norm, training, **{argument: value})
+    expected = numbers_outcome(F.batch_norm, "cpu", training, **{argument: value})
     if what == "tensor of two" and argument == "eps":
         expected = TypeError  # there a RuntimeError, by chance: it has no truth value
-    assert_same(numbers_outcome(ours, training, **{argument: value}), expected)
+    assert_same(numbers_outcome(ours, device, training, **{argument: value}), expected)
     # The other two functions that have one, on the same numbers.
     if isinstance(expected, type):
-        x = torch.randn(4, 3, 5)
+        x, zero, one = on(device, (torch.randn(4, 3, 5), ZERO, ONE))
         with pytest.raises(expected):
-            functional.add_batch_norm_act(x, x, ZERO, ONE, training=training, **{argument: value})
+            functional.add_batch_norm_act(x, x, zero, one, training=training, **{argument: value})
         for name in (argument, f"residual_{argument}"):
             with pytest.raises(expected):
                 functional.dual_batch_norm_act(
-                    x, x, ZERO, ONE, ZERO, ONE, training=training, **{name: value}
+                    x, x, zero, one, zero, one, training=training, **{name: value}
                 )
 
 
@@ -282,7 +299,7 @@ MODULE_NUMBERS = [n for n in NUMBERS if n not in ("nan", "inf", "zero", "negativ
 
 @pytest.mark.parametrize("argument", ["momentum", "eps"])
 @pytest.mark.parametrize("what", [*MODULE_NUMBERS, *EPS])
-def test_numbers_of_a_network(what, argument):
+def test_numbers_of_a_network(what, argument, device):
     """Set on modules, as a configuration does; swapped, the network gives the same, or the same type of error."""
     value = {**NUMBERS, **EPS}[what]
     torch.manual_seed(0)
@@ -290,14 +307,16 @@ def test_numbers_of_a_network(what, argument):
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             setattr(module, argument, value)
-    fused = copy.deepcopy(plain)
+    fused = copy.deepcopy(plain).to(device)
     assert fusedres.fuse_(fused).n_fused > 0
     x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
     for training in (True, False):
-        expected, found = (step(model.train(training), x) for model in (plain, fused))
-        assert_same(found, expected)
+        expected = step(plain.train(training), x)
+        assert_same(step(fused.train(training), x.to(device)), expected)
         for name, buffer in plain.named_buffers():
-            torch.testing.assert_close(fused.get_buffer(name), buffer, equal_nan=True)
+            torch.testing.assert_close(
+                fused.get_buffer(name), buffer, equal_nan=True, check_device=False
+            )
 
 
 def step(model, x):
@@ -324,17 +343,18 @@ def step(model, x):
         pytest.param(torch.randn(0, 4, 3, 3), id="empty"),
     ],
 )
-def test_inputs_of_a_module(x, training):
+def test_inputs_of_a_module(x, training, device):
     """The type of error of nn.BatchNorm2d, alone, in a tail and in a dual tail; and no state has changed."""
     plain = nn.BatchNorm2d(4).train(training)
-    module = fusedres.nn.BatchNormAct2d(4, activation=None).train(training)
-    expected, found = kind_of(plain, x), kind_of(module, x)
+    module = fusedres.nn.BatchNormAct2d(4, activation=None, device=device).train(training)
+    expected, [x] = kind_of(plain, x), on(device, [x])
+    found = kind_of(module, x)
     assert found == expected
     if not isinstance(found, type):
         return
     with pytest.raises(expected):
         module(x, x)
-    block = fusedres.nn.Projection(4, 4).train(training)
+    block = fusedres.nn.Projection(4, 4).to(device).train(training)
     if isinstance(x, torch.Tensor):
         with pytest.raises(expected):
             fusedres.nn.batch_norm.call_dual_batch_norm(module.bn, x, block[1], x)

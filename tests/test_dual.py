@@ -29,13 +29,15 @@ def draw(shape, dtype=torch.float32, layout="contiguous", residual_layout=None, 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     channels = shape[1]
     made = {
-        "input": lay_out((normal(*shape) + mean).to(dtype), layout),
-        "residual": lay_out((3 * normal(*shape) - mean).to(dtype), residual_layout or layout),
-        "grad": lay_out(normal(*shape).to(dtype), layout),
+        "input": lay_out((normal(*shape) + mean).to(device, dtype), layout),
+        "residual": lay_out(
+            (3 * normal(*shape) - mean).to(device, dtype), residual_layout or layout
+        ),
+        "grad": lay_out(normal(*shape).to(device, dtype), layout),
     }
-    made |= {name: (normal(channels)).to(wide) for name in NAMES[2:]}
-    made |= {name: (normal(channels).square() + 0.5).to(wide) for name in BUFFERS}
-    return {name: tensor.to(device) for name, tensor in made.items()}
+    made |= {name: normal(channels).to(device, wide) for name in NAMES[2:]}
+    made |= {name: (normal(channels).square() + 0.5).to(device, wide) for name in BUFFERS}
+    return made
 
 
 def run(tensors, training=True, activation="relu", trains=NAMES):

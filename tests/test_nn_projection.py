@@ -37,10 +37,10 @@ class Tail(nn.Module):
         return torch.relu(output) if self.activation else output
 
 
-def pair(**options) -> tuple[nn.Module, nn.Module]:
+def pair(device="cpu", **options) -> tuple[nn.Module, nn.Module]:
     """In float64, with the same state: the modules one by one, and joined."""
     torch.manual_seed(0)
-    plain = Tail(False, **options).double()
+    plain = Tail(False, **options).double().to(device)
     joined = copy.deepcopy(plain)
     joined.joined = True
     return plain, joined
@@ -55,16 +55,16 @@ def pair(**options) -> tuple[nn.Module, nn.Module]:
     ],
     ids=str,
 )  # fmt: skip
-def test_joined_it_computes_the_same(options, training):
-    plain, joined = (model.train(training) for model in pair(**options))
-    x = images(*SHAPES[options.get("dims", 2)])
+def test_joined_it_computes_the_same(options, training, device):
+    plain, joined = (model.train(training) for model in pair(device, **options))
+    x = images(*SHAPES[options.get("dims", 2)], device=device)
     assert excess(plain, joined, x, steps=2) <= ALLOWED
 
 
-def test_without_an_activation():
-    plain, joined = pair()
+def test_without_an_activation(device):
+    plain, joined = pair(device)
     plain.activation = joined.activation = None
-    assert excess(plain, joined, images(*SHAPES[2])) <= ALLOWED
+    assert excess(plain, joined, images(*SHAPES[2], device=device)) <= ALLOWED
 
 
 @pytest.mark.once

@@ -40,18 +40,47 @@ def test_the_make_targets_are_ones_that_there_are():
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
+def newest(level):
+    """The newest results with rows of a level: their folder's name, and the rows."""
+    for folder in sorted((ROOT / "benchmarks" / "results").iterdir(), reverse=True):
+        rows = [r for r in record.latest(record.read(folder / "results.json")) if r.level == level]
+        if any(row.median is not None for row in rows):
+            return folder.name, rows
+    raise AssertionError(level)
+
+
+TIMES = {
+    "bfloat16, channels-last, as a CUDA graph": ("bfloat16", "channels_last", True),
+    "bfloat16, channels-last, launched one by one": ("bfloat16", "channels_last", False),
+    "bfloat16, contiguous, as a CUDA graph": ("bfloat16", "contiguous", True),
+    "float32 (tf32), channels-last, as a CUDA graph": ("float32", "channels_last", True),
+}
+
+
 @pytest.mark.once
-def test_the_newest_results_are_the_ones_that_are_shown():
-    newest = max(path.name for path in (ROOT / "benchmarks" / "results").iterdir())
-    assert f"(benchmarks/results/{newest}/README.md)" in README
-    rows = record.latest(record.read(ROOT / "benchmarks" / "results" / newest / "results.json"))
+@pytest.mark.parametrize("case", TIMES)
+def test_the_newest_times_are_the_ones_that_are_shown(case):
+    folder, rows = newest("model")
+    assert f"(benchmarks/results/{folder}/README.md)" in README
+    (line,) = (line for line in README.split("\n") if line.startswith(f"| {case} |"))
+    shown = [re.search(r"[\d.]+", cell)[0] for cell in line.split("|")[2:5]]
+    measured = {
+        row.provider: f"{row.median / 1e3:.1f}"
+        for row in rows
+        if (row.dtype, row.layout, row.graph) == TIMES[case] and row.median and row.mode == "step"
+    }
+    assert shown == [measured[provider] for provider in ("eager", "compile", "fusedres")]
+
+
+@pytest.mark.once
+def test_the_newest_bytes_are_the_ones_that_are_shown():
+    folder, rows = newest("network")
+    assert f"(benchmarks/results/{folder}/README.md)" in README
     shown = re.findall(
         r"^\| (eager|compile|fusedres) \| (.*?) \| (.*?) \| \*?\*?(.*?) GB", README, re.MULTILINE
     )
     measured = {
-        (row.provider, row.mode): f"{row.median / 1e9:.1f}"
-        for row in rows
-        if row.level == "network" and row.metric == "bytes"
+        (row.provider, row.mode): f"{row.median / 1e9:.1f}" for row in rows if row.metric == "bytes"
     }
     modes = ("forward", "backward", "step")
     assert [(name, *figures) for name, *figures in shown] == [

@@ -61,12 +61,12 @@ def chain(dims: int = 2, out: int = 4, stride: int = 1) -> nn.Sequential:
 def pair(block, x, training=True, **options) -> tuple[nn.Module, nn.Module]:
     """In float64, with the same state, called once (which makes the parameters): the composition, and the module."""
     torch.manual_seed(0)
-    module = Residual(block, **options).double()
+    module = Residual(block, **options).double().to(x.device)
     with torch.no_grad():
         module(x)
         for name, parameter in module.named_parameters():
             if name == "scale" or parameter.dim() == 1:  # a BatchNorm starts at 1 and 0
-                parameter.uniform_(0.5, 1.5)
+                parameter.copy_(torch.rand(parameter.shape, dtype=torch.float64) + 0.5)
     plain = copy.deepcopy(module)
     plain.__class__ = Plain
     return plain.train(training), module.train(training)
@@ -114,8 +114,8 @@ class TestParity:
         ("scale", "training"), [(None, True), (None, False), ("channel", True)], ids=str
     )
     @pytest.mark.parametrize(("skip", "dims"), SKIPS)
-    def test_skips(self, skip, dims, scale, training):
-        x, out = images(*SHAPES[dims]), 4 if skip is None else 6
+    def test_skips(self, skip, dims, scale, training, device):
+        x, out = images(*SHAPES[dims], device=device), 4 if skip is None else 6
         if skip == "Projection":
             skip = Projection(4, out, 2, dims=dims)
         elif skip == "module":
@@ -129,29 +129,29 @@ class TestParity:
         [True, "scalar", "channel", 1, 0.5, torch.ones(()), torch.ones(1), torch.ones(4), nn.Parameter(torch.ones(4))],
         ids=lambda scale: f"{type(scale).__name__} {getattr(scale, 'shape', scale)}",
     )  # fmt: skip
-    def test_scales(self, scale):
-        x = images(*SHAPES[2])
+    def test_scales(self, scale, device):
+        x = images(*SHAPES[2], device=device)
         assert apart(*pair(chain(), x, scale=scale, activation="silu"), x) <= ALLOWED
 
     @pytest.mark.parametrize("scale", [None, "scalar"])
     @pytest.mark.parametrize(
         "activation", [None, "relu", "gelu", nn.ReLU(inplace=True), nn.PReLU()], ids=str
     )
-    def test_activations(self, activation, scale):
-        x = images(*SHAPES[2])
+    def test_activations(self, activation, scale, device):
+        x = images(*SHAPES[2], device=device)
         pairs = pair(chain(), x, scale=scale, activation=activation)
         assert apart(*pairs, x) <= ALLOWED
 
     @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
     @pytest.mark.parametrize("name", BRANCHES)
-    def test_blocks(self, name, training):
-        x = images(*SHAPES[2])
+    def test_blocks(self, name, training, device):
+        x = images(*SHAPES[2], device=device)
         assert apart(*pair(BRANCHES[name](), x, training), x) <= ALLOWED
 
     @pytest.mark.parametrize("shared", ["activation", "half"])
-    def test_a_child_that_stands_in_it_twice_runs_twice(self, shared):
+    def test_a_child_that_stands_in_it_twice_runs_twice(self, shared, device):
         x, relu, half = (
-            images(*SHAPES[2]),
+            images(*SHAPES[2], device=device),
             nn.ReLU(),
             [nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)],
         )
@@ -160,8 +160,8 @@ class TestParity:
         assert apart(*pair(block, x), x) <= ALLOWED
 
     @pytest.mark.parametrize("scale", [None, "channel"])
-    def test_fuse_computes_the_same(self, scale):
-        x = images(*SHAPES[2])
+    def test_fuse_computes_the_same(self, scale, device):
+        x = images(*SHAPES[2], device=device)
         options = {"scale": scale, "activation": "relu"}
         pairs = [pair(chain(), x, **options), pair(chain(out=6), x, skip="project", **options)]
         plain, module = (nn.Sequential(*both) for both in zip(*pairs, strict=True))
@@ -179,15 +179,15 @@ def wide(**options) -> Residual:
 @pytest.mark.parametrize("skip", [None, "project"])
 @pytest.mark.parametrize("scale", ["scalar", "channel"])
 class TestAtZero:
-    def test_it_is_the_skip_connection_to_the_bit(self, scale, skip):
-        x = images(*SHAPES[2])
-        module = Residual(chain(), skip, scale).double()
+    def test_it_is_the_skip_connection_to_the_bit(self, scale, skip, device):
+        x = images(*SHAPES[2], device=device)
+        module = Residual(chain(), skip, scale).double().to(device)
         expected = x if skip is None else F.conv2d(x, (module(x), module.skip.weight)[1])
         assert torch.equal(module(x), expected)
 
-    def test_the_scale_has_a_gradient_and_the_block_has_none(self, scale, skip):
-        x = images(*SHAPES[2])
-        module = Residual(chain(), skip, scale, "silu").double()
+    def test_the_scale_has_a_gradient_and_the_block_has_none(self, scale, skip, device):
+        x = images(*SHAPES[2], device=device)
+        module = Residual(chain(), skip, scale, "silu").double().to(device)
         module(x).square().sum().backward()
         assert module.scale.grad.abs().min() > 0
         assert all(p.grad.abs().max() == 0 for p in module.block.parameters())
@@ -310,12 +310,12 @@ class TestTraces:
 
 
 @pytest.mark.parametrize("scale", [None, "channel"])
-def test_autocast(scale):
+def test_autocast(scale, device):
     module, x = (
-        Residual(chain(out=6, stride=2), "project", scale, "relu"),
-        images(*SHAPES[2]).float(),
+        Residual(chain(out=6, stride=2), "project", scale, "relu").to(device),
+        images(*SHAPES[2], device=device).float(),
     )
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         module(x).float().sum().backward()
         assert module.skip(x, module.block(x)).dtype == torch.bfloat16
     assert module.skip.weight.grad.dtype == torch.float32

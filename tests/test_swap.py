@@ -45,9 +45,9 @@ def resnet18():
 
 
 @MODES
-def test_resnet18_trains_the_same(resnet18, training):
-    model = copy.deepcopy(resnet18).train(training)
-    assert excess(model, fused_copy(model), images(2, 3, 32, 32)) <= ALLOWED
+def test_resnet18_trains_the_same(resnet18, training, device):
+    model = copy.deepcopy(resnet18).to(device).train(training)
+    assert excess(model, fused_copy(model), images(2, 3, 32, 32, device=device)) <= ALLOWED
 
 
 @pytest.mark.once

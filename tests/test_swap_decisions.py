@@ -216,13 +216,13 @@ LOOKED_AT = {
 
 
 @pytest.mark.parametrize("forward", LOOKED_AT, ids=lambda f: f.__name__)
-def test_it_is_fused_and_looks_again(forward, monkeypatch):
-    plain = block(forward)
+def test_it_is_fused_and_looks_again(forward, monkeypatch, device):
+    plain, x = block(forward).to(device), X.to(device)
     fused = fused_copy(plain)
     statuses = {row.status for row in fusedres.explain(fused).rows}
-    before = excess(plain, fused, X)
+    before = excess(plain, fused, x)
     LOOKED_AT[forward](monkeypatch, (plain, fused))
-    assert (statuses, before <= ALLOWED, excess(plain, fused, X) <= ALLOWED) == (
+    assert (statuses, before <= ALLOWED, excess(plain, fused, x) <= ALLOWED) == (
         {"fused"},
         True,
         True,
@@ -260,34 +260,34 @@ def test_compiled_it_looks_again(forward, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_question_to_the_process_is_asked_again():
-    plain = block(whether_gradients_are_on)
+def test_a_question_to_the_process_is_asked_again(device):
+    plain, x = block(whether_gradients_are_on).to(device), X.to(device)
     with torch.enable_grad():
         fused = fused_copy(plain)
-    torch.testing.assert_close(fused(X), plain(X))
+    torch.testing.assert_close(fused(x), plain(x))
 
 
-def test_a_default_argument_that_is_changed_in_place():
+def test_a_default_argument_that_is_changed_in_place(device):
     def scaled(h, by=(1.0,)):
         return h * by[0]
 
     def forward(self, x):
         return scaled(F.relu(self.bn(self.conv(x))))
 
-    plain = block(forward)
+    plain = block(forward).to(device)
     fused = fused_copy(plain)
     scaled.__defaults__ = ((4.0,),)
-    assert excess(plain, fused, X) <= ALLOWED
+    assert excess(plain, fused, X.to(device)) <= ALLOWED
 
 
-def test_the_code_of_a_helper_that_is_changed_in_place():
+def test_the_code_of_a_helper_that_is_changed_in_place(device):
     def scaled(h):
         return h * 2
 
-    plain = block(lambda self, x: scaled(F.relu(self.bn(self.conv(x)))))
+    plain = block(lambda self, x: scaled(F.relu(self.bn(self.conv(x))))).to(device)
     fused = fused_copy(plain)
     scaled.__code__ = (lambda h: h * 3).__code__
-    assert excess(plain, fused, X) <= ALLOWED
+    assert excess(plain, fused, X.to(device)) <= ALLOWED
 
 
 def dropped(self, x):
@@ -301,13 +301,13 @@ def dropped_otherwise(self, x):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("forward", [dropped, dropped_otherwise], ids=lambda f: f.__name__)
 @torch.no_grad()
-def test_the_mode_is_given_on(forward, training):
-    plain = block(forward).train(training)
+def test_the_mode_is_given_on(forward, training, device):
+    plain = block(forward).to(device).train(training)
     fused = fused_copy(plain)
     found = []
     for each in (plain, fused):
         torch.manual_seed(1)
-        found.append(each(X))
+        found.append(each(X.to(device)))
     assert fusedres.is_fused(fused)
     torch.testing.assert_close(*found)
 
@@ -342,12 +342,14 @@ REPLACED = [
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 @torch.no_grad()
-def test_what_is_replaced_for_the_process_is_called(owner, name, forward, when, monkeypatch):
-    plain = block(forward)
+def test_what_is_replaced_for_the_process_is_called(
+    owner, name, forward, when, monkeypatch, device
+):
+    plain, x = block(forward).to(device), X.to(device)
     early = fused_copy(plain) if when == "after" else None
     monkeypatch.setattr(owner, name, doubled(getattr(owner, name)))
     fused = fused_copy(plain) if early is None else early
-    torch.testing.assert_close(fused(X), plain(X))
+    torch.testing.assert_close(fused(x), plain(x))
 
 
 class Summed(nn.Module):
@@ -377,15 +379,15 @@ class Unknown(nn.Module):
         return [x * 2][0] if x.mean() > 0 else None
 
 
-def test_a_child_whose_forward_gives_a_tensor_is_not_none():
+def test_a_child_whose_forward_gives_a_tensor_is_not_none(device):
     torch.manual_seed(0)
-    plain = Summed(nn.Conv2d(4, 4, 1)).double()
+    plain, x = Summed(nn.Conv2d(4, 4, 1)).double().to(device), X.to(device)
     fused = fused_copy(plain)
     statuses = [row.status for row in fusedres.explain(fused).rows]
-    before = excess(plain, fused, X)
+    before = excess(plain, fused, x)
     for each in (plain, fused):
         each.parts[1] = Nothing()
-    assert (statuses, before <= ALLOWED, excess(plain, fused, X) <= ALLOWED) == (
+    assert (statuses, before <= ALLOWED, excess(plain, fused, x) <= ALLOWED) == (
         ["fused"],
         True,
         True,

@@ -135,9 +135,9 @@ def test_found(name):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_it_computes_the_same(name, training):
-    block = make(BLOCKS[name][0]()).train(training)
-    assert excess(block, fused_copy(block), X, steps=2) <= ALLOWED
+def test_it_computes_the_same(name, training, device):
+    block = make(BLOCKS[name][0]()).to(device).train(training)
+    assert excess(block, fused_copy(block), X.to(device), steps=2) <= ALLOWED
 
 
 # --- what is changed afterwards ----------------------------------------------------------------------------------
@@ -421,9 +421,9 @@ def test_kind_is_found(name):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "synchronised"])
-def test_kind_computes_the_same(name, training):
-    block = make(KINDS[name][0]()).train(training)
-    assert excess(block, fused_copy(block), X, steps=2) <= ALLOWED
+def test_kind_computes_the_same(name, training, device):
+    block = make(KINDS[name][0]()).to(device).train(training)
+    assert excess(block, fused_copy(block), X.to(device), steps=2) <= ALLOWED
 
 
 @pytest.mark.once

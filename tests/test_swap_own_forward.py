@@ -276,11 +276,11 @@ def test_an_object_may_be_the_last_thing_that_is_made(forward, status):
     assert fusedres.explain(block(forward)).rows[0].status == status
 
 
-def test_an_object_is_made_at_each_call():
-    plain = block(a_dataclass).eval()
+def test_an_object_is_made_at_each_call(device):
+    plain, x = block(a_dataclass).to(device).eval(), X.to(device)
     fused = fused_copy(plain)
     KEPT.clear()
-    torch.testing.assert_close(fused(X).value, plain(X).value)
+    torch.testing.assert_close(fused(x).value, plain(x).value)
     assert len(KEPT) == 2
     KEPT.clear()
 
@@ -290,9 +290,9 @@ def a_checked_size(self, x):
     return F.relu(self.bn(self.conv(x)))
 
 
-def test_a_string_of_sizes_is_made_at_each_call():
-    fused = block(a_checked_size)
+def test_a_string_of_sizes_is_made_at_each_call(device):
+    fused = block(a_checked_size).to(device)
     report = fusedres.fuse_(fused)
     with pytest.raises(AssertionError, match="5 channels, 4 wanted"):
-        fused(images(2, 5, 3, 3))
-    assert (report.rows[0].status, fused(X).shape) == ("fused", X.shape)
+        fused(images(2, 5, 3, 3, device=device))
+    assert (report.rows[0].status, fused(X.to(device)).shape) == ("fused", X.shape)

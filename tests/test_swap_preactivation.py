@@ -127,26 +127,26 @@ def test_found(cls):
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("cls", [*FOUND, WrittenBefore], ids=lambda cls: cls.__name__)
-def test_it_computes_the_same(cls, training):
-    model = made(cls).train(training)
-    assert excess(model, fused_copy(model), X, steps=2) <= ALLOWED
+def test_it_computes_the_same(cls, training, device):
+    model = made(cls).to(device).train(training)
+    assert excess(model, fused_copy(model), X.to(device), steps=2) <= ALLOWED
 
 
 @torch.no_grad()
-def test_what_is_written_to_the_input_is_seen_as_before():
-    model, x, y = made(IntoTheStream), X.clone(), X.clone()
+def test_what_is_written_to_the_input_is_seen_as_before(device):
+    model, (x, y) = made(IntoTheStream).to(device), (X.clone().to(device) for _ in range(2))
     fused = fused_copy(model)
     torch.testing.assert_close((fused(x), x), (model(y), y), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.kernels
-def test_the_kernels_run_it(monkeypatch):
+def test_the_kernels_run_it(monkeypatch, device):
     calls = []
     run = batch_norm.add_batch_norm_act
     monkeypatch.setattr(
         batch_norm, "add_batch_norm_act", lambda *a, **k: calls.append(a) or run(*a, **k)
     )
-    fused_copy(made(Units))(X)
+    fused_copy(made(Units).to(device))(X.to(device))
     assert len(calls) == 2
 
 
