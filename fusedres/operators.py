@@ -27,7 +27,7 @@ from torch import Tensor
 from . import activations, reference
 from .activations import is_piecewise
 from .dispatch import resolve
-from .kernels.layout import RowMap, Strides, bits_layout, row_map, row_map_of
+from .kernels.layout import MASK_PIECE, RowMap, Strides, bits_layout, row_map, row_map_of
 from .layouts import like_output
 
 LIBRARY = torch.library.Library("fusedres", "DEF")
@@ -434,7 +434,8 @@ def _pack(mask: Tensor) -> Tensor:
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=mask.device)
     if pack_channels:
         view = torch.nn.functional.pad(view, (0, -rows.columns % 8))
-        return (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8).flatten()
+        view = (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8)
+        return (view if len(stride) == 3 else view.unflatten(2, (-1, MASK_PIECE)).permute(2, 0, 1, 3)).flatten()
     view = torch.nn.functional.pad(view, (0, 0, 0, -rows.inner % 8))
     view = (view.unflatten(1, (-1, 8)) * weights[:, None]).sum(2, dtype=torch.uint8)
     return (view if stride[2] == 1 else view.transpose(1, 2)).flatten()
@@ -446,7 +447,11 @@ def unpack(bits: Tensor, mask: Tensor) -> Tensor:
     pack_channels, _, stride = bits_layout(rows)
     positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
     if pack_channels:
-        view = bits.view(rows.outer, rows.inner, -1, 1) >> positions
+        if len(stride) == 3:
+            view = bits.view(rows.outer, rows.inner, -1)
+        else:
+            view = bits.view(-1, rows.outer, rows.inner, MASK_PIECE).permute(1, 2, 0, 3).flatten(2)
+        view = view.unsqueeze(3) >> positions
         view = (view & 1).flatten(2)[:, :, : rows.columns]
     else:
         if stride[2] == 1:

@@ -7,7 +7,10 @@ inner rows, whichever dimension a thread holds contiguously.
 import triton
 import triton.language as tl
 
+from .layout import MASK_PIECE
 from .tile import tile_columns, tile_offsets, tile_rows
+
+_PIECE = tl.constexpr(MASK_PIECE)
 
 
 @triton.jit
@@ -63,4 +66,5 @@ def byte_tile(
             i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
         )
         o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    return tile_offsets(o_outer, o_inner, o_column, stride, 1), m_row[:, None] & m_column[None, :]
+    o_byte = tile_offsets(o_outer, o_inner, o_column, stride, _PIECE)
+    return o_byte, m_row[:, None] & m_column[None, :]

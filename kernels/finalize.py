@@ -164,9 +164,9 @@ def launch_bn_finalize(
     """
     programs, _, width = partial.shape
     channels = saved.shape[1]
-    if rows is None:
-        spread, walk = 1, (None, None, None)
-    else:
+    walk: tuple = (None, None, None)
+    spread = 1
+    if rows is not None:
         spread, walk = rows.spread, (rows.strides[which], rows.outer, rows.inner)
     constants = _share(spread, tile)
     options = _options(programs * constants["EACH"])

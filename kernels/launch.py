@@ -166,7 +166,7 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
     slots = _power_of_two(touched(block_channels, rows.spread)) if rows.spread > 1 else 0
     tile_size = block_outer * block_inner * block_channels
-    warps = kind.warps if tile_size * element_size * 2 >= kind.tile_bytes else 4
+    warps = kind.warps if tile_size * element_size >= kind.tile_bytes else 4
     return Tile(
         block_outer, block_inner, block_channels, warps, kind.stages,
         tiles_inner, tiles, programs, channel_blocks,

@@ -115,11 +115,22 @@ def row_map_of(*tensors: Tensor) -> RowMap | None:
     return row_map(tuple(tensors[0].shape), *(tensor.stride() for tensor in tensors))
 
 
+# Bytes of a row's mask that stand together, and behind them those of the next row: of 64 columns, which is what a
+# program has of 16-bit values. So the bytes that a warp moves, of four rows and more, lie in one sector.
+MASK_PIECE = 8
+
+
 def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
-    """(whether channels are packed, bytes in all, strides in bytes) of the mask of a tensor with these rows."""
+    """(whether columns are packed, bytes in all, strides in bytes) of the mask of a tensor with these rows.
+
+    Four strides: the bytes of a row stand in pieces of MASK_PIECE (see `Strides`; a piece is what a channel is there).
+    """
     outer, inner, channels = rows.outer, rows.inner, rows.columns
     if packs_channels(rows):
         width = -(-channels // 8)
+        if width % MASK_PIECE == 0 and width > MASK_PIECE:
+            pieces = (inner * MASK_PIECE, MASK_PIECE, outer * inner * MASK_PIECE, 1)
+            return True, outer * inner * width, pieces
         return True, outer * inner * width, (inner * width, width, 1)
     width = -(-inner // 8)
     inner_stride, channel_stride = (channels, 1) if rows.channels_fastest else (1, width)
