@@ -116,7 +116,10 @@ def _backward(
     both: list[Tensor | None] = [None, None]
     dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
     if reduces:
-        tile = k.tile(rows, size, k.REDUCING, chip, k.DUAL_SHARE)
+        kind, share = (
+            (k.REDUCING, k.DUAL_SHARE) if skip_stride is None else (k.CROWDED, 2 * k.DUAL_SHARE)
+        )
+        tile = k.tile(rows, size, kind, chip, share)
         shape = (tile.programs, 2, tile.width)
         partials = [
             saved.new_empty(shape, dtype=operators._partial_dtype(input.dtype)) for _ in range(2)

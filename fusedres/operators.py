@@ -106,6 +106,7 @@ def _kernels() -> SimpleNamespace:
             DUAL_SHARE=launch.DUAL_SHARE,
             STATISTICS=launch.STATISTICS,
             REDUCING=launch.REDUCING,
+            CROWDED=launch.CROWDED,
             APPLYING=launch.APPLYING,
             dtype={torch.float32: tl.float32, torch.float64: tl.float64},
             offset={False: tl.int32, True: tl.int64},
@@ -305,7 +306,8 @@ def _batch_norm_act_backward(
     # With running statistics dx waits for no sum: the pass that reduces writes everything.
     is_whole = reduces and not training and skip is None and addend is None
     if reduces:
-        tile = k.tile(rows, size, k.REDUCING, chip, share)
+        is_crowded = skip_stride is not None or (is_smooth and residual is not None)
+        tile = k.tile(rows, size, k.CROWDED if is_crowded else k.REDUCING, chip, share)
         partial = saved.new_empty((tile.programs, 2, tile.width), dtype=_partial_dtype(input.dtype))
         if is_whole:
             second = k.skip(None, None, None, dresidual if writes_residual else None)
@@ -435,7 +437,9 @@ def _pack(mask: Tensor) -> Tensor:
     if pack_channels:
         view = torch.nn.functional.pad(view, (0, -rows.columns % 8))
         view = (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8)
-        return (view if len(stride) == 3 else view.unflatten(2, (-1, MASK_PIECE)).permute(2, 0, 1, 3)).flatten()
+        return (
+            view if len(stride) == 3 else view.unflatten(2, (-1, MASK_PIECE)).permute(2, 0, 1, 3)
+        ).flatten()
     view = torch.nn.functional.pad(view, (0, 0, 0, -rows.inner % 8))
     view = (view.unflatten(1, (-1, 8)) * weights[:, None]).sum(2, dtype=torch.uint8)
     return (view if stride[2] == 1 else view.transpose(1, 2)).flatten()

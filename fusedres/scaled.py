@@ -118,7 +118,7 @@ def _backward(
             *parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
         return dinput, dresidual, dscale
-    tile = k.tile(rows, size, k.REDUCING, chip, share)
+    tile = k.tile(rows, size, k.REDUCING if added is None else k.CROWDED, chip, share)
     partial = input.new_empty(
         (tile.programs, 2, tile.width), dtype=operators._partial_dtype(input.dtype)
     )

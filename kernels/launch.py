@@ -36,6 +36,9 @@ class Pass:
 
 STATISTICS = Pass(16384, 4, 4, 3)
 REDUCING = Pass(8192, 4, 4, 3)
+# One that computes more an element (the positions of a strided gradient, a smooth activation beside a residual): with
+# four warps it spills.
+CROWDED = Pass(8192, 8, 2, 2)
 APPLYING = Pass(8192, 8, 16, 1)
 VECTOR_BYTES = 16
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
@@ -207,8 +210,8 @@ class GemmTile:
 # (rows, output channels, input channels, warps, stages) of the products, by element size. Twice as many accumulators
 # spill on sm_100 once the moments are taken, and leave room for one program a multiprocessor on sm_90.
 GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 3), 8: (32, 16, 16, 4, 1)}
-# Before sm_90, where Triton 3.6 spills with three stages of float32.
-GEMM_BEFORE_90 = {**GEMM, 4: (64, 32, 32, 4, 2)}
+# Before sm_90, where float32 spills with three stages (Triton 3.6) and with more rows (3.9).
+GEMM_BEFORE_90 = {**GEMM, 4: (32, 32, 32, 4, 2)}
 # The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
 # fewest that sm_90's wide instruction takes.
 GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}

@@ -18,6 +18,7 @@ from fusedres.benchmarks.compile_only import (
     compile_only,
 )
 from fusedres.functional import batch_norm_act, projection_batch_norm_act
+from fusedres.projection import in_triton
 
 pytestmark = pytest.mark.compiler
 
@@ -134,7 +135,7 @@ def test_a_projected_tail_from_product_to_product(dtype, architecture):
 
     input, shortcut, weight = empty(64, 128, 28, 28), empty(64, 64, 56, 56), empty(128, 64, 1, 1)
     vectors = [torch.empty(128) for _ in range(8)]
-    with fusedres.backend("triton"), compile_only(architecture) as recorded:
+    with fusedres.backend("triton"), in_triton(), compile_only(architecture) as recorded:
         output = projection_batch_norm_act(
             input, shortcut, weight, *vectors, training=True, stride=2
         )
