@@ -24,6 +24,7 @@ from .moments import (
     add_compensated,
     center,
     normalize,
+    product,
     slots_of,
     store_partial,
     sum_rows,
@@ -180,20 +181,15 @@ def bn_grad_reduce_kernel(
         if p_dx is not None:
             tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
         b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, COLUMNS_FASTEST, COMPENSATED)
-        b_more = b_dz * b_centered
-        if p_skip is not None:
-            # A second gradient may give the rows to threads in another way, so that a sum of rows is one over threads:
-            # see `moments.merge` for what a fused multiply-add would do there.
-            b_more = tl.where(m, b_more, 0.0)
+        # A second gradient may give the rows to threads in another way, so that their sum goes over threads.
+        b_more = product(b_dz, b_centered)
         b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED)
         if p_residual_saved is not None:
             if not IN_Z:
                 o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
                 b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
             b_centered = tl.where(m, center(b_residual, b_rmean, b_rlow), 0.0)
-            b_more = b_dz * b_centered
-            if p_skip is not None:
-                b_more = tl.where(m, b_more, 0.0)
+            b_more = product(b_dz, b_centered)
             b_rdot, b_rdot_low = _add(
                 b_rdot, b_rdot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED
             )

@@ -31,11 +31,18 @@ def fma(a, b, c):
 
 
 @triton.jit
-def add_product(b_sum, b_low, a, b):
-    """(sum, low) <- sum + low + a * b, low being what was rounded away (Ogita, Rump and Oishi 2005)."""
-    b_product = a * b
-    b_low += tl.where(tl.abs(b_product) < float("inf"), fma(a, b, -b_product), 0.0)
-    return add_compensated(b_sum, b_low, b_product)
+def product(a, b):
+    """a * b with a rounding of its own, always: not contracted with the addition that it goes into.
+
+    Where a sum goes over threads, each would contract its own product with the value that a shuffle brings, and threads
+    that hold copies of the sum would not have the same bits. (A fused multiply-add with 0 is no product to a compiler,
+    which has to think of -0.)
+    """
+    if _INTERPRETED:
+        z = a * b
+    else:
+        z = tl.fma(a, b, tl.zeros_like(a))
+    return z
 
 
 @triton.jit
@@ -110,10 +117,7 @@ def merge(b_count, b_mean, b_m2):
     float32 tree rounds off would be seen in the last digit of a running variance.
     """
     b_n = tl.sum(b_count.to(tl.float64), axis=0)
-    # The choice keeps the product out of a fused multiply-add with what a shuffle brings: threads that hold copies of a
-    # sum would not have the same bits.
-    b_total = tl.where(b_count > 0, b_count * b_mean, 0.0)
-    b_all = tl.sum(b_total.to(tl.float64), axis=0) / tl.maximum(b_n, 1.0)
+    b_all = tl.sum(product(b_count, b_mean).to(tl.float64), axis=0) / tl.maximum(b_n, 1.0)
     b_delta = tl.where(b_count > 0, b_mean - b_all.to(b_mean.dtype)[None, :], 0.0)
     b_m2 = b_m2 + b_delta * (b_delta * b_count)
     return b_n, b_all, tl.sum(b_m2.to(tl.float64), axis=0)
@@ -154,15 +158,6 @@ def inverse_std(b_var, eps, ACC: tl.constexpr):
 def center(b_x, b_mean, b_mean_low):
     """x - mean, for [rows, channels] values and [channels] means; exact where x is near the mean."""
     return (b_x - b_mean[None, :]) - b_mean_low[None, :]
-
-
-@triton.jit
-def center_remainder(b_x, b_mean, b_mean_low, b_centered):
-    """What `center` rounded away (Knuth's two-sum; the second subtraction is too small to matter)."""
-    b_first = b_x - b_mean[None, :]
-    b_back = b_first - b_x
-    b_lost = (b_x - (b_first - b_back)) - (b_mean[None, :] + b_back)
-    return b_lost + ((b_first - b_centered) - b_mean_low[None, :])
 
 
 @triton.jit

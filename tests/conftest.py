@@ -4,9 +4,9 @@
 `aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. `ptx` is
 what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.benchmarks.ptx): a test fails, too, where a
 launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or `triton`, and
-`make test` runs both, and a sample of `ptx`: a test marked `kernels` needs the kernels to run, one marked `interpreter`
-reads Triton's interpreter, one marked `compiler` needs the kernels not to run, one marked `once` does not depend on the
-backend.
+`make test` runs both, and a sample of `ptx`. Marks say more: `kernels` needs the kernels to run, `interpreter` reads
+Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs the kernels not to run, `once` does not depend
+on the backend.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "kernels: runs the Triton kernels (under --backend triton and ptx)",
         "interpreter: reads Triton's interpreter (under --backend triton, where there is no GPU)",
+        "cpu: its tensors are on the CPU (under --backend triton where there is no GPU, and ptx)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
     ):
@@ -60,11 +61,13 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = {"kernels", "interpreter"}
+    unwanted = {"kernels", "interpreter", "cpu"}
     if config.getoption("--backend") != "aten":
         unwanted = {"compiler", "once"}
         if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU, or compiled code on the CPU
             unwanted.add("interpreter")
+            if config.getoption("--backend") != "ptx":
+                unwanted.add("cpu")
     share, shares = map(int, config.getoption("--share").split("/"))
     wanted = [i for i in items if not unwanted & {mark.name for mark in i.iter_markers()}]
     wanted = _sample(wanted, config.getoption("--sample"))[share - 1 :: shares]

@@ -83,7 +83,7 @@ def test_an_extra_operation_is_seen_in_a_network():
 
 @pytest.mark.once
 def test_the_network_sum_of_resnet50():
-    """At batch 256: 87.2 GB in eager, 50.4 as the table's floors; a byte more or less is a change to be looked at."""
+    """At batch 256: 87.2 GB in eager, 51.0 as the table's floors; a byte more or less is a change to be looked at."""
     case = cases.model("resnet50", 256, 224)
     eager = network.count_step(case.build, [case.shape])
 
@@ -94,7 +94,7 @@ def test_the_network_sum_of_resnet50():
         return traffic.Traffic(forward, backward, 3, 3)  # fmt: skip
 
     fused = network.count_step(case.build, [case.shape], measured=floor)
-    assert (round(eager.total / 1e9, 1), round(fused.total / 1e9, 1)) == (87.2, 50.4)
+    assert (round(eager.total / 1e9, 1), round(fused.total / 1e9, 1)) == (87.2, 51.0)
     assert eager.operations["native_batch_norm"] == 53
     assert fused.operations["batch_norm_act"] + fused.operations["dual_batch_norm_act"] == 49
 

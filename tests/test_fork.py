@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 from fusedres import dual, fork, operators
 from fusedres.benchmarks.steps import ALLOWED, difference, excess
+from fusedres.dispatch import INTERPRET
 
 from .swap_blocks import fused_copy, images
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.cpu
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 
@@ -54,7 +55,7 @@ KINDS = ["full", "another layout", "stride 2", "stride 2x3", "stride 1x2"]
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 8, 7, 6), (3, 3, 5, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 7, 6), (3, 3, 5, 4), (9, 5, 7, 6)], ids=str)
 @pytest.mark.parametrize("tail", ["add, relu", "add", "relu", "dual"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training):
@@ -93,7 +94,10 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
         operator = operators.batch_norm_act_backward
     both = operator(dy, *rest, skip, stride)
     alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
-    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
+    # In compiled code a second gradient may give the rows to threads in another way, and sums have another order.
+    tolerance = 0.0 if INTERPRET else 4e-6 if dtype == torch.float32 else 2**-7
+    for a, b in zip(both, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 20)
 
 
 def test_the_sums_are_those_of_the_gradient_as_it_is_stored():

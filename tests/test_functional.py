@@ -49,7 +49,9 @@ def test_shapes(shape, layout, dtype, device):
     assert over_budget(Case(shape=shape, dtype=DTYPES[dtype], layout=layout, device=device)) == {}
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 4, 5), (2, 64, 6, 6)], ids=["C6", "C64"])
+@pytest.mark.parametrize(
+    "shape", [(3, 6, 4, 5), (2, 64, 6, 6), (9, 21, 7, 5)], ids=["C6", "C64", "flat"]
+)
 @pytest.mark.parametrize("other", ["channels_last", "contiguous", "sliced", "transposed"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_residual_and_gradient_in_another_layout(shape, layout, other, device):

@@ -36,12 +36,10 @@ layer1.0.bn1 ... layer4.1.bn1             8  BasicBlock  BN+ReLU         fused
 layer1.0.bn2, layer1.1.bn2,               5  BasicBlock  BN+add+ReLU     fused
 layer2.1.bn2, layer3.1.bn2, layer4.1.bn2
 layer2.0.bn2, layer3.0.bn2, layer4.0.bn2  3  BasicBlock  BN+BN+add+ReLU  fused
-layer2.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
-    1x1 in Triton: memory-bound at 43 flop/byte (not timed)
-layer3.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
-    1x1 in Triton: memory-bound at 85 flop/byte (not timed)
-layer4.0.downsample.1                     1  BasicBlock  BN+BN+add+ReLU  fused
-    1x1 in Triton: memory-bound at 171 flop/byte (not timed)
+layer2.0.downsample.1,                    3  BasicBlock  BN+BN+add+ReLU  fused
+layer3.0.downsample.1,
+layer4.0.downsample.1
+    1x1 by the library: faster where both were timed
 """.rstrip()
 
 
