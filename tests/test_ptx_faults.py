@@ -58,6 +58,7 @@ _DRAIN = "the wait after a loop, or for a tile that is not there: nothing is rea
 _TWICE = "a barrier beside another: no access to shared memory between them"
 SURVIVORS = {
     ("no barrier", "bn_stats_kernel"): "a thread reads what it copied itself; " + _TWICE,
+    ("no barrier", "bn_grad_reduce_kernel"): "a thread reads what it copied itself (Triton 3.6)",
     ("no barrier", "projection_kernel"): _TWICE,
     ("no barrier", "projection_grad_weight_kernel"): _TWICE,
     ("waits for one copy too few", "bn_stats_kernel"): _DRAIN,
