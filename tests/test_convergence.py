@@ -2,8 +2,8 @@
 
 Training amplifies rounding, so neither run is compared with the other alone: both are held against the same 32 steps in
 float64. The fused run may be as far from them as twice the original is, plus what one rounding at the start grows to.
-Whether a ReLU's input of almost 0 ends above or below it is chance in either run, and what follows is another run: so of
-three starts two decide.
+Whether a ReLU's input of almost 0 ends above or below it is chance in either run, and what follows is another run: so
+of three starts two decide.
 """
 
 from __future__ import annotations
