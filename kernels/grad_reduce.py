@@ -7,8 +7,9 @@ writes 2 values a channel (or block of columns) and program. A residual that has
 too, for its own sums. So is a second gradient of the output, which came over the skip connection: dy is the sum of
 both then, and dz is written, for the second pass to read instead. Where dx needs none of the sums (nothing was
 normalised: dx = scale * dz) it is written here too, and there is no second pass. Parallel and deterministic as the
-statistics pass is. Sums over the tiles of float32 tensors are compensated (PyTorch's own are double on a CPU); 16-bit
-tensors have fewer digits to lose and less time a byte. The last sum is in float64.
+statistics pass is. The rows of a column that a thread has in a tile are added up first; the sums over the tiles of
+float32 tensors are compensated (PyTorch's own are double on a CPU), 16-bit tensors have fewer digits to lose and less
+time a byte. The last sum is in float64.
 """
 
 from typing import NamedTuple

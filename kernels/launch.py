@@ -1,8 +1,8 @@
 """Launch choices: which tile a pass gets, how many programs share it. Data and arithmetic, no Triton.
 
-Not one of these numbers has been timed on a GPU yet. They come from what a multiprocessor needs in flight
-(bandwidth x latency: 4.8 TB/s x 0.7 us / 132 = 25 KiB on an H200): eight warps with two 16-byte loads a thread and
-tensor are 8 KiB a program, and four programs share a multiprocessor at 64 registers.
+The numbers come from what a multiprocessor needs in flight (bandwidth x latency: 4.8 TB/s x 0.7 us / 132 = 25 KiB on
+an H200) and from the registers that the compiler takes. With them an H200 reaches 57 to 96 percent of its copy
+bandwidth on tensors of 100 MB and more (benchmarks/results/2026-11-26-h200/kernels.md); no others were timed.
 """
 
 import functools
@@ -26,7 +26,11 @@ DUAL_SHARE = 2
 
 @dataclass(frozen=True)
 class Pass:
-    """What a kind of pass wants: bytes of a tensor in a tile, warps, programs a multiprocessor, tiles in flight."""
+    """What a kind of pass wants: bytes of a tensor in a tile, warps, programs a multiprocessor, tiles in flight.
+
+    The accumulators of a reducing pass leave room for three or four programs, one round of which takes all tiles; its
+    loop has the loads of the next two under way (cp.async) while it works on one.
+    """
 
     tile_bytes: int
     warps: int
@@ -42,8 +46,6 @@ CROWDED = Pass(8192, 8, 2, 2)
 APPLYING = Pass(8192, 8, 16, 1)
 VECTOR_BYTES = 16
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
-# Tiles in flight: the accumulators leave a reducing pass two programs at a time (97 registers), so its loop has the
-# loads of the next two tiles under way (cp.async) while it works on one.
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 Strides = tuple[int, ...]
 VECTOR = 16  # what Triton knows an integer to be a multiple of
 FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer
+MOST_SPREAD = 8192  # columns of a channel: its blocks leave a partial sum each, and the finalising step holds all
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def _is_flat(sizes: list[int], steps: list[list[int]], channels: int, channel_st
     return (
         sizes[0] >= FEWEST_FLAT
         and channels > 1
-        and sizes[1] > 1
+        and 1 < sizes[1] <= MOST_SPREAD
         and steps[1][0] == 1
         and channel_stride == sizes[1]
         and sizes[1] % VECTOR != 0

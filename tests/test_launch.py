@@ -20,6 +20,7 @@ SHAPES = [
     (2, 65536, 1024), (2, 131072, 1024), (2, 1 << 20, 512), (4, 300000), (4, 5_000_000), (2, 2_000_003, 3),
     (1, 1 << 24, 2),
     (256, 64, 112, 112), (256, 2048, 7, 7), (1 << 20, 1, 64), (1 << 24, 3), (1 << 31, 1), (2, 1, 1, 1),
+    (16, 4, 1001, 1001), (64, 6, 90, 91), (300_000, 3, 5, 7), (9, 70_000, 3, 3),
 ]  # fmt: skip
 
 
@@ -55,6 +56,13 @@ def test_passes_over_a_tensor(shape, channels_last, multiprocessors):
                 assert tile.channel_blocks * tile.block_channels >= rows.columns
                 assert tile.programs <= tile.tiles
                 assert tile.grid == (tile.channel_blocks, tile.programs)
+                if kind is not launch.APPLYING:  # what the finalising step holds at once
+                    each = (
+                        launch.partials_a_channel(rows.spread, tile.block_channels)
+                        if tile.slots
+                        else 1
+                    )
+                    assert tile.programs * each <= launch.MAX_PARTIALS
 
 
 @pytest.fixture
