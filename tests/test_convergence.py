@@ -118,4 +118,7 @@ def test_small_network(dtype, device):
 @pytest.mark.once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_resnet18(dtype, device):
-    assert farther(lambda: resnet18(num_classes=10), digits(32, 8), dtype, device) == {}
+    torch.manual_seed(0)
+    ours, theirs = compare(resnet18(num_classes=10), digits(32, 8), dtype, device)
+    rounding = 100 * torch.finfo(torch.float32).eps
+    assert {k: d for k, d in ours.items() if d > 2 * theirs[k] + rounding} == {}
