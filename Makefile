@@ -40,8 +40,8 @@ test-ptx: $(READY)
 	$(PYTEST) -m 'not slow' --backend ptx --arch $(ARCH) $(ARGS)
 
 test-ptx-sample: $(READY)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 14 $(ARGS)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 18 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 24 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 32 $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow --backend aten $(ARGS)

@@ -183,7 +183,7 @@ def _sites(pattern: str, ptx: str, kernel: str, silent: set[tuple[str, str]]):
     return found[:: max(1, len(found) // SITES)][:SITES]
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_planted_fault_is_found(kind, architecture):
     pattern, new = FAULTS[kind]
