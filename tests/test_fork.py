@@ -94,8 +94,8 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
         operator = operators.batch_norm_act_backward
     both = operator(dy, *rest, skip, stride)
     alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
-    # Sums have another order where the second gradient is strided (another tile), and in compiled code, where it may give
-    # the rows to threads in another way.
+    # Sums have another order where the second gradient is strided (another tile), and in compiled code, where it may
+    # give the rows to threads in another way.
     is_exact = INTERPRET and stride is None
     tolerance = 0.0 if is_exact else 4e-6 if dtype == torch.float32 else 2**-7
     for a, b in zip(both, alone, strict=True):
