@@ -49,11 +49,6 @@ class RowMap:
         inner, column = self.strides[0][1:3]
         return column == 1 and not (inner == 1 and self.inner >= self.columns)
 
-    def channel_stride(self, k: int) -> int:
-        """How far apart the first values of two channels stand in tensor k."""
-        stride = self.strides[k]
-        return stride[2] if len(stride) > 3 else stride[2] * self.spread
-
 
 @functools.lru_cache(maxsize=4096)
 def row_map(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowMap | None:

@@ -26,14 +26,18 @@ from .tile import groups, partial_tile, tile_columns, tile_offsets, whole_tile
 
 @triton.jit
 def _load_sum(
-    p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC: tl.constexpr
+    p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride, spread,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """x, or x + residual as it is stored (and it is stored); m is None where nothing is masked."""
+    o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
     if m is None:
         b_x = tl.load(p_x + o_x).to(ACC)
     else:
         b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
     if p_residual is not None:
+        o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
+        o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
         if m is None:
             b_x += tl.load(p_residual + o_residual).to(ACC)
         else:
@@ -117,17 +121,11 @@ def bn_stats_kernel(
     count = tl.full([], 0.0, ACC)
     for i_tile in tl.range(i_program, whole, programs, num_stages=STAGES):
         o_outer, o_inner = whole_tile(i_tile, inner, ONE_OUTER, BLOCK_OUTER, BLOCK_INNER, OFFSET)
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-        o_residual = o_x
-        o_sum = o_x
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-            o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
-        if EVEN:
-            b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, None, ACC)
-        else:
-            m = m_column[None, :] & (o_inner >= 0)[:, None]
-            b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC)
+        m = None if EVEN else m_column[None, :] & (o_inner >= 0)[:, None]
+        b_x = _load_sum(
+            p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride,
+            spread, ACC,
+        )  # fmt: skip
         # 16-bit values keep their digits in the sum of a group, whatever their mean.
         if COMPENSATED:
             b_x = b_x - b_pivot[None, :]
@@ -150,13 +148,10 @@ def bn_stats_kernel(
     for i in tl.range(i_program, tiles - whole, programs, num_stages=1):
         o_outer, o_inner, m_row = partial_tile(i, outer, inner, BLOCK_OUTER, BLOCK_INNER, OFFSET)
         m = m_row[:, None] & m_column[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-        o_residual = o_x
-        o_sum = o_x
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-            o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
-        b_x = _load_sum(p_x, p_residual, p_sum, o_x, o_residual, o_sum, m, ACC)
+        b_x = _load_sum(
+            p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride,
+            spread, ACC,
+        )  # fmt: skip
         b_x = tl.where(m, b_x - b_pivot[None, :], 0.0)
         b_k = tl.sum(groups(m_row.to(ACC), GROUP, COLUMNS_FASTEST), axis=AXIS)
         b_group = groups(b_x, GROUP, COLUMNS_FASTEST)

