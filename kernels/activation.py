@@ -39,9 +39,10 @@ def keep_passing(b_dy, m, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act(z); a NaN stays a NaN."""
     if ACTIVATION == "relu":
-        z = tl.where(z <= 0, 0.0, z)
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "relu6":
-        z = tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        z = tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "leaky_relu":
         z = tl.where(z > 0, z, z * _scalar(SLOPE, z))
     elif ACTIVATION == "silu":

@@ -17,10 +17,10 @@ from .activation import activate, passes
 from .bits import byte_tile, pack
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import center, normalize
+from .moments import fold, normalize
 from .norm import load_norm
 from .start import start
-from .tile import tile_columns, tile_offsets, tile_rows
+from .tile import tile_columns, tile_offsets, tile_rows, widen
 
 
 @triton.jit
@@ -66,15 +66,17 @@ def bn_apply_kernel(
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_low, b_scale, b_bias = load_norm(
+    b_mean, b_mean_low, b_scale, b_bias = load_norm(
         p_running_mean, p_running_var, p_saved, p_weight, p_bias,
         o_column, m_column, channels, spread, i_program, eps, ACC,
     )  # fmt: skip
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
     if NORMALIZE_RESIDUAL:
-        b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+        b_mean, b_mean_low, b_rscale, b_bias = load_norm(
             p_residual_running_mean, p_residual_running_var, p_residual_saved, p_residual_weight, p_residual_bias,
             o_column, m_column, channels, spread, i_program, residual_eps, ACC,
         )  # fmt: skip
+        b_rhigh, b_rlow = fold(b_mean, b_mean_low, b_rscale, b_bias)
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
@@ -82,16 +84,16 @@ def bn_apply_kernel(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
         m = m_row[:, None] & m_column[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
-        b_z = normalize(center(b_x, b_mean, b_low), b_scale, b_bias)
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-            if NORMALIZE_RESIDUAL:
-                b_residual = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
-            b_z += b_residual
         o_y = tile_offsets(o_outer, o_inner, o_column, y_stride, spread)
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_y)
+        b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
+        b_z = normalize(b_x, b_scale, b_high, b_low)
+        if p_residual is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_y)
+            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
+            if NORMALIZE_RESIDUAL:
+                b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+            b_z += b_residual
         b_y = activate(b_z, ACTIVATION, SLOPE)
         tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
         if p_bits is not None:
@@ -99,7 +101,7 @@ def bn_apply_kernel(
                 i_tile, outer, inner, columns, tiles_inner, bits_stride,
                 PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
             )  # fmt: skip
-            b_byte = pack(m & passes(b_z, ACTIVATION), PACK_CHANNELS)
+            b_byte = pack(passes(b_z, ACTIVATION), PACK_CHANNELS)
             tl.store(p_bits + o_byte, b_byte, mask=m_byte)
 
 
@@ -160,15 +162,15 @@ def launch_bn_apply(
             bits,
         ),
         (
-            rows.strides[1],
-            rows.strides[2] if residual is not None else None,
+            rows.others[1],
+            rows.others[2] if residual is not None else None,
             rows.strides[0],
             bits_stride,
             rows.outer,
             rows.inner,
             rows.channels,
             rows.spread,
-            tile.tiles_inner,
+            tile.tiles_inner if rows.outer > 1 else None,
             tile.tiles,
             tile.programs,
         ),

@@ -15,7 +15,10 @@ _PIECE = tl.constexpr(MASK_PIECE)
 
 @triton.jit
 def pack(m, PACK_CHANNELS: tl.constexpr):
-    """bool [rows, columns] -> uint8 [rows, columns / 8] or [rows / 8, columns]."""
+    """bool [rows, columns] -> uint8 [rows, columns / 8] or [rows / 8, columns].
+
+    What stands beside the last row or column is never read: nothing of it has a gradient.
+    """
     b = m.to(tl.int32)
     o_bit = tl.arange(0, 8)
     if PACK_CHANNELS:
@@ -24,7 +27,8 @@ def pack(m, PACK_CHANNELS: tl.constexpr):
     else:
         b = tl.reshape(b, (m.shape[0] // 8, 8, m.shape[1]))
         b_byte = tl.sum(b << o_bit[None, :, None], axis=1)
-    return b_byte.to(tl.uint8)
+    # Four copies and a shift, or LLVM takes the sums apart into bytes, with a byte permutation for each bit (sm_90).
+    return ((b_byte * 0x01010101) >> 24).to(tl.uint8)
 
 
 @triton.jit

@@ -9,8 +9,7 @@ import triton.language as tl
 
 from .activation import keep_passing, through
 from .bits import byte_tile, unpack
-from .moments import normalize
-from .tile import tile_offsets
+from .tile import load_tile, tile_offsets, widen
 
 
 @triton.jit
@@ -33,10 +32,8 @@ def load_dz(
     p_dy,
     p_skip,
     p_bits,
-    b_centered,
-    b_scale,
-    b_bias,
-    b_residual,
+    b_z,
+    o_first,
     o_outer,
     o_inner,
     o_column,
@@ -59,10 +56,12 @@ def load_dz(
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """dz [rows, columns]. A tail's mask is read; without one z is computed again, from x (and the residual)."""
-    o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread)
-    b_dz = tl.load(p_dy + o_dy, mask=m, other=0.0).to(ACC)
+    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None)."""
+    o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
+    b_dy = tl.load(p_dy + o_dy, mask=m, other=0.0)
+    b_dz = widen(b_dy, ACC) if STAGES == 1 else b_dy.to(ACC)
     if p_skip is not None:
         m_skip = m
         if skip_place is not None:
@@ -72,8 +71,8 @@ def load_dz(
             else:  # the positions are columns
                 o_column, m_column = visited(o_column, skip_place)
                 m_skip = m & m_column[None, :]
-        o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread)
-        b_dz += tl.load(p_skip + o_skip, mask=m_skip, other=0.0).to(ACC)
+        o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread, o_first)
+        b_dz += load_tile(p_skip, o_skip, m_skip, ACC)
         b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
@@ -82,9 +81,6 @@ def load_dz(
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
         b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
-    elif ACTIVATION is not None:
-        b_z = normalize(b_centered, b_scale, b_bias)
-        if b_residual is not None:
-            b_z += b_residual
+    elif b_z is not None:
         b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)
     return b_dz

@@ -1,6 +1,6 @@
 """Second pass of the backward: dx, and in the same pass the gradient of the residual.
 
-    dx = scale * dz + slope * (x - mean) + level,  dresidual = dz          scale = invstd * weight
+    dx = (scale * dz + level) + slope * (x - mean),  dresidual = dz        scale = invstd * weight
 
 A residual that has a BatchNorm of its own gets its gradient as x does. slope and level [C] come from
 `bn_grad_finalize_kernel` (Ioffe and Szegedy 2015, section 3); in eval they are absent and dx = scale * dz. Reads dy, x
@@ -16,10 +16,20 @@ from torch import Tensor
 from .grad import load_dz
 from .launch import Tile
 from .layout import RowMap, Strides
-from .moments import center, normalize
+from .moments import fma, fold, normalize
 from .norm import load_norm
 from .start import start
-from .tile import load_vector, tile_columns, tile_offsets, tile_rows
+from .tile import load_vector, tile_columns, tile_offsets, tile_rows, widen
+
+
+@triton.jit
+def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
+    """(scale * dz + level) + slope * (x - mean), the second part folded. In this order, which is PyTorch's, two values a
+    channel err no more than there, though their terms cancel.
+    """
+    b_zero = tl.zeros_like(b_x)
+    b_part = fma(b_x, b_slope[None, :] + b_zero, b_high[None, :] + b_zero)
+    return fma(b_dz, b_scale[None, :] + b_zero, b_low[None, :] + b_zero) + b_part
 
 
 @triton.jit
@@ -64,21 +74,11 @@ def bn_grad_apply_kernel(
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_low, b_scale, b_bias = load_norm(
-        None,
-        None,
-        p_saved,
-        p_weight,
-        None,
-        o_column,
-        m_column,
-        channels,
-        spread,
-        i_program,
-        0.0,
-        ACC,
-    )
-    b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+    b_mean, b_mean_low, b_scale, b_bias = load_norm(
+        None, None, p_saved, p_weight, None,
+        o_column, m_column, channels, spread, i_program, 0.0, ACC,
+    )  # fmt: skip
+    b_rmean, b_rmean_low, b_rscale, b_rbias = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
@@ -86,11 +86,16 @@ def bn_grad_apply_kernel(
     if p_coefficients is not None:
         b_slope = load_vector(p_coefficients, o_channel, m_column, 0.0, ACC)
         b_level = load_vector(p_coefficients + channels, o_channel, m_column, 0.0, ACC)
+        b_slope_high, b_slope_low = fold(b_mean, b_mean_low, b_slope, b_level)
     if p_residual_coefficients is not None:
         b_rslope = load_vector(p_residual_coefficients, o_channel, m_column, 0.0, ACC)
         b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_column, 0.0, ACC)
-    # Where z is computed again the residual is part of it.
-    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
+        b_rslope_high, b_rslope_low = fold(b_rmean, b_rmean_low, b_rslope, b_rlevel)
+    # z is computed again where there is no mask of it, and the residual is part of it.
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
 
     for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
         i_tile = tiles - 1 - i
@@ -98,38 +103,41 @@ def bn_grad_apply_kernel(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
         m = m_row[:, None] & m_column[None, :]
-        if p_coefficients is not None or (ACTIVATION is not None and p_bits is None):
-            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-            b_centered = center(tl.load(p_x + o_x, mask=m, other=0.0).to(ACC), b_mean, b_low)
-        else:
-            b_centered = tl.zeros([BLOCK_OUTER * BLOCK_INNER, BLOCK_CHANNELS], ACC)
-        if IN_Z or p_residual_coefficients is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-        if IN_Z:
-            b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
-        else:
-            b_added = None
-        b_dz = load_dz(
-            p_dy, None, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, spread, tiles_inner, dy_stride, None, None, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-        )  # fmt: skip
         o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
+        if p_coefficients is not None or AGAIN:
+            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
+            b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
+        if IN_Z or p_residual_coefficients is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
+            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
+        if AGAIN:
+            b_z = normalize(b_x, b_scale, b_high, b_low)
+            if IN_Z:
+                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+        else:
+            b_z = None
+        b_dz = load_dz(
+            p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, spread, tiles_inner, dy_stride, None, None, bits_stride,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES,
+        )  # fmt: skip
         if p_dx is not None:
-            b_dx = b_scale[None, :] * b_dz
             if p_coefficients is not None:
-                b_dx += b_slope[None, :] * b_centered + b_level[None, :]
+                b_dx = _grad_input(b_dz, b_x, b_scale, b_slope, b_slope_high, b_slope_low)
+            else:
+                b_dx = b_scale[None, :] * b_dz
             if p_addend is not None:
-                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread)
-                b_dx += tl.load(p_addend + o_addend, mask=m, other=0.0).to(ACC)
+                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread, o_out)
+                b_dx += widen(tl.load(p_addend + o_addend, mask=m, other=0.0), ACC)
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
-            b_dz = b_rscale[None, :] * b_dz
             if p_residual_coefficients is not None:
-                b_centered = center(b_residual, b_rmean, b_rlow)
-                b_dz += b_rslope[None, :] * b_centered + b_rlevel[None, :]
-            tl.store(p_dresidual + o_out, b_dz.to(p_dresidual.dtype.element_ty), mask=m)
+                b_dx = _grad_input(
+                    b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
+                )
+            else:
+                b_dx = b_rscale[None, :] * b_dz
+            tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
 
 
 def launch_bn_grad_apply(
@@ -176,17 +184,17 @@ def launch_bn_grad_apply(
             addend,
         ),
         (
-            rows.strides[2],
-            rows.strides[1],
-            rows.strides[3] if residual is not None else None,
-            rows.strides[3] if addend is not None else None,
+            rows.others[2],
+            rows.others[1],
+            rows.others[3] if residual is not None else None,
+            rows.others[3] if addend is not None else None,
             bits_stride,
             rows.strides[0],
             rows.outer,
             rows.inner,
             rows.channels,
             rows.spread,
-            tile.tiles_inner,
+            tile.tiles_inner if rows.outer > 1 else None,
             tile.tiles,
             tile.programs,
         ),

@@ -23,7 +23,7 @@ from .launch import Tile, is_aligned
 from .layout import RowMap, Strides
 from .moments import (
     add_compensated,
-    center,
+    fold,
     normalize,
     product,
     slots_of,
@@ -32,7 +32,7 @@ from .moments import (
 )
 from .norm import load_norm
 from .start import start
-from .tile import sum_groups, tile_columns, tile_offsets, tile_rows
+from .tile import load_tile, sum_groups, tile_columns, tile_offsets, tile_rows
 
 
 class Skip(NamedTuple):
@@ -67,6 +67,25 @@ def _add(
     else:
         b_sum += b_more
     return b_sum, b_low
+
+
+@triton.jit
+def _times_centered(b_dz, b_x, b_mean, ALIKE: tl.constexpr):
+    """dz * (x - mean), 0 where dz is. Unless the strides of all tensors are ALIKE the rows of a group may be given to
+    several threads, and the product is not to be contracted with their sum.
+    """
+    b_centered = b_x - b_mean[None, :]
+    if ALIKE:
+        b = b_dz * b_centered
+    else:
+        b = product(b_dz, b_centered)
+    return b
+
+
+@triton.jit
+def _off_mean(b_dot, b_sum, b_mean_low):
+    """sum(dz * (x - mean - mean_low)) of sum(dz * (x - mean)) and sum(dz): the mean's second part once a program."""
+    return b_dot - tl.where(tl.abs(b_sum) < float("inf"), b_sum * b_mean_low, 0.0)
 
 
 @triton.jit
@@ -111,6 +130,8 @@ def bn_grad_reduce_kernel(
     SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
     COLUMNS_FASTEST: tl.constexpr,
+    ALIKE: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -129,31 +150,25 @@ def bn_grad_reduce_kernel(
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_low, b_scale, b_bias = load_norm(
-        None,
-        None,
-        p_saved,
-        p_weight,
-        None,
-        o_column,
-        m_column,
-        channels,
-        spread,
-        i_program,
-        0.0,
-        ACC,
-    )
-    b_rmean, b_rlow, b_rscale, b_rbias = load_norm(
+    b_mean, b_mean_low, b_scale, b_bias = load_norm(
+        None, None, p_saved, p_weight, None,
+        o_column, m_column, channels, spread, i_program, 0.0, ACC,
+    )  # fmt: skip
+    b_rmean, b_rmean_low, b_rscale, b_rbias = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
 
     b_sum = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_dot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_sum_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    # The residual is part of z, where z is computed again; with a BatchNorm of its own it has sums of its own too.
-    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
+    # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
+    # has sums of its own too.
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
     if p_residual_saved is not None:
         b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
         b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
@@ -161,47 +176,47 @@ def bn_grad_reduce_kernel(
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        m = m_row[:, None] & m_column[None, :]
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
-        b_centered = tl.where(m, center(b_x, b_mean, b_low), 0.0)
-        if IN_Z:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-            b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-            b_added = normalize(center(b_residual, b_rmean, b_rlow), b_rscale, b_rbias)
-        else:
-            b_added = None
-        b_dz = load_dz(
-            p_dy, p_skip, p_bits, b_centered, b_scale, b_bias, b_added, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-        )  # fmt: skip
+        m = m_row[:, None] if EVEN else m_row[:, None] & m_column[None, :]
         o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
+        b_x = load_tile(p_x, o_x, m, ACC)
+        if IN_Z or p_residual_saved is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
+            b_residual = load_tile(p_residual, o_residual, m, ACC)
+        if AGAIN:
+            b_z = normalize(b_x, b_scale, b_high, b_low)
+            if IN_Z:
+                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+        else:
+            b_z = None
+        b_dz = load_dz(
+            p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES,
+        )  # fmt: skip
         if p_dz is not None:
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
         if p_dx is not None:
             tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
         b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, COLUMNS_FASTEST, COMPENSATED)
-        # A second gradient may give the rows to threads in another way, so that their sum goes over threads.
-        b_more = product(b_dz, b_centered)
+        b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
         b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED)
         if p_residual_saved is not None:
-            if not IN_Z:
-                o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-                b_residual = tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
-            b_centered = tl.where(m, center(b_residual, b_rmean, b_rlow), 0.0)
-            b_more = product(b_dz, b_centered)
+            b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
             b_rdot, b_rdot_low = _add(
                 b_rdot, b_rdot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED
             )
 
-    b_sum = _of_channels(sum_rows(b_sum, b_sum_low), o_column, m_column, spread, SLOTS)
-    b_dot = _of_channels(sum_rows(b_dot, b_dot_low), o_column, m_column, spread, SLOTS)
+    b_all = sum_rows(b_sum, b_sum_low)
+    b_sum = _of_channels(b_all, o_column, m_column, spread, SLOTS)
+    b_dot = _off_mean(sum_rows(b_dot, b_dot_low), b_all, b_mean_low)
+    b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
     p_row = p_partial + i_program * 2 * width
     store_partial(p_row, b_sum, o_column, m_column, SLOTS)
     store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
     if p_residual_saved is not None:
-        b_dot = _of_channels(sum_rows(b_rdot, b_rdot_low), o_column, m_column, spread, SLOTS)
+        b_dot = _off_mean(sum_rows(b_rdot, b_rdot_low), b_all, b_rmean_low)
+        b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
         p_row = p_residual_partial + i_program * 2 * width
         store_partial(p_row, b_sum, o_column, m_column, SLOTS)
         store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
@@ -253,18 +268,18 @@ def launch_bn_grad_reduce(
             dx,
         ),
         (
-            rows.strides[2],
-            skip.stride,
+            rows.others[2],
+            skip.stride if skip.stride != rows.strides[0] else None,
             skip.place,
-            rows.strides[1],
-            rows.strides[3] if residual is not None else None,
+            rows.others[1],
+            rows.others[3] if residual is not None else None,
             rows.strides[0],
             bits_stride,
             rows.outer,
             rows.inner,
             rows.channels,
             rows.spread,
-            tile.tiles_inner,
+            tile.tiles_inner if rows.outer > 1 else None,
             tile.tiles,
             tile.programs,
             tile.width,
@@ -274,6 +289,8 @@ def launch_bn_grad_reduce(
             "SLOTS": tile.slots,
             "GROUP": group,
             "COLUMNS_FASTEST": rows.channels_fastest,
+            "EVEN": tile.even,
+            "ALIKE": skip.gradient is None and len(set(rows.strides)) == 1,
             "ACTIVATION": activation,
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,

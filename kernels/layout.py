@@ -34,6 +34,11 @@ class RowMap:
     needs_int64: bool
     spread: int = 1
 
+    @functools.cached_property
+    def others(self) -> tuple[Strides | None, ...]:
+        """`strides`, None where they are the first's: what a kernel computes once."""
+        return tuple(None if walk == self.strides[0] else walk for walk in self.strides)
+
     @property
     def columns(self) -> int:
         return self.channels * self.spread

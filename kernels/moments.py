@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .chip import INTERPRETED
-from .tile import column_offsets
+from .tile import column_offsets, load_tile
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -73,11 +73,11 @@ def _value_at(
 ):  # fmt: skip
     """x [BLOCK_CHANNELS] of one row; or x + residual, as it is stored."""
     o_x = o_outer * x_stride[0] + o_inner * x_stride[1] + column_offsets(o_column, x_stride, spread)
-    b_x = tl.load(p_x + o_x, mask=m_column, other=0.0).to(ACC)
+    b_x = load_tile(p_x, o_x, m_column, ACC)
     if p_residual is not None:
         o_residual = o_outer * residual_stride[0] + o_inner * residual_stride[1]
         o_residual += column_offsets(o_column, residual_stride, spread)
-        b_x += tl.load(p_residual + o_residual, mask=m_column, other=0.0).to(ACC)
+        b_x += load_tile(p_residual, o_residual, m_column, ACC)
         b_x = b_x.to(p_sum.dtype.element_ty).to(ACC)
     return b_x
 
@@ -155,13 +155,22 @@ def inverse_std(b_var, eps, ACC: tl.constexpr):
 
 
 @triton.jit
-def center(b_x, b_mean, b_mean_low):
-    """x - mean, for [rows, channels] values and [channels] means; exact where x is near the mean."""
-    return (b_x - b_mean[None, :]) - b_mean_low[None, :]
+def fold(b_mean, b_mean_low, b_scale, b_bias):
+    """(high, low) of (x - mean - mean_low) * scale + bias = x * scale + high + low.
+
+    high is -mean * scale, rounded, and low has what that took off: a fused multiply-add with high is as exact as the
+    difference x - mean is, at any mean / std, and is one instruction less. -mean * scale must not overflow, which it
+    does in a channel that is constant at 1e36 and more.
+    """
+    b_high = -b_mean * b_scale
+    b_lost = fma(-b_mean_low, b_scale, fma(-b_mean, b_scale, -b_high))
+    return b_high, tl.where(tl.abs(b_high) < float("inf"), b_lost, 0.0) + b_bias
 
 
 @triton.jit
-def normalize(b_centered, b_scale, b_bias):
-    """(x - mean) * scale + bias; forward and backward must agree on its sign to the last bit."""
-    b_zero = tl.zeros_like(b_centered)
-    return fma(b_centered, b_scale[None, :] + b_zero, b_bias[None, :] + b_zero)
+def normalize(b_x, b_scale, b_high, b_low):
+    """x * scale + high + low, of [rows, columns] and [columns]; forward and backward must agree on its sign to the last
+    bit.
+    """
+    b_zero = tl.zeros_like(b_x)
+    return fma(b_x, b_scale[None, :] + b_zero, b_high[None, :] + b_zero) + b_low[None, :]

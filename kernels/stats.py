@@ -21,7 +21,14 @@ from .launch import Tile, is_aligned
 from .layout import RowMap
 from .moments import add_compensated, load_pivot, merge, slots_of, store_partial
 from .start import start
-from .tile import groups, partial_tile, tile_columns, tile_offsets, whole_tile
+from .tile import (
+    groups,
+    load_tile,
+    partial_tile,
+    tile_columns,
+    tile_offsets,
+    whole_tile,
+)
 
 
 @triton.jit
@@ -31,17 +38,11 @@ def _load_sum(
 ):  # fmt: skip
     """x, or x + residual as it is stored (and it is stored); m is None where nothing is masked."""
     o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-    if m is None:
-        b_x = tl.load(p_x + o_x).to(ACC)
-    else:
-        b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(ACC)
+    b_x = load_tile(p_x, o_x, m, ACC)
     if p_residual is not None:
         o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
         o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
-        if m is None:
-            b_x += tl.load(p_residual + o_residual).to(ACC)
-        else:
-            b_x += tl.load(p_residual + o_residual, mask=m, other=0.0).to(ACC)
+        b_x += load_tile(p_residual, o_residual, m, ACC)
         b_stored = b_x.to(p_sum.dtype.element_ty)
         if m is None:
             tl.store(p_sum + o_sum, b_stored)

@@ -14,9 +14,16 @@ def tile_rows(
     BLOCK_INNER: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """(o, i, mask) of the rows of tile `i_tile`, each [BLOCK_OUTER * BLOCK_INNER]; OFFSET is the offsets' dtype."""
-    i_outer = (i_tile // tiles_inner).to(OFFSET)
-    i_inner = (i_tile % tiles_inner).to(OFFSET)
+    """(o, i, mask) of the rows of tile `i_tile`, each [BLOCK_OUTER * BLOCK_INNER]; OFFSET is the offsets' dtype.
+
+    tiles_inner is None where there is one outer row: no division in the loop.
+    """
+    if tiles_inner is None:
+        i_outer = tl.full([], 0, OFFSET)
+        i_inner = i_outer + i_tile
+    else:
+        i_outer = (i_tile // tiles_inner).to(OFFSET)
+        i_inner = (i_tile % tiles_inner).to(OFFSET)
     o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
     o_inner = i_inner * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
     o_outer = i_outer * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
@@ -116,10 +123,36 @@ def column_offsets(o_column, stride, spread):
 
 
 @triton.jit
-def tile_offsets(o_outer, o_inner, o_column, stride, spread):
-    """Offsets [rows, columns] of a tensor."""
-    o_row = o_outer * stride[0] + o_inner * stride[1]
-    return o_row[:, None] + column_offsets(o_column, stride, spread)[None, :]
+def tile_offsets(o_outer, o_inner, o_column, stride, spread, o_first=None):
+    """Offsets [rows, columns] of a tensor; without a stride of its own they are o_first, those of the first one."""
+    if stride is None:
+        o = o_first
+    else:
+        o_row = o_outer * stride[0] + o_inner * stride[1]
+        o = o_row[:, None] + column_offsets(o_column, stride, spread)[None, :]
+    return o
+
+
+@triton.jit
+def widen(b_value, ACC: tl.constexpr):
+    """The values as ACC. A bfloat16 is the upper half of a float32: with that said in integers, the second of two that
+    a load left in a register takes one instruction, and not two.
+    """
+    if b_value.dtype == tl.bfloat16 and ACC == tl.float32:
+        b = (b_value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        b = b_value.to(ACC)
+    return b
+
+
+@triton.jit
+def load_tile(p_tensor, o_value, m_value, ACC: tl.constexpr):
+    """Values as ACC, 0 where masked; m_value is None where nothing is."""
+    if m_value is None:
+        b_value = tl.load(p_tensor + o_value)
+    else:
+        b_value = tl.load(p_tensor + o_value, mask=m_value, other=0.0)
+    return b_value.to(ACC)
 
 
 @triton.jit
