@@ -78,7 +78,7 @@ def _backward(
     pack_channels, _, bits_stride = bits_layout(rows)
     k.grad_apply(
         dy, x, bits if bits.numel() else None, None, None, None, None, dz, added, None, None, None, None,
-        rows, bits_stride, pack_channels, k.tile(rows, dy.element_size(), k.APPLYING, k.chip()),
+        rows, bits_stride, pack_channels, k.tile(rows, dy.element_size(), k.GRAD_APPLYING, k.chip()),
         *parse(activation), k.dtype[accumulate_dtype(dy.dtype)], k.offset[rows.needs_int64],
     )  # fmt: skip
     return dz

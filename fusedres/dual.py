@@ -146,7 +146,7 @@ def _backward(
             dy, input, mask, weight, saved, both[0],
             dx if needs[0] else None, dresidual if needs[1] else None,
             residual, residual_weight, residual_saved, both[1], None,
-            rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, k.DUAL_SHARE),
+            rows, bits_stride, pack_channels, k.tile(rows, size, k.GRAD_APPLYING, chip, k.DUAL_SHARE),
             *parse(activation), k.dtype[saved.dtype], offset,
         )  # fmt: skip
     none = dx.new_empty(0)

@@ -71,7 +71,7 @@ def _forward(
     rows, (laid_out,) = operators._common_rows(output, total)
     k.apply(
         laid_out, None, operators._dense(weight), None, None, None, saved, None, output, None,
-        rows, None, False, k.tile(rows, total.element_size(), k.APPLYING, k.chip()), eps,
+        rows, None, False, k.tile(rows, total.element_size(), k.ALONE, k.chip()), eps,
         *parse(activation), k.dtype[wide], k.offset[rows.needs_int64],
     )  # fmt: skip
     return total, output, saved

@@ -114,7 +114,7 @@ def _backward(
     if not need_scale:
         k.grad_apply(
             dy, x, mask, weight, None, None, dx, dz, added, None, None, None, None,
-            rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, chip, share),
+            rows, bits_stride, pack_channels, k.tile(rows, size, k.GRAD_APPLYING, chip, share),
             *parse(activation), k.dtype[wide], offset,
         )  # fmt: skip
         return dinput, dresidual, dscale

@@ -28,23 +28,29 @@ DUAL_SHARE = 2
 class Pass:
     """What a kind of pass wants: bytes of a tensor in a tile, warps, programs a multiprocessor, tiles in flight.
 
-    The accumulators of a reducing pass leave room for three or four programs, one round of which takes all tiles; its
-    loop has the loads of the next two under way (cp.async) while it works on one.
+    The programs are those that registers let be resident, one round of which takes all tiles, each with its per-channel
+    values loaded once. With `half` a tile and four warps there are others (the passes of a dual tail). The loop of a
+    reducing pass has the loads of the next two tiles under way (cp.async) while it works on one; an applying pass has
+    those of one, so that its tiles are to be large enough: 40 KiB and more a multiprocessor.
     """
 
     tile_bytes: int
     warps: int
     programs: int
     stages: int
+    half: int
 
 
-STATISTICS = Pass(16384, 4, 4, 3)
-REDUCING = Pass(8192, 4, 4, 3)
+STATISTICS = Pass(16384, 4, 4, 3, half=4)
+REDUCING = Pass(8192, 4, 4, 3, half=4)
 # One that computes more an element (the positions of a strided gradient, a smooth activation beside a residual): with
 # four warps it spills.
-CROWDED = Pass(8192, 8, 2, 2)
-APPLYING = Pass(8192, 8, 16, 1)
+CROWDED = Pass(8192, 8, 2, 2, half=2)
+ALONE = Pass(16384, 8, 3, 1, half=6)  # reads one tensor
+APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
+GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
+FEWEST_ROWS = 4  # of a tile of a flat walk
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
 
 
@@ -136,7 +142,7 @@ def partials_a_channel(spread: int, block_channels: int) -> int:
 def _block_inner(inner: int, outer: int, most: int) -> int:
     """The longest power of two that pads the inner rows by at most an eighth, else the one that pads them least."""
     if outer == 1:  # only the last tile is padded
-        return max(BITS, min(_power_of_two(inner), most))
+        return max(min(BITS, most), min(_power_of_two(inner), most))
     candidates = [1 << k for k in range(3, 20) if (1 << k) <= max(most, BITS)]
     candidates = [b for b in candidates if b < 2 * max(inner, BITS)]
     good = [b for b in candidates if _ceil(inner, b) * b <= inner * 9 // 8]
@@ -147,9 +153,13 @@ def _block_inner(inner: int, outer: int, most: int) -> int:
 def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: int = 1) -> Tile:
     """The tile of a pass over `rows`; `share` is 2 for half a tile."""
     elements = kind.tile_bytes // share // element_size
+    programs_at_once = (kind.programs if share == 1 else kind.half) * chip.multiprocessors
     channels = _power_of_two(rows.columns)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
+        if rows.spread > 1:  # few rows, many columns: blocks so wide that one round of programs has all of them
+            wide = _power_of_two(_ceil(rows.columns, programs_at_once))
+            block_channels = max(block_channels, min(wide, elements // FEWEST_ROWS))
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     else:
@@ -160,8 +170,8 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     tiles_inner = _ceil(rows.inner, block_inner)
     tiles = tiles_inner * _ceil(rows.outer, block_outer)
     channel_blocks = _ceil(rows.columns, block_channels)
-    wanted = max(1, kind.programs * chip.multiprocessors // channel_blocks)
-    if kind is not APPLYING:
+    wanted = max(1, programs_at_once // channel_blocks)
+    if kind.stages > 1:  # a reducing one
         most = min(
             rows.outer * rows.inner // ROWS_A_PROGRAM,
             MAX_PARTIALS // partials_a_channel(rows.spread, block_channels),

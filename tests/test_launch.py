@@ -49,14 +49,14 @@ def test_passes_over_a_tensor(shape, channels_last, multiprocessors):
     choose = launch.choose_tile.__wrapped__
     for size in (2, 4, 8):
         for share in (1, launch.DUAL_SHARE):
-            for kind in (launch.STATISTICS, launch.REDUCING, launch.APPLYING):
+            for kind in (launch.STATISTICS, launch.REDUCING, launch.ALONE, launch.APPLYING):
                 tile = choose(rows, size, kind, chip(multiprocessors), share)
                 assert_fits(tile.grid)
                 # All of it, by programs that all have something to do.
                 assert tile.channel_blocks * tile.block_channels >= rows.columns
                 assert tile.programs <= tile.tiles
                 assert tile.grid == (tile.channel_blocks, tile.programs)
-                if kind is not launch.APPLYING:  # what the finalising step holds at once
+                if kind.stages > 1:  # what the finalising step holds at once
                     each = (
                         launch.partials_a_channel(rows.spread, tile.block_channels)
                         if tile.slots
