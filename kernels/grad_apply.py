@@ -24,8 +24,8 @@ from .tile import load_vector, tile_columns, tile_offsets, tile_rows, widen
 
 @triton.jit
 def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
-    """(scale * dz + level) + slope * (x - mean), the second part folded. In this order, which is PyTorch's, two values of
-    a channel err no more than there, though their terms cancel.
+    """(scale * dz + level) + slope * (x - mean), the second part folded. In this order, which is PyTorch's, two values
+    of a channel err no more than there, though their terms cancel.
     """
     b_zero = tl.zeros_like(b_x)
     b_part = fma(b_x, b_slope[None, :] + b_zero, b_high[None, :] + b_zero)

@@ -57,11 +57,11 @@ def _add(
     b_low,
     b_more,
     GROUP: tl.constexpr,
-    COLUMNS_FASTEST: tl.constexpr,
+    RUN: tl.constexpr,
     COMPENSATED: tl.constexpr,
 ):
     """sum + more [rows, columns], a thread's rows together; and what that rounds off."""
-    b_more = sum_groups(b_more, GROUP, COLUMNS_FASTEST)
+    b_more = sum_groups(b_more, GROUP, RUN)
     if COMPENSATED:
         b_sum, b_low = add_compensated(b_sum, b_low, b_more)
     else:
@@ -129,7 +129,7 @@ def bn_grad_reduce_kernel(
     width,
     SLOTS: tl.constexpr,
     GROUP: tl.constexpr,
-    COLUMNS_FASTEST: tl.constexpr,
+    RUN: tl.constexpr,
     ALIKE: tl.constexpr,
     EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -198,14 +198,12 @@ def bn_grad_reduce_kernel(
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
         if p_dx is not None:
             tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
-        b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, COLUMNS_FASTEST, COMPENSATED)
+        b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, RUN, COMPENSATED)
         b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
-        b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED)
+        b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, RUN, COMPENSATED)
         if p_residual_saved is not None:
             b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
-            b_rdot, b_rdot_low = _add(
-                b_rdot, b_rdot_low, b_more, GROUP, COLUMNS_FASTEST, COMPENSATED
-            )
+            b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
 
     b_all = sum_rows(b_sum, b_sum_low)
     b_sum = _of_channels(b_all, o_column, m_column, spread, SLOTS)
@@ -248,7 +246,7 @@ def launch_bn_grad_reduce(
     given.
     """
     skip = skip or NO_SKIP
-    group = tile.group if rows.channels_fastest or all(map(is_aligned, (dy, x, residual))) else 1
+    groups = tile.groups(rows.channels_fastest or all(map(is_aligned, (dy, x, residual))))
     start(
         bn_grad_reduce_kernel,
         tile.grid,
@@ -287,8 +285,7 @@ def launch_bn_grad_reduce(
         (),
         {
             "SLOTS": tile.slots,
-            "GROUP": group,
-            "COLUMNS_FASTEST": rows.channels_fastest,
+            **groups,
             "EVEN": tile.even,
             "ALIKE": skip.gradient is None and len(set(rows.strides)) == 1,
             "ACTIVATION": activation,

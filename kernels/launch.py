@@ -59,8 +59,8 @@ class Tile:
     """BLOCK_OUTER x BLOCK_INNER rows of BLOCK_CHANNELS columns; `programs` share the `tiles` of a block of columns.
 
     whole: tiles that have all their rows; even: all blocks have all their columns. group: rows of a column that a
-    thread of a reducing pass holds. slots: channels that the columns of a block may belong to, in a flat walk; else 0.
-    width: partial sums of a kind that a row program leaves, in all blocks.
+    thread of a reducing pass holds, in runs of `run`. slots: channels that the columns of a block may belong to, in a
+    flat walk; else 0. width: partial sums of a kind that a row program leaves, in all blocks.
     """
 
     block_outer: int
@@ -75,6 +75,7 @@ class Tile:
     whole: int
     even: bool
     group: int
+    run: int
     slots: int
     width: int
 
@@ -95,6 +96,10 @@ class Tile:
     def grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.programs
 
+    def groups(self, are_vectors: bool) -> dict[str, int]:
+        """The rows that a thread holds, as keyword arguments; none where its values are loaded one by one."""
+        return {"GROUP": self.group, "RUN": self.run} if are_vectors else {"GROUP": 1, "RUN": 1}
+
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
@@ -111,22 +116,23 @@ def is_aligned(tensor: Tensor | None) -> bool:
 
 def _rows_a_thread(
     rows: RowMap, block_rows: int, block_channels: int, size: int, warps: int
-) -> int:
-    """How many rows of a column Triton's layout surely gives a thread: a sum of more needs shuffles, or shared
-    memory.
+) -> tuple[int, int]:
+    """(rows, of which follow each other) of a column that Triton's layout surely gives a thread: a sum of more needs
+    shuffles, or shared memory.
     """
     vector = VECTOR_BYTES // size
     threads = 32 * warps
     if rows.channels_fastest:
         lanes = max(1, block_channels // vector)  # along the columns
-        return max(1, min(MOST_GROUP, block_rows // max(1, threads // lanes)))
+        return max(1, min(MOST_GROUP, block_rows // max(1, threads // lanes))), 1
     steps = (
         rows.inner if rows.outer > 1 else 0,
         *(s for walk in rows.strides for s in (walk[0], walk[2])),
     )
     if any(step % VECTOR for step in steps) or any(walk[1] != 1 for walk in rows.strides):
-        return 1  # Triton sees no vector there
-    return max(1, min(vector, block_rows * block_channels // threads))
+        return 1, 1  # Triton sees no vector there
+    run = max(1, min(vector, block_rows * block_channels // threads))
+    return max(run, min(MOST_GROUP, run * (block_rows // (run * threads)))), run
 
 
 def touched(length: int, unit: int) -> int:
@@ -157,7 +163,9 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     channels = _power_of_two(rows.columns)
     if rows.channels_fastest:
         block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
-        if rows.spread > 1:  # few rows, many columns: blocks so wide that one round of programs has all of them
+        if (
+            rows.spread > 1
+        ):  # few rows, many columns: blocks so wide that one round of programs has all of them
             wide = _power_of_two(_ceil(rows.columns, programs_at_once))
             block_channels = max(block_channels, min(wide, elements // FEWEST_ROWS))
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
@@ -182,12 +190,16 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     slots = _power_of_two(touched(block_channels, rows.spread)) if rows.spread > 1 else 0
     tile_size = block_outer * block_inner * block_channels
     warps = kind.warps if tile_size * element_size >= kind.tile_bytes else 4
+    group, run = _rows_a_thread(
+        rows, block_outer * block_inner, block_channels, element_size, warps
+    )
     return Tile(
         block_outer, block_inner, block_channels, warps, kind.stages,
         tiles_inner, tiles, programs, channel_blocks,
         whole=(rows.inner // block_inner) * (rows.outer // block_outer),
         even=rows.columns % block_channels == 0,
-        group=_rows_a_thread(rows, block_outer * block_inner, block_channels, element_size, warps),
+        group=group,
+        run=run,
         slots=slots,
         width=channel_blocks * slots if slots else rows.columns,
     )  # fmt: skip

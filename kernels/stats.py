@@ -90,8 +90,8 @@ def bn_stats_kernel(
     SLOTS: tl.constexpr,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
-    COLUMNS_FASTEST: tl.constexpr,
     GROUP: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -105,7 +105,7 @@ def bn_stats_kernel(
     ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
-    AXIS: tl.constexpr = 0 if COLUMNS_FASTEST else 1
+    AXIS: tl.constexpr = 0 if RUN == 1 else 1  # the groups'
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -130,7 +130,7 @@ def bn_stats_kernel(
         # 16-bit values keep their digits in the sum of a group, whatever their mean.
         if COMPENSATED:
             b_x = b_x - b_pivot[None, :]
-        b_group = groups(b_x, GROUP, COLUMNS_FASTEST)
+        b_group = groups(b_x, GROUP, RUN)
         b_sum = tl.sum(b_group, axis=AXIS)
         b_mean = b_sum * (1.0 / GROUP)
         b_d = b_group - tl.expand_dims(b_mean, AXIS)
@@ -154,12 +154,12 @@ def bn_stats_kernel(
             spread, ACC,
         )  # fmt: skip
         b_x = tl.where(m, b_x - b_pivot[None, :], 0.0)
-        b_k = tl.sum(groups(m_row.to(ACC), GROUP, COLUMNS_FASTEST), axis=AXIS)
-        b_group = groups(b_x, GROUP, COLUMNS_FASTEST)
+        b_k = tl.sum(groups(m_row.to(ACC), GROUP, RUN), axis=AXIS)
+        b_group = groups(b_x, GROUP, RUN)
         b_sum = tl.sum(b_group, axis=AXIS)
         b_mean = b_sum / tl.maximum(b_k, 1.0)[:, None]
         b_d = b_group - tl.expand_dims(b_mean, AXIS)
-        b_d = tl.where(groups(m, GROUP, COLUMNS_FASTEST), b_d, 0.0)
+        b_d = tl.where(groups(m, GROUP, RUN), b_d, 0.0)
         b_square = tl.sum(b_d * b_d, axis=AXIS)
         b_more = b_count + b_k
         b_weight = b_count / tl.maximum(b_more, 1.0) * b_k
@@ -221,10 +221,7 @@ def launch_bn_stats(
             "SLOTS": tile.slots,
             "ONE_OUTER": rows.outer == 1,
             "EVEN": tile.even,
-            "COLUMNS_FASTEST": rows.channels_fastest,
-            "GROUP": tile.group
-            if rows.channels_fastest or all(map(is_aligned, (x, residual)))
-            else 1,
+            **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
             "OFFSET": offset,
         },
         tile.options,

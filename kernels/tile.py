@@ -78,28 +78,34 @@ def partial_tile(
 
 
 @triton.jit
-def groups(b_x, GROUP: tl.constexpr, COLUMNS_FASTEST: tl.constexpr):
-    """[rows, ...] -> [GROUP, rows / GROUP, ...], or [rows / GROUP, GROUP, ...]: what a thread holds along GROUP."""
-    ROWS: tl.constexpr = b_x.shape[0]
+def groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
+    """[rows, ...] -> [GROUP, rows / GROUP, ...], or [rows / GROUP, GROUP, ...] where rows follow each other.
+
+    Along GROUP what a thread holds: runs of RUN rows, at equal distances.
+    """
+    RUNS: tl.constexpr = GROUP // RUN
+    OTHERS: tl.constexpr = b_x.shape[0] // GROUP
     if len(b_x.shape) == 1:
-        if COLUMNS_FASTEST:
-            b = tl.reshape(b_x, (GROUP, ROWS // GROUP))
+        b = tl.reshape(b_x, (RUNS, OTHERS, RUN))
+        if RUN == 1:
+            b = tl.reshape(b, (GROUP, OTHERS))
         else:
-            b = tl.reshape(b_x, (ROWS // GROUP, GROUP))
-    elif COLUMNS_FASTEST:
-        b = tl.reshape(b_x, (GROUP, ROWS // GROUP, b_x.shape[1]))
+            b = tl.reshape(tl.permute(b, (1, 0, 2)), (OTHERS, GROUP))
+    elif RUN == 1:
+        b = tl.reshape(b_x, (GROUP, OTHERS, b_x.shape[1]))
     else:
-        b = tl.reshape(b_x, (ROWS // GROUP, GROUP, b_x.shape[1]))
+        b = tl.reshape(b_x, (RUNS, OTHERS, RUN, b_x.shape[1]))
+        b = tl.reshape(tl.permute(b, (1, 0, 2, 3)), (OTHERS, GROUP, b_x.shape[1]))
     return b
 
 
 @triton.jit
-def sum_groups(b_x, GROUP: tl.constexpr, COLUMNS_FASTEST: tl.constexpr):
+def sum_groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
     """[rows, columns] -> [rows / GROUP, columns], by sums in a thread."""
     if GROUP == 1:
         b = b_x
     else:
-        b = tl.sum(groups(b_x, GROUP, COLUMNS_FASTEST), axis=0 if COLUMNS_FASTEST else 1)
+        b = tl.sum(groups(b_x, GROUP, RUN), axis=0 if RUN == 1 else 1)
     return b
 
 
