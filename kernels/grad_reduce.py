@@ -267,7 +267,7 @@ def launch_bn_grad_reduce(
         ),
         (
             rows.others[2],
-            skip.stride if skip.stride != rows.strides[0] else None,
+            None if skip.place is None and skip.stride == rows.strides[0] else skip.stride,
             skip.place,
             rows.others[1],
             rows.others[3] if residual is not None else None,
