@@ -32,7 +32,7 @@ from .moments import (
 )
 from .norm import load_norm
 from .start import start
-from .tile import load_tile, sum_groups, tile_columns, tile_offsets, tile_rows
+from .tile import load_tile, load_vector, sum_groups, tile_columns, tile_offsets, tile_rows
 
 
 class Skip(NamedTuple):
@@ -83,9 +83,15 @@ def _times_centered(b_dz, b_x, b_mean, ALIKE: tl.constexpr):
 
 
 @triton.jit
-def _off_mean(b_dot, b_sum, b_mean_low):
-    """sum(dz * (x - mean - mean_low)) of sum(dz * (x - mean)) and sum(dz): the mean's second part once a program."""
-    return b_dot - tl.where(tl.abs(b_sum) < float("inf"), b_sum * b_mean_low, 0.0)
+def _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.constexpr):
+    """sum(dz * (x - mean - mean_low)) of sum(dz * (x - mean)) and sum(dz): the mean's second part once a program.
+
+    It is read here: through the loop it would take registers.
+    """
+    if p_saved is not None:
+        b_mean_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+        b_dot -= tl.where(tl.abs(b_sum) < float("inf"), b_sum * b_mean_low, 0.0)
+    return b_dot
 
 
 @triton.jit
@@ -205,15 +211,26 @@ def bn_grad_reduce_kernel(
             b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
             b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
 
+    o_channel = o_column // spread
     b_all = sum_rows(b_sum, b_sum_low)
     b_sum = _of_channels(b_all, o_column, m_column, spread, SLOTS)
-    b_dot = _off_mean(sum_rows(b_dot, b_dot_low), b_all, b_mean_low)
+    b_dot = _off_mean(
+        sum_rows(b_dot, b_dot_low), b_all, p_saved, channels, o_channel, m_column, ACC
+    )
     b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
     p_row = p_partial + i_program * 2 * width
     store_partial(p_row, b_sum, o_column, m_column, SLOTS)
     store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
     if p_residual_saved is not None:
-        b_dot = _off_mean(sum_rows(b_rdot, b_rdot_low), b_all, b_rmean_low)
+        b_dot = _off_mean(
+            sum_rows(b_rdot, b_rdot_low),
+            b_all,
+            p_residual_saved,
+            channels,
+            o_channel,
+            m_column,
+            ACC,
+        )
         b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
         p_row = p_residual_partial + i_program * 2 * width
         store_partial(p_row, b_sum, o_column, m_column, SLOTS)
