@@ -104,13 +104,12 @@ def is_aligned(tensor: Tensor | None) -> bool:
 
 
 def _rows_a_thread(
-    rows: RowMap, block_rows: int, block_channels: int, size: int, warps: int
+    rows: RowMap, block_rows: int, block_channels: int, size: int, threads: int
 ) -> int:
     """How many rows of a column Triton's layout surely gives a thread: a sum of more needs shuffles, or shared
     memory.
     """
     vector = VECTOR_BYTES // size
-    threads = 32 * warps
     if rows.channels_fastest:
         lanes = max(1, block_channels // vector)  # along the columns
         return max(1, min(MOST_GROUP, block_rows // max(1, threads // lanes)))
@@ -177,7 +176,9 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         tiles_inner, tiles, programs, channel_blocks,
         whole=(rows.inner // block_inner) * (rows.outer // block_outer),
         even=rows.columns % block_channels == 0,
-        group=_rows_a_thread(rows, block_outer * block_inner, block_channels, element_size, warps),
+        group=_rows_a_thread(
+            rows, block_outer * block_inner, block_channels, element_size, chip.warp_size * warps
+        ),
         slots=slots,
         width=channel_blocks * slots if slots else rows.columns,
     )  # fmt: skip
