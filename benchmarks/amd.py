@@ -30,7 +30,7 @@ class CodeObject:
 
 
 # LLVM's user guide of the AMDGPU backend, code object metadata: a map in MessagePack.
-_NAMES = {
+NAMES = {
     "vector": ".vgpr_count",
     "matrix": ".agpr_count",
     "scalar": ".sgpr_count",
@@ -46,18 +46,19 @@ def read_code_object(hsaco: bytes) -> CodeObject:
     Raises:
         ValueError: a figure is not there.
     """
-    return CodeObject(**{field: _integer(hsaco, name) for field, name in _NAMES.items()})
+    return CodeObject(**{field: _integer(hsaco, name) for field, name in NAMES.items()})
 
 
 def _integer(hsaco: bytes, name: str) -> int:
     """The value that follows a name: itself up to 127, else a byte that tells the size before it."""
-    written = bytes([0xA0 | len(name)]) + name.encode() if len(name) < 32 else name.encode()
+    written = bytes([0xA0 | len(name)]) + name.encode()  # a string of less than 32 bytes
     at = hsaco.find(written)
     if at < 0:
         raise ValueError(f"the code object does not tell {name}")
-    value = hsaco[at + len(written) :]
+    at += len(written)
+    value = hsaco[at : at + 5]
     if value[0] < 0x80:
         return value[0]
     if value[0] not in (0xCC, 0xCD, 0xCE):
-        raise ValueError(f"the code object tells {name} in an unknown way: {value[:5].hex()}")
+        raise ValueError(f"the code object tells {name} in an unknown way: {value.hex()}")
     return int.from_bytes(value[1 : 1 + (1 << (value[0] - 0xCC))], "big")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.benchmarks.amd import read_code_object
+from fusedres.benchmarks.amd import NAMES, CodeObject, read_code_object
 from fusedres.benchmarks.compile_only import SHARED_MEMORY, Launch, compile_only
 from fusedres.benchmarks.floors import OPERATORS
 from fusedres.benchmarks.traffic import backward_of_two
@@ -169,5 +169,12 @@ def test_what_a_code_object_tells():
     assert 0 < found.vector <= 256
     assert 0 < found.scalar <= 112
     assert (found.matrix, found.spills) == (0, 0)
+    values = zip(
+        NAMES.values(),
+        (b"\x00", b"\x7f", b"\xcc\x80", b"\xcd\x02\x00", b"\x03", b"\x04"),
+        strict=True,
+    )
+    noted = b"".join(bytes([0xA0 + len(name)]) + name.encode() + value for name, value in values)
+    assert read_code_object(noted) == CodeObject(0, 127, 128, 512, 3, 4)
     with pytest.raises(ValueError, match=r"^the code object does not tell \.vgpr_count$"):
         read_code_object(b"")
