@@ -31,7 +31,7 @@ SHARED_MEMORY: dict[Architecture, int] = {
 }  # fmt: skip
 AMD_WARP = 64  # lanes of a warp (a wavefront)
 # Of a multiprocessor (CUDA C programming guide, technical specifications per compute capability).
-SHARED_MEMORY_IN_ALL = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED_MEMORY_IN_ALL: dict[Architecture, int] = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS, PROGRAMS, REGISTERS = 64, 32, 65536
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 
