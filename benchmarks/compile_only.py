@@ -20,24 +20,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H100/H200, B200
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a program
+from .amd import CodeObject, read_code_object
+
+Architecture = int | str  # 90 for sm_90, "gfx942"
+# A100, H100/H200, B200, MI300X
+MULTIPROCESSORS: dict[Architecture, int] = {80: 108, 90: 132, 100: 148, "gfx942": 304}
+# Of a program.
+SHARED_MEMORY: dict[Architecture, int] = {
+    80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10,
+}  # fmt: skip
+AMD_WARP = 64  # lanes of a warp (a wavefront)
 # Of a multiprocessor (CUDA C programming guide, technical specifications per compute capability).
-SHARED_MEMORY_IN_ALL = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED_MEMORY_IN_ALL: dict[Architecture, int] = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 WARPS, PROGRAMS, REGISTERS = 64, 32, 65536
 TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: which kernel, how many programs, and its machine code."""
+    """One launch: which kernel, how many programs, and its machine code (for AMD a code object)."""
 
     kernel: str
     grid: tuple[int, int, int]
     warps: int
     shared: int
     cubin: bytes = field(repr=False)
-    architecture: int = 90
+    architecture: Architecture = 90
 
     @property
     def occupancy(self) -> float:
@@ -59,6 +67,11 @@ class Launch:
     @property
     def code(self) -> MachineCode:
         return read_machine_code(self.cubin)
+
+    @property
+    def code_object(self) -> CodeObject:
+        """What `code` is, of a launch for AMD."""
+        return read_code_object(self.cubin)
 
 
 @dataclass(frozen=True)
@@ -130,7 +143,7 @@ def read_machine_code(cubin: bytes) -> MachineCode:
 class CompileOnlyDriver:
     """What `triton.runtime.jit` asks of a driver, for a chip that is not there."""
 
-    def __init__(self, architecture: int) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
         self.launches: list[Launch] = []
         self.utils = SimpleNamespace(
@@ -144,12 +157,15 @@ class CompileOnlyDriver:
         )
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton caches kernels by device: a number for each chip
+        # Triton caches kernels by device: a number for each chip.
+        return int(str(self.architecture).removeprefix("gfx"))
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        if isinstance(self.architecture, str):
+            return GPUTarget("hip", self.architecture, AMD_WARP)
         return GPUTarget("cuda", self.architecture, 32)
 
     def launcher_cls(self, source, metadata):
@@ -169,7 +185,7 @@ class CompileOnlyDriver:
 
 
 @contextmanager
-def compile_only(architecture: int) -> Iterator[list[Launch]]:
+def compile_only(architecture: Architecture) -> Iterator[list[Launch]]:
     """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed."""
     stand_in = _stand_in(architecture)
     stand_in.launches.clear()
@@ -182,6 +198,6 @@ def compile_only(architecture: int) -> Iterator[list[Launch]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _stand_in(architecture: int) -> CompileOnlyDriver:
+def _stand_in(architecture: Architecture) -> CompileOnlyDriver:
     # One for each chip: a compiled kernel keeps the launcher it was made with.
     return CompileOnlyDriver(architecture)

@@ -120,8 +120,11 @@ def _architecture() -> int:
 
 
 def _allows_tf32() -> bool:
+    """Whether float32 products may round their operands: the switch is cuDNN's, and AMD has no tf32."""
+    from .kernels.chip import current_chip
+
     convolutions: Any = torch.backends.cudnn
-    return bool(convolutions.conv.fp32_precision == "tf32")
+    return current_chip().backend == "cuda" and convolutions.conv.fp32_precision == "tf32"
 
 
 def precision(tensor: Tensor) -> str:

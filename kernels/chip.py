@@ -21,20 +21,21 @@ INTERPRETED = isinstance(_probe, InterpretedFunction)
 
 @dataclass(frozen=True)
 class Chip:
-    """architecture: 90 for sm_90. multiprocessors: how many. shared_memory: bytes a program may use. backend: Triton's
-    name for it."""
+    """architecture: 90 for sm_90, 0 where it is no number. multiprocessors: how many. shared_memory: bytes a program
+    may use. backend: Triton's name for it. warp_size: lanes of a warp."""
 
     architecture: int
     multiprocessors: int
     shared_memory: int
     backend: str = "cuda"
+    warp_size: int = 32
 
 
 OLDEST = 75  # of the architectures that Triton compiles for
 # Few multiprocessors: the interpreter runs programs one after the other, and a handful is enough to merge.
 _INTERPRETER = Chip(architecture=0, multiprocessors=2, shared_memory=1 << 16, backend="interpreter")
-# For a driver that does not tell: multiprocessors of A100, H100/H200 and B200.
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+# For a driver that does not tell: multiprocessors of A100, H100/H200, B200 and MI300X.
+_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, "gfx942": 304}
 
 
 def current_chip() -> Chip:
@@ -54,16 +55,15 @@ _chips: dict[tuple[int, int], tuple[object, Chip]] = {}
 
 def _chip_of(active, device: int) -> Chip:
     target = active.get_current_target()
-    architecture = target.arch
-    architecture = architecture if isinstance(architecture, int) else 0
     properties = active.utils.get_device_properties(device)
     return Chip(
-        architecture=architecture,
+        architecture=target.arch if isinstance(target.arch, int) else 0,
         multiprocessors=properties.get(
-            "multiprocessor_count", _MULTIPROCESSORS.get(architecture, 132)
+            "multiprocessor_count", _MULTIPROCESSORS.get(target.arch, 132)
         ),
         shared_memory=properties.get("max_shared_mem", 48 << 10),
         backend=target.backend,
+        warp_size=target.warp_size,
     )
 
 

@@ -115,13 +115,12 @@ def is_aligned(tensor: Tensor | None) -> bool:
 
 
 def _rows_a_thread(
-    rows: RowMap, block_rows: int, block_channels: int, size: int, warps: int
+    rows: RowMap, block_rows: int, block_channels: int, size: int, threads: int
 ) -> tuple[int, int]:
     """(rows, of which follow each other) of a column that Triton's layout surely gives a thread: a sum of more needs
     shuffles, or shared memory.
     """
     vector = VECTOR_BYTES // size
-    threads = 32 * warps
     if rows.channels_fastest:
         lanes = max(1, block_channels // vector)  # along the columns
         return max(1, min(MOST_GROUP, block_rows // max(1, threads // lanes))), 1
@@ -191,7 +190,7 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     tile_size = block_outer * block_inner * block_channels
     warps = kind.warps if tile_size * element_size >= kind.tile_bytes else 4
     group, run = _rows_a_thread(
-        rows, block_outer * block_inner, block_channels, element_size, warps
+        rows, block_outer * block_inner, block_channels, element_size, chip.warp_size * warps
     )
     return Tile(
         block_outer, block_inner, block_channels, warps, kind.stages,

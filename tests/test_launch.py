@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fusedres.kernels import launch
+from fusedres.kernels.chip import Chip
 from fusedres.kernels.layout import row_map
 
 from .helpers import Case, run
@@ -33,7 +34,7 @@ def dense(shape, channels_last=False):
 
 
 def chip(multiprocessors):
-    return SimpleNamespace(multiprocessors=multiprocessors, architecture=90)
+    return Chip(architecture=90, multiprocessors=multiprocessors, shared_memory=227 << 10)
 
 
 def assert_fits(grid):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 import torch
+import triton
+from triton import knobs
 
 import fusedres
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.functional import batch_norm_act
 from fusedres.kernels import start
 from fusedres.kernels.apply import bn_apply_kernel
+from fusedres.kernels.stats import bn_stats_kernel
 
 pytestmark = pytest.mark.compiler
 
@@ -85,3 +94,156 @@ def test_shapes_that_keep_changing_do_not_fill_the_memory(slow_starts, monkeypat
     for n in range(1, 12):
         launches_of(torch.empty((n, *SHAPE[1:]), dtype=torch.bfloat16))
     assert len(start._started) <= 8
+
+
+WATCHES = {
+    "hook": lambda kernel, patch: patch.setattr(kernel, "pre_run_hooks", [lambda *a, **o: None]),
+    "debug": lambda kernel, patch: patch.setattr(knobs.runtime, "debug", True),
+    "kernel debug": lambda kernel, patch: patch.setattr(kernel, "debug", True),
+    "instrumentation": lambda kernel, patch: patch.setattr(
+        knobs.compilation, "instrumentation_mode", "fpsan"
+    ),
+    "pipeline": lambda kernel, patch: patch.setattr(
+        knobs.runtime, "add_stages_inspection_hook", lambda *a: ("key", "hash")
+    ),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHES)
+def test_while_triton_is_watched_launches_are_its_own(slow_starts, monkeypatch, watch):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    first = launches_of(x)
+    with monkeypatch.context() as patch:
+        WATCHES[watch](bn_apply_kernel, patch)
+        patch.setattr(type(bn_apply_kernel), "run", lambda self, *a, **o: slow_starts.append(self))
+        slow_starts.clear()
+        launches_of(x)
+        launches_of(x)
+        assert slow_starts.count(bn_apply_kernel) == 2
+    slow_starts.clear()
+    assert launches_of(x) == first
+    assert slow_starts == []
+
+
+def test_a_hook_before_the_run_is_called_at_each_launch(slow_starts):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    launches_of(x)
+    called = []
+    bn_apply_kernel.add_pre_run_hook(lambda *arguments, **options: called.append(arguments))
+    try:
+        launches_of(x)
+        launches_of(x)
+    finally:
+        bn_apply_kernel.pre_run_hooks.clear()
+    launches_of(x)
+    assert len(called) == 2
+
+
+def test_debugging_is_other_code_as_long_as_it_is_on(slow_starts, monkeypatch):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    plain = launches_of(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs.runtime, "debug", True)
+        debugged = launches_of(x)
+    assert [each.cubin for each in launches_of(x)] == [each.cubin for each in plain]
+    assert debugged[-1].cubin != plain[-1].cubin
+
+
+@contextmanager
+def forgotten(kernel):
+    """Triton's memory of what it compiled of a kernel is empty."""
+    before = kernel.device_caches
+    kernel.device_caches = defaultdict(kernel.create_binder)
+    try:
+        yield
+    finally:
+        with compile_only(90):  # a compiled kernel that goes asks the active driver to unload it
+            kernel.device_caches = before
+            start._started.clear()
+
+
+def test_a_cache_that_was_emptied_is_filled_again(slow_starts):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    launches_of(x)
+    slow_starts.clear()
+    with forgotten(bn_apply_kernel):
+        launches_of(x)
+        assert slow_starts == [bn_apply_kernel]
+
+
+def test_a_kernel_that_another_thread_compiles_is_started_by_triton(slow_starts):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    first = launches_of(x)
+    with forgotten(bn_apply_kernel), ThreadPoolExecutor(1) as pool:
+        with triton.AsyncCompileMode(pool):
+            assert launches_of(x) == first
+        assert launches_of(x) == first
+
+
+# What Triton's own start reads, and how it is known that nothing changed.
+READ = {
+    "in the key": {"self.device_caches"},
+    "watched": {
+        "self.debug", "self.pre_run_hooks", "knobs.runtime.debug", "knobs.runtime.add_stages_inspection_hook",
+        "knobs.compilation.instrumentation_mode",
+    },
+    "of no effect without instrumentation": {"knobs.compilation.fpsan_homomorphic_casts"},
+    "read by the compiled kernel's start too": {"knobs.runtime.launch_enter_hook", "knobs.runtime.launch_exit_hook"},
+    "constants": {"self.used_global_vals"},
+    "to compile": {"self._pack_args", "self._do_compile"},
+}  # fmt: skip
+
+
+def test_triton_reads_nothing_else():
+    """A Triton whose start reads more has to be read again."""
+    source = inspect.getsource(type(bn_apply_kernel).run)
+    found = set(re.findall(r"\b(?:knobs\.\w+|self)\.\w+", source))
+    assert found <= set.union(*READ.values())
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """As if the current stream were recorded into a CUDA graph, from when it is called."""
+
+    def begin():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    return begin
+
+
+def test_what_a_capture_would_have_to_compile_is_refused(slow_starts, capture):
+    capture()
+    hook = knobs.runtime.jit_cache_hook
+    with forgotten(bn_stats_kernel), compile_only(90) as recorded:
+        with pytest.raises(
+            RuntimeError,
+            match=r"^bn_stats_kernel is not compiled for these shapes yet .*: warm up first, with the same shapes",
+        ):
+            launches_of(torch.empty(SHAPE, dtype=torch.bfloat16))
+        assert bn_stats_kernel.device_caches[90][0] == {}
+    assert (recorded, start._started, knobs.runtime.jit_cache_hook) == ([], {}, hook)
+
+
+def test_after_a_warm_up_it_may_be_captured(slow_starts, capture):
+    x = torch.empty(SHAPE, dtype=torch.bfloat16)
+    first = launches_of(x)
+    capture()
+    assert launches_of(x) == first
+
+
+def test_a_batch_size_first_met_in_a_capture_may_use_what_is_compiled(slow_starts, capture):
+    small, large = (torch.empty((n, 16, 32, 32), dtype=torch.bfloat16) for n in (256, 512))
+    first = launches_of(small)
+    capture()
+    found = launches_of(large)
+    assert [each.cubin for each in found] == [each.cubin for each in first]
+    assert len(start._started) == 6
+
+
+def test_a_capture_refuses_nothing_to_other_threads(monkeypatch):
+    told = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **of: told.append(of))
+    with start._nothing_compiles(), ThreadPoolExecutor(1) as other:
+        other.submit(lambda: knobs.runtime.jit_cache_hook(fn=bn_apply_kernel)).result()
+    assert told == [{"fn": bn_apply_kernel}]
