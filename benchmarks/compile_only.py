@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -201,16 +202,26 @@ def _recorded(value: Any) -> Any:
 
 
 @contextmanager
-def compile_only(architecture: int) -> Iterator[list[Launch]]:
-    """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed."""
+def compile_only(architecture: int, without: Collection[str] = ()) -> Iterator[list[Launch]]:
+    """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed.
+
+    Kernels named in `without` are not compiled, unless that was done before, and not listed.
+    """
+
+    def left_out(*, fn: Any, **told: Any) -> bool:
+        return fn.name in without
+
     stand_in = _stand_in(architecture)
     stand_in.launches.clear()
     before = driver._active
-    driver.set_active(stand_in)
-    try:
-        yield stand_in.launches
-    finally:
-        driver._active = before
+    with knobs.runtime.scope():
+        if without:
+            knobs.runtime.jit_cache_hook = left_out
+        driver.set_active(stand_in)
+        try:
+            yield stand_in.launches
+        finally:
+            driver._active = before
 
 
 @functools.lru_cache(maxsize=8)

@@ -27,17 +27,30 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .code import Target
+from .code import SHAPES, SHORTCUT, STEM, Target
 from .compile_only import Launch, compile_only
 from .floors import OPERATORS
 from .inductor import Source, inductor_sources
-from .machine import ARCHITECTURE, Pass, Place
+from .machine import ARCHITECTURE, LAYOUTS, Pass, Place
 from .sass import Steady, steady_loops
 
 _KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str='cuda'\)", re.S)
 _BLOCK = re.compile(r"\b([XYZR]\d?_?BLOCK): tl\.constexpr = (\d+)")
 # A kernel that moves less of what the largest moves is a finalising step.
 SMALLEST = 0.05
+
+
+def targets() -> list[Target]:
+    """The stem, the first and the last stage of a ResNet-50 at batch 256, and a projected shortcut's tail."""
+    shapes = [("bn_relu", where, shape) for where, shape in STEM.items()]
+    shapes += [("bn_add_relu", where, shape) for where, shape in SHAPES.items()]
+    shapes.append(("bn_bn_add_relu", "first stage", SHORTCUT["bn_bn_add_relu"]))
+    return [
+        Target(ARCHITECTURE, kernel, where, shape, dtype, layout)
+        for dtype in ("bfloat16", "float32")
+        for layout in LAYOUTS
+        for kernel, where, shape in shapes
+    ]
 
 
 def expression(kernel: str) -> tuple[Callable[..., Tensor], int, int]:
@@ -136,7 +149,7 @@ def _module(folder: Path, body: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     with (
         mock.patch.dict(sys.modules, {"inductor_kernel": module}),
-        mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
         compile_only(ARCHITECTURE),
     ):
         spec.loader.exec_module(module)

@@ -23,8 +23,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .code import Target, compile_target
+from . import code
+from .cases import RESNET50, shape_name
+from .code import Target
 from .compile_only import MULTIPROCESSORS, Launch, Operand
+from .record import Row
 from .sass import Steady, steady
 
 CLOCK = 1.7e9  # below the boost clock of 1.98 GHz, which is not held under load
@@ -39,6 +42,7 @@ WRITTEN = {
     "bn_grad_reduce_kernel": ("p_dz", "p_dx"),
     "bn_grad_apply_kernel": ("p_dx", "p_dresidual"),
 }
+FINALISING = ("bn_finalize_kernel", "bn_grad_finalize_kernel")
 REDUCING = ("bn_stats_kernel", "bn_grad_reduce_kernel")
 # A mask is an eighth of a byte an element; what is smaller is a vector or a partial sum.
 SMALLEST = 1 / 10
@@ -157,39 +161,95 @@ class Place:
 
 
 def survey(targets: Iterable[Target]) -> Iterator[list[Place]]:
-    """The passes of each target in the order of their launches; a forward and backward in training mode."""
+    """The passes of each target in the order of their launches; a forward and backward in training mode.
+
+    The same code on as many values comes once: the statistics of both tensors of a dual tail, a fork's forward.
+    """
+    seen: set[tuple] = set()
     for target in targets:
-        passes = map(read_pass, compile_target(target))
-        yield [Place(target, each) for each in passes if each is not None]
+        new = []
+        for launch in code.compile_target(target, FINALISING):
+            key = launch.kernel, launch.cubin, launch.grid, target.shape
+            if key not in seen:
+                seen.add(key)
+                new.append(launch)
+        yield list(places(target, new))
 
 
-# Every BatchNorm of a ResNet-50 at 224x224, by the operator that it is part of: (channels, height = width).
-_TAILS = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
-RESNET50: dict[str, list[tuple[int, int]]] = {
-    "bn_relu": [(64, 112), (64, 56), (128, 56), (128, 28), (256, 28), (256, 14), (512, 14), (512, 7)],
-    "bn_add_relu": _TAILS,
-    "bn_bn_add_relu": _TAILS,
-    "bn_add_relu_fork": _TAILS,
-}  # fmt: skip
+def places(target: Target, launches: Iterable[Launch]) -> Iterator[Place]:
+    """The passes over memory among the launches of a target."""
+    for launch in launches:
+        of = read_pass(launch)
+        if of is not None:
+            yield Place(target, of)
+
+
+# A ResNet-50's BatchNorms by the operator that they are part of. All tails but the last are a residual's fork.
+SHAPES = {
+    "bn_relu": RESNET50["bn_relu"],
+    "bn_add_relu": RESNET50["bn_add_relu"],
+    "bn_bn_add_relu": RESNET50["bn"],
+    "bn_add_relu_fork": RESNET50["bn_add_relu"],
+}
+BATCHES = (256, 32)
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("channels_last", "contiguous_format")
 
 
 def sites(
-    batches: Sequence[int] = (256,),
-    operators: Sequence[str] = tuple(RESNET50),
+    batches: Sequence[int] = BATCHES,
+    operators: Sequence[str] = tuple(SHAPES),
     dtypes: Sequence[str] = DTYPES,
     layouts: Sequence[str] = LAYOUTS,
 ) -> list[Target]:
-    """A ResNet-50's BatchNorms, as targets for sm_90."""
+    """Every shape of a ResNet-50's BatchNorms at 224x224, as targets for sm_90."""
     return [
         Target(ARCHITECTURE, operator, f"batch {batch}", (batch, c, h, h), dtype, layout)
         for dtype in dtypes
         for layout in layouts
         for operator in operators
-        for c, h in RESNET50[operator]
         for batch in batches
+        for c, h in SHAPES[operator]
     ]
+
+
+MODE = "modelled"  # in the mode of each row, beside the rows of `code.py`
+METRICS = (
+    "bytes_an_element", "registers", "spills", "resident_programs", "rounds", "bytes_in_flight",
+    "instructions_an_element", "instruction_to_memory_H100", "instruction_to_memory_H200",
+)  # fmt: skip
+
+
+def rows_of(places: Iterable[Place], provider: str = "fusedres") -> Iterator[Row]:
+    """A row for each pass and metric; pipes and access widths stand in the note of `instructions_an_element`."""
+    for place in places:
+        target, of = place.target, place.of
+        values = (of.read + of.written, of.registers, of.spills, of.resident, of.rounds, of.in_flight, of.instructions,
+                  *(of.ratio(chip) for chip in BANDWIDTH))  # fmt: skip
+        for metric, value in zip(METRICS, values, strict=True):
+            yield Row(
+                level="code",
+                kernel=f"{of.kernel} in {target.kernel}",
+                provider=provider,
+                metric=metric,
+                mode=MODE,
+                shape=shape_name(target.shape),
+                dtype=target.dtype,
+                layout=target.layout.removesuffix("_format"),
+                median=float(value),
+                note=told(of) if metric == "instructions_an_element" else "",
+            )
+
+
+def told(of: Pass) -> str:
+    """Instructions an element by pipe, which pipe is taken longest, and how many accesses have how many bits."""
+    pipes = ", ".join(f"{pipe} {n:.1f}" for pipe, n in sorted(of.pipes.items()) if n >= 0.05)
+    loads, stores = (_widths(of.steady.widths(kind)) for kind in ("load", "store"))
+    return f"{pipes}; limit: {of.limiter}; loads {loads}; stores {stores}"
+
+
+def _widths(widths: dict[int, int]) -> str:
+    return " ".join(f"{n}x{bits}" for bits, n in widths.items()) or "none"
 
 
 HEAD = (
@@ -201,11 +261,11 @@ HEAD = (
 def line(place: Place) -> list[str]:
     """The cells of HEAD."""
     target, of = place.target, place.of
-    widths = [" ".join(f"{n}x{w}" for w, n in of.steady.widths(k).items()) for k in ("load", "store")]  # fmt: skip
+    widths = (_widths(of.steady.widths(kind)) for kind in ("load", "store"))
     return [
         target.kernel, "x".join(map(str, target.shape)), target.dtype, target.layout.removesuffix("_format"),
         of.kernel, f"{of.registers}", f"{of.spills}", f"{of.resident}", f"{of.rounds:.2f}",
-        f"{of.in_flight / 1e3:.0f}", f"{of.instructions:.1f}", *(w or "-" for w in widths), of.limiter,
+        f"{of.in_flight / 1e3:.0f}", f"{of.instructions:.1f}", *widths, of.limiter,
         *(f"{of.ratio(chip):.2f}" for chip in BANDWIDTH),
     ]  # fmt: skip
 
@@ -216,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m fusedres.benchmarks.machine", description="The model's table."
     )
     parser.add_argument(
-        "operators", nargs="*", default=list(RESNET50), metavar="operator", help=", ".join(RESNET50)
+        "operators", nargs="*", default=list(SHAPES), metavar="operator", help=", ".join(SHAPES)
     )
     parser.add_argument("--batch", type=int, action="append", help="(default 256)")
     parser.add_argument(
