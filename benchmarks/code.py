@@ -1,7 +1,7 @@
 """What the compiler makes of each kernel: registers, spills, shared memory, occupancy, access widths, tensor cores.
 
 The library's own launchers are driven at a batch-256 ResNet-50's shapes, through a stand-in for Triton's driver; no
-GPU is needed, and nothing runs.
+GPU is needed, and nothing runs. What bounds the passes is modelled from the same machine code in `machine.py`.
 """
 
 from __future__ import annotations

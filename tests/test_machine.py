@@ -13,6 +13,8 @@ from fusedres.benchmarks import compiled, machine, sass
 from fusedres.benchmarks.code import Target
 from fusedres.benchmarks.compile_only import Launch, Operand, compile_only
 from fusedres.benchmarks.floors import OPERATORS
+from fusedres.benchmarks.record import Book
+from fusedres.benchmarks.report import write_page
 from fusedres.benchmarks.sass import Instruction, Listing, Steady, steady
 
 pytestmark = pytest.mark.compiler
@@ -256,6 +258,42 @@ def test_the_table_says_that_nothing_was_run(capsys):
         for channels in (64, 128)
         for kernel in ("bn_stats", "bn_apply", "bn_grad_reduce", "bn_grad_apply")
     ]
+
+
+def test_the_page_has_a_line_for_shapes_with_the_same_figures(tmp_path):
+    """Beside the facts, and with a fused operator's passes next to torch.compile's."""
+    shapes = [(256, 256, 56, 56), (256, 512, 28, 28)]
+    places = [machine.Place(target("bn_add_relu", shape=shape), passed()) for shape in shapes]
+    slower = passed(kernel="forward: red_0", resident=1)
+    other = machine.Place(target("bn_add_relu", shape=shapes[0]), slower)
+    book = Book.open(tmp_path, {})
+    book.add(machine.rows_of(places))
+    book.add(machine.rows_of([other], "compile"))
+    page = write_page(book)[0].read_text()
+    assert "## Machine code, modelled" in page
+    assert "no figure is a time that a GPU took" in page
+    assert "17.8 on an H100, 25.5 on an H200" in page
+    assert "## Machine code\n" not in page
+    first, second = (line for line in page.splitlines() if "bfloat16" in line)
+    where = "N256-C256-H56-W56, N256-C512-H28-W28"
+    assert first.startswith(
+        f"| BN + add + ReLU | bfloat16 | channels_last | fusedres | bn_stats | {where} | 2.00 | 4.0 |"
+    )
+    assert second.startswith(
+        "| BN + add + ReLU | bfloat16 | channels_last | compile | forward: red_0 | N256-C256-H56-W56 |"
+    )
+
+
+def test_rows_tell_pipes_and_widths():
+    loop = Steady(sass.Counter({"FADD": 48, "LOP3.LUT": 14, "LDG.E.128": 2}), True)
+    rows = {
+        row.metric: row
+        for row in machine.rows_of([machine.Place(target("bn"), passed(steady=loop))])
+    }
+    assert set(rows) == set(machine.METRICS)
+    told = "alu 0.9, fp 3.0, memory 0.1; limit: issue; loads 2x128; stores none"
+    assert rows["instructions_an_element"].note == told
+    assert {row.mode for row in rows.values()} == {machine.MODE}
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------
