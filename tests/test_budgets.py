@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import pytest
+import triton
 
 from fusedres.benchmarks import code, machine
 from fusedres.benchmarks.code import Target
@@ -35,6 +36,8 @@ BUDGETS: dict[str, Any] = {
         ("float32", "bn_stats"): 11,
         ("float32", "bn_grad_reduce"): 19,
     },
+    # The same code of an older Triton (3.6: up to 7 percent more instructions) may have so many times as many.
+    "older": 1.1,
     # Of reducing passes that move so many bytes: what they read and write, of the tiles under way.
     "large": 50e6,
     "bytes_in_flight": 40e3,
@@ -68,6 +71,7 @@ NOT_YET: list[tuple[str, float, dict[str, Any]]] = [
 ]  # fmt: skip
 
 BATCH = 256
+IS_OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 EVERY = machine.sites((BATCH,))
 # Places that differ in kind, which other tests compile, too.
 SOME = {
@@ -139,6 +143,8 @@ def excepted(metric: str, target: Target, of: Pass) -> list[int]:
 
 
 def is_within(metric: str, value: float, bound: float) -> bool:
+    if metric == COUNT and IS_OLDER:
+        bound *= BUDGETS["older"]
     return value >= bound if metric == "bytes_in_flight" else value <= bound
 
 
