@@ -10,13 +10,16 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -37,8 +40,23 @@ TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "DMMA", "QGMMA", "IGMMA", "UTCHMMA", "UT
 
 
 @dataclass(frozen=True)
+class Operand:
+    """A tensor that a kernel was given."""
+
+    numel: int
+    element_size: int
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.element_size
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One launch: which kernel, how many programs, and its machine code (for AMD a code object)."""
+    """One launch: which kernel, how many programs, and its machine code (for AMD a code object).
+
+    arguments: by name, constants included; an `Operand` where a tensor was given.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -46,19 +64,24 @@ class Launch:
     shared: int
     cubin: bytes = field(repr=False)
     architecture: Architecture = 90
+    arguments: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that registers, shared memory and slots let be resident."""
+    def resident(self) -> int:
+        """Programs that registers, shared memory and slots let be on a multiprocessor at a time."""
         # Registers are handed out to warps in units of 256, each program takes 1 KiB of shared memory for itself.
         a_warp = -(-self.code.registers * 32 // 256) * 256
-        resident = min(
+        return min(
             PROGRAMS,
             WARPS // self.warps,
             REGISTERS // (a_warp * self.warps),
             SHARED_MEMORY_IN_ALL[self.architecture] // (self.shared + 1024),
         )
-        return resident * self.warps / WARPS
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that are resident."""
+        return self.resident * self.warps / WARPS
 
     @property
     def programs(self) -> int:
@@ -98,20 +121,21 @@ class MachineCode:
         found: dict[str, Counter] = {"load": Counter(), "store": Counter()}
         for name, n in self.instructions.items():
             if name.startswith(("LDG", "STG")):
-                found["store" if name.startswith("STG") else "load"][_width(name)] += n
+                found["store" if name.startswith("STG") else "load"][width(name)] += n
         return {kind: dict(sorted(counts.items())) for kind, counts in found.items()}
 
     def count(self, prefix: str) -> int:
         return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
 
 
-def _width(instruction: str) -> int:
+def width(instruction: str) -> int:
     """Bits a thread moves: `LDG.E.128`, `STG.E.U16`; 32 where nothing is said."""
     found = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction)
     return int(found[1]) if found else 32
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """The path of a tool that Triton brings."""
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
@@ -122,13 +146,13 @@ def read_machine_code(cubin: bytes) -> MachineCode:
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name],
+            [tool("cuobjdump"), "-res-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
         )
         sass = subprocess.run(
-            [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
+            [tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
         )
     text = usage.stdout + usage.stderr
     found = re.search(r"REG:(\d+)", text)
@@ -169,7 +193,9 @@ class CompileOnlyDriver:
         return GPUTarget("cuda", self.architecture, 32)
 
     def launcher_cls(self, source, metadata):
-        def launch(x, y, z, stream, cubin, *rest):
+        names = list(source.signature)
+
+        def launch(x, y, z, stream, cubin, packed, launch_metadata, enter, leave, *values):
             self.launches.append(
                 Launch(
                     metadata.name,
@@ -178,23 +204,42 @@ class CompileOnlyDriver:
                     metadata.shared,
                     cubin,
                     self.architecture,
+                    {name: _recorded(v) for name, v in zip(names, values, strict=True)},
                 )
             )
 
         return launch
 
 
+def _recorded(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Operand(value.numel(), value.element_size())
+    return value
+
+
 @contextmanager
-def compile_only(architecture: Architecture) -> Iterator[list[Launch]]:
-    """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed."""
+def compile_only(
+    architecture: Architecture, without: Collection[str] = ()
+) -> Iterator[list[Launch]]:
+    """`with compile_only(90) as launches:` the active driver is the stand-in; what is launched is listed.
+
+    Kernels named in `without` are not compiled, unless that was done before, and not listed.
+    """
+
+    def left_out(*, fn: Any, **told: Any) -> bool:
+        return fn.name in without
+
     stand_in = _stand_in(architecture)
     stand_in.launches.clear()
     before = driver._active
-    driver.set_active(stand_in)
-    try:
-        yield stand_in.launches
-    finally:
-        driver._active = before
+    with knobs.runtime.scope():
+        if without:
+            knobs.runtime.jit_cache_hook = left_out
+        driver.set_active(stand_in)
+        try:
+            yield stand_in.launches
+        finally:
+            driver._active = before
 
 
 @functools.lru_cache(maxsize=8)

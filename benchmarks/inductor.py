@@ -59,6 +59,16 @@ class Schedule:
     conversion_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Source:
+    """What inductor wrote for one direction: a module's text, and of each kernel in it, in the order of their calls,
+    the bytes that it reads and writes."""
+
+    phase: str
+    text: str
+    moved: tuple[tuple[int, int], ...]
+
+
 def inductor_schedule(
     function: Callable[..., Any] | nn.Module,
     inputs: Sequence[Any],
@@ -76,6 +86,23 @@ def inductor_schedule(
         ValueError: no properties are written down for the architecture.
         RuntimeError: this torch cannot be read so, or cannot compile the function.
     """
+    return Schedule(**_scheduled(function, inputs, architecture, autocast).counts)
+
+
+def inductor_sources(
+    function: Callable[..., Any] | nn.Module, inputs: Sequence[Any], *, architecture: int = 90
+) -> list[Source]:
+    """The source of `inductor_schedule`'s kernels, forward first; raises what that does."""
+    return _scheduled(function, inputs, architecture, None).sources
+
+
+def _scheduled(
+    function: Callable[..., Any] | nn.Module,
+    inputs: Sequence[Any],
+    architecture: int,
+    autocast: torch.dtype | None,
+) -> _Parts:
+    """The parts, with what they counted."""
     if architecture not in DEVICES:
         known = ", ".join(map(str, DEVICES))
         raise ValueError(f"architecture {architecture} is unknown; known are: {known}")
@@ -86,7 +113,7 @@ def inductor_schedule(
             parts = _Parts(architecture)
             with parts.settings():
                 parts.compile(function, inputs, autocast)
-        return Schedule(**parts.counts)
+        return parts
     except Exception as error:
         reason = f"torch {torch.__version__}: no schedule without running it: {_cause(error)}"
         raise RuntimeError(reason) from error
@@ -116,6 +143,7 @@ class _Parts:
         self.aot_autograd = self.home.aot_autograd
         self.architecture = architecture
         self.counts: dict[str, int] = dict.fromkeys(Schedule.__dataclass_fields__, 0)
+        self.sources: list[Source] = []
 
     def compile(
         self,
@@ -187,16 +215,21 @@ class _Parts:
 
         def compile_to_module(graph: Any) -> Any:
             before = self.metrics.generated_kernel_count
-            graph.codegen()
+            code = graph.codegen()[0]
             phase = "backward" if graph.is_backward else "forward"
             self.counts[f"{phase}_kernels"] += self.metrics.generated_kernel_count - before
+            each: list[tuple[int, int]] = []
             for node in graph.scheduler.nodes:
                 extern = isinstance(node, self.scheduler.ExternKernelSchedulerNode)
                 name = f"{phase}_extern_bytes" if extern else f"{phase}_bytes"
                 moved = int(node.get_read_write_buffers_sizes())
                 self.counts[name] += moved
+                if not extern:
+                    each.append((node.get_read_buffer_sizes(), node.get_write_buffer_sizes()))
                 if not extern and _operations(node) <= CONVERSIONS:
                     self.counts["conversion_bytes"] += moved
+            # torch 2.11 gives the text, 2.15 a value that holds it.
+            self.sources.append(Source(phase, getattr(code, "value", code), tuple(each)))
             graph.cache_key, graph.cache_path, graph.cache_linemap = "", "", []
             return SimpleNamespace(call=_not_run)
 

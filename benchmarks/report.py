@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from . import machine
 from .measure import COPY
 from .plots import save_plots
 from .providers import BASELINE, OURS
@@ -207,6 +208,16 @@ def _host(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _code(rows: Sequence[Row]) -> Iterator[str]:
+    modelled = [row for row in rows if row.mode == machine.MODE]
+    facts = [row for row in rows if row.mode != machine.MODE]
+    if facts:
+        yield from _facts(facts)
+    if modelled:
+        yield from [""] * bool(facts)
+        yield from _modelled(modelled)
+
+
+def _facts(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Machine code"
     yield ""
     yield (
@@ -235,6 +246,44 @@ def _code(rows: Sequence[Row]) -> Iterator[str]:
         )
     heads = ["registers", "spills", "shared", "occupancy", "load", "store", "tensor core"]
     yield from _table(["chip", "kernel", "dtype", "layout", *heads], lines)
+
+
+def _modelled(rows: Sequence[Row]) -> Iterator[str]:
+    """Shapes whose figures are the same share a line."""
+    yield "## Machine code, modelled"
+    yield ""
+    needed = ", ".join(f"{machine.bytes_needed(c) / 1e3:.1f} on an {c}" for c in machine.BANDWIDTH)
+    yield (
+        "Read from the steady loop of each kernel for sm_90, at a ResNet-50's shapes; nothing was run, and no figure "
+        "is a time that a GPU took. Of an element of the activation: the bytes that the pass moves, and its "
+        "instructions. Programs: resident on a multiprocessor. Rounds: programs over all that are resident at once. "
+        "KB in flight: on a multiprocessor; a memory latency of "
+        f"{1e9 * machine.LATENCY:.0f} ns asks for {needed}. H100, H200: modelled time of the instructions over "
+        "modelled time of the memory (benchmarks/README.md has what is assumed); above 1 the instructions are the "
+        "limit, and from 0.7 on they may be."
+    )
+    yield ""
+    lines: dict[tuple, list[str]] = {}
+    for (operator, dtype, layout), group in _grouped(
+        (row for row in rows if row.median is not None),
+        lambda row: (row.kernel.rpartition(" in ")[2], row.dtype, row.layout),
+    ):
+        for (kernel, provider, shape), of in _grouped(
+            group, lambda row: (row.kernel.rpartition(" in ")[0], row.provider, row.shape)
+        ):
+            by = {row.metric: row.median for row in of}
+            figures = [
+                f"{by['bytes_an_element']:.2f}", f"{by['instructions_an_element']:.1f}",
+                f"{by['registers']:.0f}", f"{by['spills']:.0f}", f"{by['resident_programs']:.0f}",
+                f"{by['rounds']:.1f}", f"{by['bytes_in_flight'] / 1e3:.0f}",
+                *(f"{by[f'instruction_to_memory_{chip}']:.2f}" for chip in machine.BANDWIDTH),
+            ]  # fmt: skip
+            line = (NAMES.get(operator, operator), dtype, layout, provider, kernel, *figures)
+            lines.setdefault(line, []).append(shape)
+    heads = ["operator", "dtype", "layout", "", "kernel", "shapes", "bytes", "instructions", "registers", "spills",
+             "programs", "rounds", "KB in flight", *machine.BANDWIDTH]  # fmt: skip
+    table = [[*line[:5], ", ".join(shapes), *line[5:]] for line, shapes in lines.items()]
+    yield from _table(heads, table)
 
 
 def _executed(rows: Sequence[Row]) -> Iterator[str]:

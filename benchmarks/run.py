@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from ..cli.device import device_name
 from ..cli.env import versions
 from ..cli.errors import CommandError
-from . import bytes_level, cases, code, executed, host
+from . import bytes_level, cases, code, compiled, executed, host, machine
 from .cases import Case
 from .measure import Plan, measure
 from .providers import PROVIDERS, Provider
@@ -131,8 +132,7 @@ def plan(wish: Wish) -> Iterator[Unit]:
         elif level == "bytes":
             yield "bytes: operators and networks", partial(bytes_level.measure, wish.quick)
         elif level == "code":
-            for target in code.targets(wish.quick):
-                yield f"code: {target.name}", partial(_code_rows, target)
+            yield from _code_units(wish.quick)
         elif level == executed.LEVEL:
             yield from _executed_units(wish)
         elif level == "host":
@@ -152,8 +152,36 @@ def _refused(why: str) -> Iterator[list[Row]]:
     raise CommandError(why)
 
 
-def _code_rows(target: code.Target) -> Iterator[list[Row]]:
-    yield list(code.rows_of(target, code.compile_target(target)))
+def _code_units(quick: bool) -> Iterator[Unit]:
+    for target in code.targets(quick):
+        yield f"code: {target.name}", partial(_code_rows, target, quick)
+    if quick:
+        return
+    for dtype, layout, operator in itertools.product(
+        machine.DTYPES, machine.LAYOUTS, machine.SHAPES
+    ):
+        sites = machine.sites(operators=[operator], dtypes=[dtype], layouts=[layout])
+        name = f"code: the model of {operator}, {dtype}, {layout}"
+        yield name, partial(_modelled_rows, sites)
+    for target in compiled.targets():
+        name = f"code: the model of compile, {target.kernel}, {target.dtype}, {target.layout}, {target.where}"
+        yield name, partial(_compiled_rows, target)
+
+
+def _code_rows(target: code.Target, modelled: bool) -> Iterator[list[Row]]:
+    launches = code.compile_target(target)
+    yield list(code.rows_of(target, launches))
+    if modelled:  # else at all shapes, later
+        yield list(machine.rows_of(machine.places(target, launches)))
+
+
+def _modelled_rows(sites: Sequence[code.Target]) -> Iterator[list[Row]]:
+    found = itertools.chain.from_iterable(machine.survey(sites))
+    yield list(machine.rows_of(found))
+
+
+def _compiled_rows(target: code.Target) -> Iterator[list[Row]]:
+    yield list(machine.rows_of(compiled.inductor_passes(target), "compile"))
 
 
 def _timed_units(level: str, wish: Wish) -> Iterator[Unit]:

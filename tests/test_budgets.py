@@ -1,0 +1,197 @@
+"""What every pass may cost, by the model of `fusedres.benchmarks.machine`: read from machine code, nothing is run.
+
+A ResNet-50 at batch 256, sm_90. `python -m fusedres.benchmarks.machine` prints the whole table. By default a few places
+that differ in kind are held to the budgets; `-m slow` takes all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import triton
+
+from fusedres.benchmarks import code, machine
+from fusedres.benchmarks.code import Target
+from fusedres.benchmarks.machine import MODE, Pass, Place
+
+pytestmark = pytest.mark.compiler
+
+RATIO, COUNT = "instruction_to_memory_H200", "instructions_an_element"
+# The most, but bytes_in_flight: the least. What a metric is: `machine.METRICS`.
+BUDGETS: dict[str, Any] = {
+    # Instruction time over memory time, by dtype: the rest is for what the model leaves out.
+    RATIO: {"bfloat16": 0.6, "float16": 0.6, "float32": 0.5},
+    # The same at 7x7, contiguous, in every dtype.
+    f"{RATIO}, 7x7 contiguous": 0.8,
+    # In channels_last, by dtype, kernel and operator (or of all of them).
+    COUNT: {
+        ("bfloat16", "bn_stats"): 7.5,
+        ("bfloat16", "bn_apply", "bn_relu"): 8,
+        ("bfloat16", "bn_apply", "bn_add_relu"): 14,
+        ("bfloat16", "bn_apply", "bn_add_relu_fork"): 14,
+        ("bfloat16", "bn_grad_reduce"): 13,
+        ("bfloat16", "bn_grad_apply"): 12,
+        ("float32", "bn_stats"): 11,
+        ("float32", "bn_grad_reduce"): 19,
+    },
+    # The same code of an older Triton (3.6: up to 7 percent more instructions) may have so many times as many.
+    "older": 1.1,
+    # Of reducing passes that move so many bytes: what they read and write, of the tiles under way.
+    "large": 50e6,
+    "bytes_in_flight": 40e3,
+    "rounds": 1,
+    "spills": 0,
+}
+# What does not meet its budget, where, and what was reached: (metric, reached, place). An entry that nothing needs any
+# more is a failure (`test_no_exception_is_left_that_nothing_needs`).
+NOT_YET: list[tuple[str, float, dict[str, Any]]] = [
+    (COUNT, 8.5, {"kernel": "bn_apply", "operator": "bn_relu"}),
+    (COUNT, 18, {"kernel": "bn_apply", "operator": "bn_add_relu"}),
+    (COUNT, 18, {"kernel": "bn_apply", "operator": "bn_add_relu_fork"}),
+    (COUNT, 15.1, {"kernel": "bn_grad_apply", "operator": "bn_relu"}),
+    (COUNT, 15.1, {"kernel": "bn_grad_apply", "operator": "bn_add_relu"}),
+    (COUNT, 21.5, {"kernel": "bn_grad_apply", "operator": "bn_bn_add_relu"}),
+    (COUNT, 17, {"kernel": "bn_grad_reduce", "operator": "bn_relu", "dtype": "bfloat16"}),
+    (COUNT, 17, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu", "dtype": "bfloat16"}),
+    (COUNT, 19.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "bfloat16"}),
+    (COUNT, 25.5, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "bfloat16"}),
+    (COUNT, 22.5, {"kernel": "bn_grad_reduce", "operator": "bn_relu", "dtype": "float32"}),
+    (COUNT, 23.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu", "dtype": "float32"}),
+    (COUNT, 28.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "float32"}),
+    (COUNT, 42.5, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "float32"}),
+    (RATIO, 0.65, {"kernel": "bn_grad_reduce", "dtype": "bfloat16"}),
+    (RATIO, 0.53, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "float32"}),
+    (RATIO, 0.52, {"kernel": "bn_stats", "dtype": "float32", "layout": "contiguous_format"}),
+    ("rounds", 1.34, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "float16"}),
+    # A flat walk has a program for each block of columns at least, and 14 * 14 * 1024 columns.
+    ("rounds", 16, {"layout": "contiguous_format", "height": 14}),
+    ("rounds", 8, {"layout": "contiguous_format", "height": 7}),
+]  # fmt: skip
+
+BATCH = 256
+IS_OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+EVERY = machine.sites((BATCH,))
+# Places that differ in kind, which other tests compile, too.
+SOME = {
+    ("bn_relu", "bfloat16", "channels_last", 112),
+    ("bn_add_relu", "bfloat16", "channels_last", 56),
+    ("bn_bn_add_relu", "bfloat16", "channels_last", 56),
+    ("bn_add_relu_fork", "bfloat16", "channels_last", 56),
+    ("bn_add_relu", "float32", "channels_last", 56),
+    ("bn_add_relu", "bfloat16", "contiguous_format", 56),
+    ("bn_add_relu", "bfloat16", "contiguous_format", 7),
+}
+KERNELS = ("bn_stats", "bn_apply", "bn_grad_reduce", "bn_grad_apply")
+
+
+def cases(targets: list[Target]) -> list[Any]:
+    """A case for each pass of each place."""
+    found = []
+    for target in targets:
+        _, channels, height, _ = target.shape
+        quick = (target.kernel, target.dtype, target.layout, height) in SOME
+        layout = {"channels_last": "nhwc", "contiguous_format": "nchw"}[target.layout]
+        for kernel in KERNELS:
+            name = f"{kernel}-{target.kernel}-{target.dtype}-{layout}-C{channels}-H{height}"
+            marks = () if quick else pytest.mark.slow
+            found.append(pytest.param(target, kernel, id=name, marks=marks))
+    return found
+
+
+@functools.cache
+def passes(target: Target) -> tuple[Pass, ...]:
+    launches = code.compile_target(target, machine.FINALISING)
+    return tuple(place.of for place in machine.places(target, launches))
+
+
+def figures(target: Target, of: Pass) -> dict[str, float]:
+    rows = machine.rows_of([Place(target, of)])
+    return {row.metric: row.median for row in rows if row.mode == MODE and row.median is not None}
+
+
+def budgets(target: Target, of: Pass) -> dict[str, float]:
+    """The budgets of a pass."""
+    is_contiguous = target.layout == "contiguous_format"
+    found = {RATIO: BUDGETS[RATIO][target.dtype], "spills": BUDGETS["spills"]}
+    if is_contiguous and target.shape[2] == 7:
+        found[RATIO] = BUDGETS[f"{RATIO}, 7x7 contiguous"]
+    if not is_contiguous:
+        for key in ((target.dtype, of.kernel), (target.dtype, of.kernel, target.kernel)):
+            if key in BUDGETS[COUNT]:
+                found[COUNT] = BUDGETS[COUNT][key]
+    if f"{of.kernel}_kernel" in machine.REDUCING and of.bytes >= BUDGETS["large"]:
+        found |= {name: BUDGETS[name] for name in ("bytes_in_flight", "rounds")}
+    return found
+
+
+def excepted(metric: str, target: Target, of: Pass) -> list[int]:
+    """The entries of NOT_YET that are about this figure."""
+    is_at = {
+        "kernel": of.kernel,
+        "operator": target.kernel,
+        "dtype": target.dtype,
+        "layout": target.layout,
+        "height": target.shape[2],
+    }
+    return [
+        i
+        for i, (name, _, where) in enumerate(NOT_YET)
+        if name == metric and where.items() <= is_at.items()
+    ]
+
+
+def is_within(metric: str, value: float, bound: float) -> bool:
+    if metric == COUNT and IS_OLDER:
+        bound *= BUDGETS["older"]
+    return value >= bound if metric == "bytes_in_flight" else value <= bound
+
+
+@pytest.mark.parametrize(("target", "kernel"), cases(EVERY))
+def test_a_pass_is_within_its_budget(target, kernel):
+    found = [of for of in passes(target) if of.kernel == kernel]
+    assert found
+    over = {}
+    for of in found:
+        figure = figures(target, of)
+        for metric, bound in budgets(target, of).items():
+            allowed = [bound, *(NOT_YET[i][1] for i in excepted(metric, target, of))]
+            if not any(is_within(metric, figure[metric], b) for b in allowed):
+                over[metric] = f"{figure[metric]:.2f}, budget {bound}, allowed {allowed[-1]}"
+    assert over == {}
+
+
+@pytest.mark.slow
+def test_no_exception_is_left_that_nothing_needs():
+    needed = set()
+    for target in EVERY:
+        for of in passes(target):
+            figure = figures(target, of)
+            for metric, bound in budgets(target, of).items():
+                if not is_within(metric, figure[metric], bound):
+                    needed |= set(excepted(metric, target, of))
+    assert [entry for i, entry in enumerate(NOT_YET) if i not in needed] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 100])
+@pytest.mark.parametrize("dtype", machine.DTYPES)
+@pytest.mark.parametrize("layout", machine.LAYOUTS)
+@pytest.mark.parametrize("operator", machine.SHAPES)
+def test_nothing_spills_elsewhere(operator, layout, dtype, architecture):
+    spilt = {}
+    for channels, height in machine.SHAPES[operator]:
+        shape = (BATCH, channels, height, height)
+        target = Target(architecture, operator, "here", shape, dtype, layout)
+        for launch in code.compile_target(target):
+            if launch.code.spills:
+                spilt[launch.kernel, shape] = launch.code.spills
+    assert spilt == {}
+
+
+def test_a_pass_over_its_budget_is_named(monkeypatch):
+    (target,) = machine.sites((BATCH,), ["bn_add_relu"], ["bfloat16"], ["channels_last"])[:1]
+    monkeypatch.setitem(BUDGETS[COUNT], ("bfloat16", "bn_stats"), 1.0)
+    with pytest.raises(AssertionError, match=r"'instructions_an_element': '\d+\.\d\d, budget 1.0"):
+        test_a_pass_is_within_its_budget(target, "bn_stats")
