@@ -195,6 +195,8 @@ class GemmTile:
     tiles: int
     programs: int
     blocks_out: int
+    blocks_in: int
+    split: bool
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
@@ -242,7 +244,8 @@ def choose_product(
     block_rows, block_out, block_in, warps, stages = table[element_size]
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
-    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, 1)
+    blocks_in = _ceil(channels_in, block_in)
+    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, 1, blocks_in)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -255,13 +258,18 @@ def choose_grad_weight(
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
     blocks_in = _ceil(channels_in, block_in)
-    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, blocks_in)  # fmt: skip
+    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, blocks_in, blocks_in)  # fmt: skip
 
 
-def _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, columns):
+def _gemm_tile(
+    rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, columns, blocks_in
+):  # fmt: skip
     tiles, blocks_out = _ceil(rows, block_rows), _ceil(channels_out, block_out)
     if block_rows * block_out < 128 * 64 and warps == 8:
         warps = 4
     wanted = min(_ceil(2 * chip.multiprocessors, blocks_out * columns), MAX_PARTIALS, tiles)
     programs = _ceil(tiles, _ceil(tiles, max(1, wanted)))
-    return GemmTile(block_rows, block_out, block_in, warps, stages, tiles, programs, blocks_out)
+    return GemmTile(
+        block_rows, block_out, block_in, warps, stages, tiles, programs, blocks_out, blocks_in,
+        split=chip.architecture < 100,
+    )  # fmt: skip
