@@ -67,12 +67,18 @@ def round_to_tf32(b_value):
 
 
 @triton.jit
+def operand(b_value, PRECISION: tl.constexpr):
+    """What a tensor core is given: float32 rounded to tf32 where that is the precision."""
+    if PRECISION == "tf32" and b_value.dtype == tl.float32 and not _INTERPRETED:
+        b_value = round_to_tf32(b_value)
+    return b_value
+
+
+@triton.jit
 def dot(b_left, b_right, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """acc + left @ right on tensor cores. The interpreter multiplies the bit patterns of bfloat16 as they are."""
+    """acc + left @ right, two `operand`s. The interpreter multiplies the bit patterns of bfloat16 as they are."""
     if _INTERPRETED:
         b_left, b_right = b_left.to(ACC), b_right.to(ACC)
-    elif PRECISION == "tf32" and b_left.dtype == tl.float32:
-        b_left, b_right = round_to_tf32(b_left), round_to_tf32(b_right)
     return tl.dot(b_left, b_right, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
 
@@ -203,7 +209,7 @@ def projection_kernel(
         b_low, b_m2 = b_mean, b_mean
     if BLOCKS_IN == 1:  # the weight stays
         m_weight = (o_in < channels_in)[:, None] & m_out[None, :]
-        b_weight = tl.load(p_block, mask=m_weight, other=0.0)
+        b_weight = operand(tl.load(p_block, mask=m_weight, other=0.0), PRECISION)
     b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
     # One loop over tiles and input channels, so that the loads of the next tile are under way while one is finished.
     for i in tl.range(0, tl.cdiv(tiles - i_program, programs) * BLOCKS_IN, num_stages=STAGES):
@@ -220,7 +226,8 @@ def projection_kernel(
             b_weight = tl.load(
                 p_block + i_in * weight_stride[0], mask=m_in[:, None] & m_out[None, :], other=0.0
             )
-        b_acc = dot(b_x, b_weight, b_acc, PRECISION, ACC)
+            b_weight = operand(b_weight, PRECISION)
+        b_acc = dot(operand(b_x, PRECISION), b_weight, b_acc, PRECISION, ACC)
         if i % BLOCKS_IN == BLOCKS_IN - 1:
             if p_bias is not None:
                 b_acc += tl.load(p_bias + o_out, mask=m_out, other=0.0).to(ACC)[None, :]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .launch import GemmTile
 from .layout import GatherMap
-from .projection import dimensions, divisors, dot, gather_rows
+from .projection import dimensions, divisors, dot, gather_rows, operand
 from .start import start
 
 
@@ -64,6 +64,7 @@ def projection_grad_weight_kernel(
             mask=m_row[:, None] & m_in[None, :],
             other=0.0,
         )
+        b_dy, b_x = operand(b_dy, PRECISION), operand(b_x, PRECISION)
         b_acc = dot(tl.trans(b_dy), b_x, b_acc, PRECISION, ACC)
     o_partial = i_program.to(tl.int64) * channels_out * channels_in
     o_weight = o_out[:, None] * channels_in + o_in[None, :]
