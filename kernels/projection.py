@@ -8,7 +8,8 @@ share them in the cache) and writes y once. Parallel over row programs (grid axi
 0); the sum over i is one chain in a fixed order.
 
 With `partial`, each program leaves the moments of what it wrote (rounded to y's dtype), as the statistics pass would,
-so that the BatchNorm behind it needs no pass of its own.
+so that the BatchNorm behind it needs no pass of its own. They are Welford's, each thread's own until all tiles are done
+(a sum over the threads in every tile took more instructions than all else), and merged in a fixed order.
 """
 
 import triton
@@ -270,7 +271,7 @@ def divisors(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
 
 
 def dimensions(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many dimensions the rows of a tensor have: one where they follow each other; outer ones of one row are none."""
+    """How many dimensions the rows of a tensor have, without those of one row: one where they follow each other."""
     rows, apart = 1, strides[len(sizes) - 1]
     follow = True
     for size, stride in zip(reversed(sizes), reversed(strides[: len(sizes)]), strict=True):

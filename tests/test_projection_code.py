@@ -89,7 +89,7 @@ def test_one_loop_loads_multiplies_and_stores(shape, channels_out, stride, archi
     multiplying = [loop for loop in found if count(loop, *TENSOR_CORE)]
     assert multiplying
     for loop in multiplying:
-        assert count(loop, "LDGSTS") > 0 and count(loop, "STG") > 0, loop
+        assert min(count(loop, "LDGSTS"), count(loop, "STG")) > 0, loop
         # The sums of the moments stay in their threads until all tiles are done.
         assert count(loop, "SHFL.BFLY") == 0, loop
 
@@ -119,7 +119,7 @@ def test_no_loop_divides(which, architecture):
         ]
         for stride in (1, 2)
     )
-    assert follow and strided
+    assert min(len(follow), len(strided)) > 0
     for loop in follow:
         assert count(loop, *DIVISION, "IMAD.HI") == 0, loop
     assert all(count(loop, "IMAD.HI") > 0 for loop in strided)
@@ -133,7 +133,7 @@ def test_divisors_divide():
     sizes = [2, 3, 5, 7, 28, 49, 56, 112, 641, 65537, 2**16, 2**30, 2**30 + 1, most]
     for size in sizes + [generator.randrange(2, most) for _ in range(200)]:
         ((given, magic, shift),) = divisors((size,))
-        assert given == size and -(2**31) <= magic < 2**31 and 0 <= shift < 32
+        assert (given, -(2**31) <= magic < 2**31, 0 <= shift < 32) == (size, True, True)
         edges = [k * size + d for k in (0, 1, 2, most // size) for d in (-1, 0, 1)]
         for n in edges + [most] + [generator.randrange(most + 1) for _ in range(50)]:
             if 0 <= n <= most:
