@@ -33,7 +33,9 @@ def dense(shape, channels_last=False):
 
 
 def chip(multiprocessors):
-    return SimpleNamespace(multiprocessors=multiprocessors, architecture=90)
+    return SimpleNamespace(
+        multiprocessors=multiprocessors, architecture=90, shared_memory=227 << 10
+    )
 
 
 def assert_fits(grid):
