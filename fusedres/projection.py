@@ -174,6 +174,9 @@ def _product(
     """y (+)= x @ weight, and the moments of y where asked for (else an empty tensor)."""
     k = operators._kernels()
     channels = (x.shape[1], y.shape[1])
+    if transposed and precision(x) == "tf32":
+        # sm_90 takes float32 only with a sum's terms next to each other: transposed here, not in every tile.
+        weight, transposed = weight.transpose(0, 1).contiguous(), False
     gather = _map(small, x, y, stride)
     tile = k.product_tile(gather.rows, *channels, x.element_size(), k.chip())
     shape = (tile.programs, 3, channels[1]) if moments else (0,)

@@ -206,7 +206,10 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
 
 @dataclass(frozen=True)
 class GemmTile:
-    """BLOCK_ROWS rows by BLOCK_OUT output and BLOCK_IN input channels; `programs` share the `tiles` of rows."""
+    """BLOCK_ROWS rows by BLOCK_OUT output and BLOCK_IN input channels; `programs` share the `tiles` of rows.
+
+    split: whether a thread holds rows r and r + 8 of a product's result (on sm_100 it has one row).
+    """
 
     block_rows: int
     block_out: int
@@ -216,6 +219,8 @@ class GemmTile:
     tiles: int
     programs: int
     blocks_out: int
+    blocks_in: int
+    split: bool
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
@@ -230,16 +235,25 @@ class GemmTile:
         }
 
 
-# (rows, output channels, input channels, warps, stages) of the products, by element size. Twice as many accumulators
-# spill on sm_100 once the moments are taken, and leave room for one program a multiprocessor on sm_90.
-GEMM = {2: (128, 64, 64, 8, 3), 4: (64, 32, 32, 4, 3), 8: (32, 16, 16, 4, 1)}
-# Before sm_90, where float32 spills with three stages (Triton 3.6) and with more rows (3.9).
-GEMM_BEFORE_90 = {**GEMM, 4: (32, 32, 32, 4, 2)}
+# (rows, output channels, input channels, warps, stages, programs a multiprocessor) of the products, by architecture and
+# element size. The first where one block holds all input channels: its program loads the weight once. Each output
+# channel of a tile costs registers twice, as an accumulator and as moments, so tiles are wide rather than long: x is
+# read once a block of output channels, from the cache, which is the limit where there are many blocks.
+PRODUCT_WHOLE = {
+    80: {2: (64, 64, 64, 4, 2, 4), 4: (32, 64, 64, 4, 2, 5), 8: (32, 16, 16, 4, 1, 2)},
+    90: {2: (64, 128, 256, 8, 3, 2), 4: (64, 64, 64, 4, 2, 3), 8: (32, 16, 16, 4, 1, 2)},
+    100: {2: (64, 64, 64, 4, 3, 3), 4: (64, 32, 32, 4, 3, 2), 8: (32, 16, 16, 4, 1, 2)},
+}
+PRODUCT = {
+    80: {2: (64, 64, 64, 4, 2, 3), 4: (32, 32, 32, 4, 2, 4), 8: (32, 16, 16, 4, 1, 2)},
+    90: {2: (128, 64, 64, 8, 3, 2), 4: (64, 64, 32, 4, 3, 3), 8: (32, 16, 16, 4, 1, 2)},
+    100: {2: (64, 64, 64, 4, 3, 3), 4: (64, 32, 32, 4, 3, 2), 8: (32, 16, 16, 4, 1, 2)},
+}
+# Where sixteen does not divide the channels, values are loaded one by one and every address takes registers of its own.
+PRODUCT_NARROW = {2: (32, 32, 32, 4, 1, 2), 4: (32, 32, 16, 4, 1, 2), 8: (32, 16, 16, 4, 1, 2)}
 # The same for the gradient of the weight, whose accumulators are output by input channels; 64 output channels are the
 # fewest that sm_90's wide instruction takes.
 GRAD_WEIGHT = {2: (64, 64, 128, 4, 2), 4: (32, 64, 64, 4, 3), 8: (16, 16, 32, 4, 1)}
-# Where sixteen does not divide the channels, values are loaded one by one and every address takes registers of its own.
-GEMM_NARROW = {2: (32, 32, 32, 4, 1), 4: (32, 32, 16, 4, 1), 8: (32, 16, 16, 4, 1)}
 GRAD_WEIGHT_NARROW = {2: (32, 64, 64, 4, 1), 4: (32, 32, 32, 4, 1), 8: (16, 16, 32, 4, 1)}
 GEMM_SMALLEST = 16  # of a tensor core's operands, and what addresses are known to be divided by
 
@@ -257,13 +271,29 @@ def choose_product(
     rows: int, channels_in: int, channels_out: int, element_size: int, chip: Chip
 ) -> GemmTile:
     """The tile of y [rows, Cout] = x [rows, Cin] @ weight; a program keeps its output channels and walks the rows."""
-    table = GEMM if chip.architecture >= 90 else GEMM_BEFORE_90
     if not _is_aligned(channels_in, channels_out):
-        table = GEMM_NARROW
-    block_rows, block_out, block_in, warps, stages = table[element_size]
+        choice = PRODUCT_NARROW[element_size]
+    else:
+        architecture = 80 if chip.architecture < 90 else min(chip.architecture // 10 * 10, 100)
+        choice = PRODUCT_WHOLE[architecture][element_size]
+        if channels_in > choice[2]:
+            choice = PRODUCT[architecture][element_size]
+    block_rows, block_out, block_in, warps, stages, programs = choice
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
-    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, 1)
+    if stages > 2:
+        # Two programs a multiprocessor rather than three tiles of one.
+        moved = element_size * block_rows * block_in
+        stays = element_size * (block_in + block_rows) * block_out
+        if stays + 3 * moved > chip.shared_memory // 2 >= stays + 2 * moved:
+            stages = 2
+    tiles, blocks_out = _ceil(rows, block_rows), _ceil(channels_out, block_out)
+    return GemmTile(
+        block_rows, block_out, block_in, warps if block_rows * block_out >= 64 * 128 else 4, stages,
+        tiles, _row_programs(programs * chip.multiprocessors, tiles, blocks_out), blocks_out,
+        blocks_in=_ceil(channels_in, block_in),
+        split=chip.architecture < 100,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -276,13 +306,14 @@ def choose_grad_weight(
     block_out, block_in = _fit(block_out, channels_out), _fit(block_in, channels_in)
     block_rows = _fit(block_rows, rows)
     blocks_in = _ceil(channels_in, block_in)
-    return _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, blocks_in)  # fmt: skip
-
-
-def _gemm_tile(rows, channels_out, block_rows, block_out, block_in, warps, stages, chip, columns):
     tiles, blocks_out = _ceil(rows, block_rows), _ceil(channels_out, block_out)
-    if block_rows * block_out < 128 * 64 and warps == 8:
-        warps = 4
-    wanted = min(_ceil(2 * chip.multiprocessors, blocks_out * columns), MAX_PARTIALS, tiles)
-    programs = _ceil(tiles, _ceil(tiles, max(1, wanted)))
-    return GemmTile(block_rows, block_out, block_in, warps, stages, tiles, programs, blocks_out)
+    programs = _row_programs(2 * chip.multiprocessors, tiles, blocks_out * blocks_in)
+    return GemmTile(
+        block_rows, block_out, block_in, warps, stages, tiles, programs, blocks_out, blocks_in, split=False
+    )  # fmt: skip
+
+
+def _row_programs(wanted: int, tiles: int, blocks: int) -> int:
+    """How many programs share the tiles of a block of channels, each the same number but the last."""
+    wanted = min(_ceil(wanted, blocks), MAX_PARTIALS, tiles)
+    return _ceil(tiles, _ceil(tiles, max(1, wanted)))

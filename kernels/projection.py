@@ -8,7 +8,8 @@ share them in the cache) and writes y once. Parallel over row programs (grid axi
 0); the sum over i is one chain in a fixed order.
 
 With `partial`, each program leaves the moments of what it wrote (rounded to y's dtype), as the statistics pass would,
-so that the BatchNorm behind it needs no pass of its own.
+so that the BatchNorm behind it needs no pass of its own. They are Welford's, each thread's own until all tiles are done
+(a sum over the threads in every tile took more instructions than all else), and merged in a fixed order.
 """
 
 import triton
@@ -24,15 +25,36 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def gather_rows(o_row, sizes, strides, OFFSET: tl.constexpr):
-    """Offset of each row; sizes of the three inner dimensions, strides of all four (the outermost first)."""
+def _divide(o, divisor):
+    """(o // size, o % size); 32-bit by a multiplication, as `divisors` prepared it: some 5 instructions, not 25."""
+    if o.dtype == tl.int64:
+        o_quotient = o // divisor[0]
+    else:
+        b_magic = tl.full(o.shape, divisor[1], tl.int32).to(tl.uint32, bitcast=True)
+        o_quotient = (tl.umulhi(o.to(tl.uint32), b_magic) >> divisor[2]).to(tl.int32)
+    return o_quotient, o - o_quotient * divisor[0]
+
+
+@triton.jit
+def gather_rows(o_row, inner, strides, DIMS: tl.constexpr, OFFSET: tl.constexpr):
+    """Offset of each row of DIMS dimensions: `divisors` of the three inner ones, strides of four (the outermost first).
+
+    A dimension of rows that follow each other is one stride.
+    """
     o_rest = o_row.to(OFFSET)
-    o_offset = (o_rest % sizes[2]) * strides[3]
-    o_rest = o_rest // sizes[2]
-    o_offset += (o_rest % sizes[1]) * strides[2]
-    o_rest = o_rest // sizes[1]
-    o_offset += (o_rest % sizes[0]) * strides[1]
-    return o_offset + (o_rest // sizes[0]) * strides[0]
+    if DIMS == 1:
+        o_offset = o_rest * strides[3]
+    else:
+        o_rest, o_last = _divide(o_rest, inner[2])
+        o_offset = o_last * strides[3]
+        if DIMS > 2:
+            o_rest, o_last = _divide(o_rest, inner[1])
+            o_offset += o_last * strides[2]
+        if DIMS > 3:
+            o_rest, o_last = _divide(o_rest, inner[0])
+            o_offset += o_last * strides[1]
+        o_offset += o_rest * strides[4 - DIMS]
+    return o_offset
 
 
 @triton.jit
@@ -46,23 +68,98 @@ def round_to_tf32(b_value):
 
 
 @triton.jit
+def operand(b_value, PRECISION: tl.constexpr):
+    """What a tensor core is given: float32 rounded to tf32 where that is the precision."""
+    if PRECISION == "tf32" and b_value.dtype == tl.float32 and not _INTERPRETED:
+        b_value = round_to_tf32(b_value)
+    return b_value
+
+
+@triton.jit
 def dot(b_left, b_right, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """acc + left @ right on tensor cores. The interpreter multiplies the bit patterns of bfloat16 as they are."""
+    """acc + left @ right, two `operand`s. The interpreter multiplies the bit patterns of bfloat16 as they are."""
     if _INTERPRETED:
         b_left, b_right = b_left.to(ACC), b_right.to(ACC)
-    elif PRECISION == "tf32" and b_left.dtype == tl.float32:
-        b_left, b_right = round_to_tf32(b_left), round_to_tf32(b_right)
     return tl.dot(b_left, b_right, b_acc, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def _tile_moments(b_y, m_row, BLOCK_OUT: tl.constexpr, WIDE: tl.constexpr):
-    """(count, mean, M2) [BLOCK_OUT] of the rows that are there, the mean first and then the deviations from it."""
-    b_count = tl.sum(m_row.to(tl.float32), axis=0).to(WIDE)
-    b_wide = tl.where(m_row[:, None], b_y.to(WIDE), 0.0)
-    b_mean = tl.sum(b_wide, axis=0) / tl.maximum(b_count, tl.full([], 1.0, WIDE))
-    b_d = tl.where(m_row[:, None], b_wide - b_mean[None, :], 0.0)
-    return b_count, b_mean, tl.sum(b_d * b_d, axis=0)
+def _round(b_value, DTYPE: tl.constexpr):
+    """float32 rounded to what DTYPE holds. For 16 bits two at a time: a conversion of one takes four times as long."""
+    if _INTERPRETED or DTYPE.primitive_bitwidth >= 32:
+        b_round = b_value.to(DTYPE).to(b_value.dtype)
+    elif DTYPE == tl.bfloat16:
+        b_round = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $1, $3, $2; shl.b32 $0, $1, 16; and.b32 $1, $1, 0xffff0000;",
+            "=r,=r,r,r", [b_value], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        b_round = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.f16x2.f32 $1, $3, $2; mov.b32 {low, high}, $1; "
+            "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=r,=r,r,r", [b_value], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return b_round
+
+
+@triton.jit
+def _halves(b, SPLIT: tl.constexpr):
+    """[rows, ...] -> rows 0 to 7 and rows 8 to 15 of each 16, [rows / 16, 8, ...] each. Without SPLIT: all, twice.
+
+    A thread holds a row of each in the result of a product (not on sm_100), so nothing is moved.
+    """
+    if not SPLIT:
+        b_first, b_second = b, b
+    elif len(b.shape) == 1:
+        b_rows = tl.reshape(b, (b.shape[0] // 16, 2, 8))
+        b_first, b_second = tl.split(tl.permute(b_rows, (0, 2, 1)))
+    else:
+        b_rows = tl.reshape(b, (b.shape[0] // 16, 2, 8, b.shape[1]))
+        b_first, b_second = tl.split(tl.permute(b_rows, (0, 2, 3, 1)))
+    return b_first, b_second
+
+
+@triton.jit
+def _add_rows(b_y, b_there, b_count, b_mean, b_low, b_m2, WIDE: tl.constexpr):
+    """(count, mean, low, M2), each of its own row of a tile, after another value of each; there: 1.0, or 0.0 for none.
+
+    Welford's update. mean + low is the mean; low stays 0 where a mean of one rounding is enough.
+    """
+    b_next = b_count + b_there
+    b_share = b_there / tl.maximum(b_next, 1.0)
+    b_part = tl.expand_dims(b_share, -1)
+    b_delta = b_y.to(b_mean.dtype) - b_mean
+    if WIDE:
+        b_delta -= b_low
+        b_step = b_delta * b_part
+        b_more = b_mean + b_step
+        b_low += b_step - (b_more - b_mean)
+    else:
+        b_more = b_mean + b_delta * b_part
+    b_m2 += b_delta * (b_delta * tl.expand_dims(b_count * b_share, -1))
+    return b_next, b_more, b_low, b_m2
+
+
+@triton.jit
+def _store_moments(
+    p_partial, i_program, channels_out, o_out, m_out, b_count, b_mean, b_low, b_m2, WIDE: tl.constexpr
+):  # fmt: skip
+    """partial [programs, 3, Cout] <- count, mean, M2 of this program, of those that the rows of its tiles have."""
+    PARTIAL: tl.constexpr = p_partial.dtype.element_ty
+    SUM: tl.constexpr = tl.float64 if WIDE else tl.float32
+    b_count = tl.reshape(b_count, (b_count.numel,)).to(SUM)
+    b_mean = tl.reshape(b_mean, (b_count.numel, b_mean.shape[-1])).to(SUM)
+    if WIDE:
+        b_mean += tl.reshape(b_low, b_mean.shape).to(SUM)
+    b_m2 = tl.reshape(b_m2, b_mean.shape).to(SUM)
+    b_all = tl.sum(b_count, axis=0)
+    b_center = tl.sum(b_mean * b_count[:, None], axis=0) / b_all
+    b_delta = b_mean - b_center[None, :]
+    b_square = tl.sum(b_m2 + b_delta * (b_delta * b_count[:, None]), axis=0)
+    p_program = p_partial + i_program * 3 * channels_out + o_out
+    tl.store(p_program, (b_all + tl.zeros_like(b_center)).to(PARTIAL), mask=m_out)
+    tl.store(p_program + channels_out, b_center.to(PARTIAL), mask=m_out)
+    tl.store(p_program + 2 * channels_out, b_square.to(PARTIAL), mask=m_out)
 
 
 @triton.jit
@@ -72,7 +169,7 @@ def projection_kernel(
     p_bias,
     p_y,
     p_partial,
-    sizes,
+    inner,
     x_stride,
     weight_stride,
     y_stride,
@@ -85,64 +182,102 @@ def projection_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
+    X_DIMS: tl.constexpr,
+    Y_DIMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    BLOCKS_IN: tl.constexpr,
+    SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """y (+)= x @ weight + bias; partial [programs, 3, Cout] <- count, mean, M2 of y.
 
     x_stride, y_stride: four for the rows, one for the channel; weight_stride: (input channel, output channel).
     """
-    # The moments of float32 values are merged in float64, as those of the statistics pass are.
-    WIDE: tl.constexpr = tl.float64 if p_y.dtype.element_ty.primitive_bitwidth >= 32 else tl.float32
+    # float32 values have digits that a mean of one rounding has not.
+    WIDE: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(1)
     o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m_out = o_out < channels_out
     o_in = tl.arange(0, BLOCK_IN)
-    o_weight = o_in[:, None] * weight_stride[0] + o_out[None, :] * weight_stride[1]
+    p_block = p_weight + (o_in[:, None] * weight_stride[0] + o_out[None, :] * weight_stride[1])
     o_x_in = (o_in * x_stride[4])[None, :]
-    b_count = tl.full([], 0.0, WIDE)
-    b_mean = tl.zeros([BLOCK_OUT], WIDE)
-    b_m2 = tl.zeros([BLOCK_OUT], WIDE)
-    for i_tile in range(i_program, tiles, programs):
+    if p_partial is not None:
+        b_there = _halves(tl.zeros([BLOCK_ROWS], ACC), SPLIT)[0]
+        b_count = b_there
+        b_mean = _halves(tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC), SPLIT)[0]
+        b_low, b_m2 = b_mean, b_mean
+    if BLOCKS_IN == 1:  # the weight stays
+        m_weight = (o_in < channels_in)[:, None] & m_out[None, :]
+        b_weight = operand(tl.load(p_block, mask=m_weight, other=0.0), PRECISION)
+    b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
+    # One loop over tiles and input channels, so that the loads of the next tile are under way while one is finished.
+    for i in tl.range(0, tl.cdiv(tiles - i_program, programs) * BLOCKS_IN, num_stages=STAGES):
+        i_tile = i_program + (i // BLOCKS_IN) * programs
+        i_in = (i % BLOCKS_IN) * BLOCK_IN
         o_row = i_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         m_row = o_row < rows
-        p_row = p_x + gather_rows(o_row, sizes, x_stride, OFFSET)[:, None] + o_x_in
-        b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
-        for i_in in tl.range(0, channels_in, BLOCK_IN, num_stages=STAGES):
-            m_in = i_in + o_in < channels_in
-            b_x = tl.load(
-                p_row + i_in * x_stride[4], mask=m_row[:, None] & m_in[None, :], other=0.0
-            )
+        m_in = i_in + o_in < channels_in
+        # For a row that is not there the last one is read: cheaper than a mask, and not written.
+        o_x_row = gather_rows(tl.minimum(o_row, rows - 1), inner, x_stride, X_DIMS, OFFSET)
+        p_row = p_x + o_x_row[:, None] + o_x_in
+        b_x = tl.load(p_row + i_in * x_stride[4], mask=m_in[None, :], other=0.0)
+        if BLOCKS_IN > 1:
             b_weight = tl.load(
-                p_weight + o_weight + i_in * weight_stride[0],
-                mask=m_in[:, None] & m_out[None, :],
-                other=0.0,
+                p_block + i_in * weight_stride[0], mask=m_in[:, None] & m_out[None, :], other=0.0
             )
-            b_acc = dot(b_x, b_weight, b_acc, PRECISION, ACC)
-        if p_bias is not None:
-            b_acc += tl.load(p_bias + o_out, mask=m_out, other=0.0).to(ACC)[None, :]
-        o_y = gather_rows(o_row, sizes, y_stride, OFFSET)[:, None] + (o_out * y_stride[4])[None, :]
-        m = m_row[:, None] & m_out[None, :]
-        if ACCUMULATE:
-            b_acc += tl.load(p_y + o_y, mask=m, other=0.0).to(ACC)
-        b_y = b_acc.to(p_y.dtype.element_ty)
-        tl.store(p_y + o_y, b_y, mask=m)
-        if p_partial is not None:
-            b_n, b_more, b_square = _tile_moments(b_y, m_row, BLOCK_OUT, WIDE)
-            b_delta = b_more - b_mean
-            b_share = b_n / (b_count + b_n)
-            b_mean += b_delta * b_share
-            b_m2 += b_square + b_delta * (b_delta * (b_count * b_share))
-            b_count += b_n
+            b_weight = operand(b_weight, PRECISION)
+        b_acc = dot(operand(b_x, PRECISION), b_weight, b_acc, PRECISION, ACC)
+        if i % BLOCKS_IN == BLOCKS_IN - 1:
+            if p_bias is not None:
+                b_acc += tl.load(p_bias + o_out, mask=m_out, other=0.0).to(ACC)[None, :]
+            o_y_row = gather_rows(o_row, inner, y_stride, Y_DIMS, OFFSET)
+            p_tile = p_y + o_y_row[:, None] + (o_out * y_stride[4])[None, :]
+            m = m_row[:, None] & m_out[None, :]
+            if ACCUMULATE:
+                b_acc += tl.load(p_tile, mask=m, other=0.0).to(ACC)
+            if p_partial is not None:
+                b_acc = _round(b_acc, p_y.dtype.element_ty)
+            tl.store(p_tile, b_acc.to(p_y.dtype.element_ty), mask=m)
+            if p_partial is not None:
+                b_first, b_second = _halves(b_acc, SPLIT)
+                b_there, b_too = _halves(m_row.to(ACC), SPLIT)
+                b_count, b_mean, b_low, b_m2 = _add_rows(
+                    b_first, b_there, b_count, b_mean, b_low, b_m2, WIDE
+                )
+                if SPLIT:
+                    b_count, b_mean, b_low, b_m2 = _add_rows(
+                        b_second, b_too, b_count, b_mean, b_low, b_m2, WIDE
+                    )
+            b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
     if p_partial is not None:
-        PARTIAL: tl.constexpr = p_partial.dtype.element_ty
-        p_program = p_partial + i_program * 3 * channels_out + o_out
-        b_counts = b_count + tl.zeros([BLOCK_OUT], WIDE)
-        tl.store(p_program, b_counts.to(PARTIAL), mask=m_out)
-        tl.store(p_program + channels_out, b_mean.to(PARTIAL), mask=m_out)
-        tl.store(p_program + 2 * channels_out, b_m2.to(PARTIAL), mask=m_out)
+        _store_moments(
+            p_partial, i_program, channels_out, o_out, m_out, b_count, b_mean, b_low, b_m2, WIDE
+        )
+
+
+def divisors(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Of each size: itself, and (magic, shift) so that n // size == n * magic >> (32 + shift) for 0 <= n < 2^31.
+
+    Granlund and Montgomery 1994: magic is 2^(31 + l) / size, rounded up, with 2^l >= size. Its 32 bits travel as int32.
+    """
+    found = []
+    for size in sizes:
+        bits = (size - 1).bit_length()
+        magic = -(-(1 << 31 + bits) // size)
+        found.append((size, magic - (1 << 32) if magic >= 1 << 31 else magic, max(bits - 1, 0)))
+    return tuple(found)
+
+
+def dimensions(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many dimensions the rows of a tensor have, without those of one row: one where they follow each other."""
+    rows, apart = 1, strides[len(sizes) - 1]
+    follow = True
+    for size, stride in zip(reversed(sizes), reversed(strides[: len(sizes)]), strict=True):
+        follow = follow and (size == 1 or stride == rows * apart)
+        rows *= size
+    return 1 if follow else sum(size > 1 for size in sizes)
 
 
 def launch_projection(
@@ -171,7 +306,7 @@ def launch_projection(
         (tile.blocks_out, tile.programs),
         (x, weight, bias, y, partial),
         (
-            gather.sizes[1:],
+            divisors(gather.sizes[1:]),
             x_stride,
             weight_stride,
             y_stride,
@@ -181,6 +316,15 @@ def launch_projection(
             tile.programs,
         ),
         (),
-        {"ACCUMULATE": adds, "PRECISION": precision, "ACC": accumulate, "OFFSET": offset},
+        {
+            "ACCUMULATE": adds,
+            "PRECISION": precision,
+            "ACC": accumulate,
+            "OFFSET": offset,
+            "X_DIMS": dimensions(gather.sizes, x_stride),
+            "Y_DIMS": dimensions(gather.sizes, y_stride),
+            "BLOCKS_IN": tile.blocks_in,
+            "SPLIT": tile.split,
+        },
         tile.options,
     )

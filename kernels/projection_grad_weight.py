@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .launch import GemmTile
 from .layout import GatherMap
-from .projection import dot, gather_rows
+from .projection import dimensions, divisors, dot, gather_rows, operand
 from .start import start
 
 
@@ -23,7 +23,7 @@ def projection_grad_weight_kernel(
     p_dy,
     p_x,
     p_partial,
-    sizes,
+    inner,
     dy_stride,
     x_stride,
     rows,
@@ -34,6 +34,8 @@ def projection_grad_weight_kernel(
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
+    DY_DIMS: tl.constexpr,
+    X_DIMS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -50,12 +52,19 @@ def projection_grad_weight_kernel(
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
         o_row = i_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         m_row = o_row < rows
-        o_dy = (
-            gather_rows(o_row, sizes, dy_stride, OFFSET)[:, None] + (o_out * dy_stride[4])[None, :]
+        o_dy = gather_rows(o_row, inner, dy_stride, DY_DIMS, OFFSET)[:, None]
+        o_x = gather_rows(o_row, inner, x_stride, X_DIMS, OFFSET)[:, None]
+        b_dy = tl.load(
+            p_dy + o_dy + (o_out * dy_stride[4])[None, :],
+            mask=m_row[:, None] & m_out[None, :],
+            other=0.0,
         )
-        o_x = gather_rows(o_row, sizes, x_stride, OFFSET)[:, None] + (o_in * x_stride[4])[None, :]
-        b_dy = tl.load(p_dy + o_dy, mask=m_row[:, None] & m_out[None, :], other=0.0)
-        b_x = tl.load(p_x + o_x, mask=m_row[:, None] & m_in[None, :], other=0.0)
+        b_x = tl.load(
+            p_x + o_x + (o_in * x_stride[4])[None, :],
+            mask=m_row[:, None] & m_in[None, :],
+            other=0.0,
+        )
+        b_dy, b_x = operand(b_dy, PRECISION), operand(b_x, PRECISION)
         b_acc = dot(tl.trans(b_dy), b_x, b_acc, PRECISION, ACC)
     o_partial = i_program.to(tl.int64) * channels_out * channels_in
     o_weight = o_out[:, None] * channels_in + o_in[None, :]
@@ -84,7 +93,7 @@ def launch_projection_grad_weight(
         (-(-channels_in // tile.block_in) * tile.blocks_out, tile.programs),
         (dy, x, partial),
         (
-            gather.sizes[1:],
+            divisors(gather.sizes[1:]),
             dy_stride,
             x_stride,
             gather.rows,
@@ -94,6 +103,12 @@ def launch_projection_grad_weight(
             tile.programs,
         ),
         (),
-        {"PRECISION": precision, "ACC": accumulate, "OFFSET": offset},
+        {
+            "PRECISION": precision,
+            "ACC": accumulate,
+            "OFFSET": offset,
+            "DY_DIMS": dimensions(gather.sizes, dy_stride),
+            "X_DIMS": dimensions(gather.sizes, x_stride),
+        },
         tile.options,
     )
