@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .grad import load_dz
 from .launch import Tile, is_aligned
-from .layout import RowMap, Strides
+from .layout import RowMap, Strides, byte_strides
 from .moments import (
     add_compensated,
     center,
@@ -32,7 +32,15 @@ from .moments import (
 )
 from .norm import load_norm
 from .start import start
-from .tile import sum_groups, tile_columns, tile_offsets, tile_rows
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    row_vectors,
+    sum_groups,
+    tile_columns,
+    tile_offsets,
+    tile_rows,
+)
 
 
 class Skip(NamedTuple):
@@ -78,7 +86,7 @@ def _of_channels(b_value, o_column, m_column, spread, SLOTS: tl.constexpr):
     return b_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_reduce_kernel(
     p_dy,
     p_skip,
@@ -115,6 +123,7 @@ def bn_grad_reduce_kernel(
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -126,6 +135,7 @@ def bn_grad_reduce_kernel(
     """
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -259,7 +269,7 @@ def launch_bn_grad_reduce(
             rows.strides[1],
             rows.strides[3] if residual is not None else None,
             rows.strides[0],
-            bits_stride,
+            byte_strides(bits, bits_stride),
             rows.outer,
             rows.inner,
             rows.channels,
@@ -278,6 +288,7 @@ def launch_bn_grad_reduce(
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
+            "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
         tile.options,

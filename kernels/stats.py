@@ -21,7 +21,16 @@ from .launch import Tile, is_aligned
 from .layout import RowMap
 from .moments import add_compensated, load_pivot, merge, slots_of, store_partial
 from .start import start
-from .tile import groups, partial_tile, tile_columns, tile_offsets, whole_tile
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    groups,
+    partial_tile,
+    row_vectors,
+    tile_columns,
+    tile_offsets,
+    whole_tile,
+)
 
 
 @triton.jit
@@ -70,7 +79,7 @@ def _add_group(
     return b_total, b_total_low, b_m2, b_m2_low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_stats_kernel(
     p_x,
     p_residual,
@@ -91,6 +100,7 @@ def bn_stats_kernel(
     EVEN: tl.constexpr,
     COLUMNS_FASTEST: tl.constexpr,
     GROUP: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -105,6 +115,7 @@ def bn_stats_kernel(
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     AXIS: tl.constexpr = 0 if COLUMNS_FASTEST else 1
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -224,6 +235,7 @@ def launch_bn_stats(
             "GROUP": tile.group
             if rows.channels_fastest or all(map(is_aligned, (x, residual)))
             else 1,
+            "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
         tile.options,
