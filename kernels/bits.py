@@ -67,8 +67,8 @@ def byte_tile(
         )
         o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
     if stride is None:
-        width = (inner + 7) // 8
-        o_byte = tile_offsets(o_outer, o_inner, o_column, (columns * width, 1, width), _PIECE)
+        o_plane = o_outer[:, None] * columns + o_column[None, :]
+        o_byte = o_plane * ((inner + 7) // 8) + o_inner[:, None]
     else:
         o_byte = tile_offsets(o_outer, o_inner, o_column, stride, _PIECE)
     return o_byte, m_row[:, None] & m_column[None, :]

@@ -19,7 +19,15 @@ from .layout import RowMap, Strides, byte_strides
 from .moments import center, normalize
 from .norm import load_norm
 from .start import start
-from .tile import ANY_MULTIPLE, ANY_VALUE, load_vector, row_vectors, tile_columns, tile_offsets, tile_rows
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    load_vector,
+    row_vectors,
+    tile_columns,
+    tile_offsets,
+    tile_rows,
+)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
