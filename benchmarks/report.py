@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from .compile_time import METRICS as TO_COMPILE
 from .measure import COPY
 from .plots import save_plots
 from .providers import BASELINE, OURS
@@ -207,6 +208,37 @@ def _host(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _code(rows: Sequence[Row]) -> Iterator[str]:
+    steps = [row for row in rows if row.metric in TO_COMPILE]
+    yield from _machine_code([row for row in rows if row not in steps])
+    if steps:
+        yield ""
+        yield from _to_compile(steps)
+
+
+def _to_compile(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Kernels to compile"
+    yield ""
+    yield (
+        "Distinct kernels of a whole training step, which its first run waits for (or `python -m fusedres warm` "
+        "compiles before it); how many another batch, or another image size, adds; and the processor time that "
+        "compiling them takes, from nothing."
+    )
+    yield ""
+    lines = []
+    for (step, shape, dtype, layout), group in _grouped(
+        rows, lambda row: (row.kernel, row.shape, row.dtype, row.layout)
+    ):
+        by = {row.metric: row for row in group}
+        cells = [
+            "-" if (row := by.get(metric)) is None else f"{row.median:.0f} ({row.note})"
+            for metric in TO_COMPILE
+        ]
+        lines.append([step, shape, dtype, layout, *cells])
+    heads = ["kernels", "added by the batch", "added by the image", "seconds"]
+    yield from _table(["step", "shape", "dtype", "layout", *heads], lines)
+
+
+def _machine_code(rows: Sequence[Row]) -> Iterator[str]:
     yield "## Machine code"
     yield ""
     yield (

@@ -15,7 +15,7 @@ import torch
 from ..cli.device import device_name
 from ..cli.env import versions
 from ..cli.errors import CommandError
-from . import bytes_level, cases, code, executed, host
+from . import bytes_level, cases, code, compile_time, executed, host
 from .cases import Case
 from .measure import Plan, measure
 from .providers import PROVIDERS, Provider
@@ -133,6 +133,7 @@ def plan(wish: Wish) -> Iterator[Unit]:
         elif level == "code":
             for target in code.targets(wish.quick):
                 yield f"code: {target.name}", partial(_code_rows, target)
+            yield from compile_time.units(wish.quick)
         elif level == executed.LEVEL:
             yield from _executed_units(wish)
         elif level == "host":
