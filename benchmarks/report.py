@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 
 from . import machine
+from .compile_time import METRICS as TO_COMPILE
 from .measure import COPY
 from .plots import save_plots
 from .providers import BASELINE, OURS
@@ -208,13 +209,40 @@ def _host(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _code(rows: Sequence[Row]) -> Iterator[str]:
-    modelled = [row for row in rows if row.mode == machine.MODE]
-    facts = [row for row in rows if row.mode != machine.MODE]
-    if facts:
-        yield from _facts(facts)
-    if modelled:
-        yield from [""] * bool(facts)
-        yield from _modelled(modelled)
+    steps = [row for row in rows if row.metric in TO_COMPILE]
+    modelled = [row for row in rows if row.mode == machine.MODE and row not in steps]
+    facts = [row for row in rows if row.mode != machine.MODE and row not in steps]
+    sections = [
+        section(of)
+        for section, of in ((_facts, facts), (_modelled, modelled), (_to_compile, steps))
+        if of
+    ]
+    for i, lines in enumerate(sections):
+        yield from [""] * (i > 0)
+        yield from lines
+
+
+def _to_compile(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Kernels to compile"
+    yield ""
+    yield (
+        "Distinct kernels of a whole training step, which its first run waits for (or `python -m fusedres warm` "
+        "compiles before it); how many another batch, or another image size, adds; and the processor time that "
+        "compiling them takes, from nothing."
+    )
+    yield ""
+    lines = []
+    for (step, shape, dtype, layout), group in _grouped(
+        rows, lambda row: (row.kernel, row.shape, row.dtype, row.layout)
+    ):
+        by = {row.metric: row for row in group}
+        cells = [
+            "-" if (row := by.get(metric)) is None else f"{row.median:.0f} ({row.note})"
+            for metric in TO_COMPILE
+        ]
+        lines.append([step, shape, dtype, layout, *cells])
+    heads = ["kernels", "added by the batch", "added by the image", "seconds"]
+    yield from _table(["step", "shape", "dtype", "layout", *heads], lines)
 
 
 def _facts(rows: Sequence[Row]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from ..cli.device import device_name
 from ..cli.env import versions
 from ..cli.errors import CommandError
-from . import bytes_level, cases, code, compiled, executed, host, machine
+from . import bytes_level, cases, code, compile_time, compiled, executed, host, machine
 from .cases import Case
 from .measure import Plan, measure
 from .providers import PROVIDERS, Provider
@@ -133,6 +133,7 @@ def plan(wish: Wish) -> Iterator[Unit]:
             yield "bytes: operators and networks", partial(bytes_level.measure, wish.quick)
         elif level == "code":
             yield from _code_units(wish.quick)
+            yield from compile_time.units(wish.quick)
         elif level == executed.LEVEL:
             yield from _executed_units(wish)
         elif level == "host":

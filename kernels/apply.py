@@ -16,14 +16,14 @@ from torch import Tensor
 from .activation import activate, passes
 from .bits import byte_tile, pack
 from .launch import Tile
-from .layout import RowMap, Strides
+from .layout import RowMap, Strides, byte_strides
 from .moments import fold, normalize
 from .norm import load_norm
 from .start import start
-from .tile import tile_columns, tile_offsets, tile_rows, widen
+from .tile import ANY_MULTIPLE, ANY_VALUE, row_vectors, tile_columns, tile_offsets, tile_rows, widen
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_apply_kernel(
     p_x,
     p_residual,
@@ -57,12 +57,14 @@ def bn_apply_kernel(
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -165,7 +167,7 @@ def launch_bn_apply(
             rows.others[1],
             rows.others[2] if residual is not None else None,
             rows.strides[0],
-            bits_stride,
+            byte_strides(bits, bits_stride),
             rows.outer,
             rows.inner,
             rows.channels,
@@ -181,6 +183,7 @@ def launch_bn_apply(
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
+            "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
         tile.options,

@@ -59,7 +59,7 @@ def byte_tile(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `bits_layout` gives it."""
+    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `byte_strides` gives it."""
     if PACK_CHANNELS:
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
@@ -70,5 +70,9 @@ def byte_tile(
             i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
         )
         o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    o_byte = tile_offsets(o_outer, o_inner, o_column, stride, _PIECE)
+    if stride is None:
+        o_plane = o_outer[:, None] * columns + o_column[None, :]
+        o_byte = o_plane * ((inner + 7) // 8) + o_inner[:, None]
+    else:
+        o_byte = tile_offsets(o_outer, o_inner, o_column, stride, _PIECE)
     return o_byte, m_row[:, None] & m_column[None, :]

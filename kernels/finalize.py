@@ -19,19 +19,22 @@ from .tile import load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
+# Partials that a program has room for: a kernel each. What a channel lacks of them is masked, and not read.
+ROOM = (128, 512)
+# Triton need not compile these steps anew for a size that is 1, or that 16 divides: they take no time.
+ANY_SIZE = ["outer", "inner", "spread", "programs", "each", "slots"]
 
 
-def _share(spread: int, tile: Tile | None) -> dict[str, int]:
-    """Who left the partials of a channel, as constants of a kernel."""
+def _share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
+    """Who left the partials of a channel: how many blocks, of how many columns (0: it has a column) and slots each."""
     if tile is None or not tile.slots:
-        return {"SLOTS": 0, "COLUMNS": 1, "EACH": 1}
-    columns = tile.block_channels
-    return {"SLOTS": tile.slots, "COLUMNS": columns, "EACH": partials_a_channel(spread, columns)}
+        return 1, 0, 0
+    return partials_a_channel(spread, tile.block_channels), tile.block_channels, tile.slots
 
 
 @functools.lru_cache(maxsize=1024)
 def _options(partials: int) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(partials))
+    block = next((n for n in ROOM if n >= partials), triton.next_power_of_2(partials))
     channels = max(1, min(BLOCK_CHANNELS, MOST_VALUES // block))
     warps = max(4, min(16, block * channels // 128))  # 4 values a thread, where 16 warps do
     return {
@@ -44,26 +47,25 @@ def _options(partials: int) -> dict[str, int]:
 
 @triton.jit
 def _partial_offsets(
-    o_channel, m_channel, programs, spread, width,
-    KINDS: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
+    o_channel, m_channel, programs, spread, width, each, slots,
+    KINDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
 ):  # fmt: skip
-    """(offsets, mask) [partials, channels] of the first of KINDS values; EACH: blocks of COLUMNS that a channel may
-    have a part in, where they have SLOTS."""
+    """(offsets, mask) [partials, channels] of the first of KINDS values; each: blocks of COLUMNS that a channel may
+    have a part in, which have `slots`; COLUMNS is 0 where a channel has one column."""
     o_partial = tl.arange(0, BLOCK_PARTIALS)
-    m = (o_partial < programs * EACH)[:, None] & m_channel[None, :]
-    if SLOTS == 0:
+    m = (o_partial < programs * each)[:, None] & m_channel[None, :]
+    if COLUMNS == 0:
         o = (o_partial * (KINDS * width))[:, None] + o_channel[None, :]
     else:
         o_first = o_channel * spread
-        o_block = (o_first // COLUMNS)[None, :] + (o_partial % EACH)[:, None]
+        o_block = (o_first // COLUMNS)[None, :] + (o_partial % each)[:, None]
         m = m & (o_block * COLUMNS < (o_first + spread)[None, :])
         o_slot = o_channel[None, :] - (o_block * COLUMNS) // spread
-        o = ((o_partial // EACH) * (KINDS * width))[:, None] + o_block * SLOTS + o_slot
+        o = ((o_partial // each) * (KINDS * width))[:, None] + o_block * slots + o_slot
     return o, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def bn_finalize_kernel(
     p_partial,
     p_x,
@@ -78,11 +80,11 @@ def bn_finalize_kernel(
     spread,
     programs,
     width,
+    each,
+    slots,
     momentum: "fp64",
     eps: "fp64",
-    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EACH: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -100,7 +102,7 @@ def bn_finalize_kernel(
         b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
         b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
     o, m = _partial_offsets(
-        o_channel, m_channel, programs, spread, width, 3, SLOTS, COLUMNS, EACH, BLOCK_PARTIALS
+        o_channel, m_channel, programs, spread, width, each, slots, 3, COLUMNS, BLOCK_PARTIALS
     )
     b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
     b_mean = tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64)
@@ -168,20 +170,20 @@ def launch_bn_finalize(
     spread = 1
     if rows is not None:
         spread, walk = rows.spread, (rows.strides[which], rows.outer, rows.inner)
-    constants = _share(spread, tile)
-    options = _options(programs * constants["EACH"])
+    each, columns, slots = _share(spread, tile)
+    options = _options(programs * each)
     start(
         bn_finalize_kernel,
         (-(-channels // options["BLOCK_CHANNELS"]),),
         (partial, x, bias, saved, running_mean, running_var),
-        (*walk, channels, spread, programs, width),
+        (*walk, channels, spread, programs, width, each, slots),
         (momentum, eps),
-        constants,
+        {"COLUMNS": columns},
         options,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_SIZE)
 def bn_grad_finalize_kernel(
     p_partial,
     p_saved,
@@ -193,11 +195,11 @@ def bn_grad_finalize_kernel(
     spread,
     programs,
     width,
+    each,
+    slots,
     inverse_count: "fp64",
     ACC: tl.constexpr,
-    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EACH: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -208,7 +210,7 @@ def bn_grad_finalize_kernel(
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
     o, m = _partial_offsets(
-        o_channel, m_channel, programs, spread, width, 2, SLOTS, COLUMNS, EACH, BLOCK_PARTIALS
+        o_channel, m_channel, programs, spread, width, each, slots, 2, COLUMNS, BLOCK_PARTIALS
     )
     b_dz = tl.sum(tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64), axis=0)
     b_dzx = tl.sum(tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64), axis=0)
@@ -246,14 +248,14 @@ def launch_bn_grad_finalize(
 ) -> None:
     """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, width]."""
     programs, _, width = partial.shape
-    constants = _share(rows.spread, tile)
-    options = _options(programs * constants["EACH"])
+    each, columns, slots = _share(rows.spread, tile)
+    options = _options(programs * each)
     start(
         bn_grad_finalize_kernel,
         (-(-rows.channels // options["BLOCK_CHANNELS"]),),
         (partial, saved, weight, coefficients, dweight, dbias),
-        (rows.channels, rows.spread, programs, width),
+        (rows.channels, rows.spread, programs, width, each, slots),
         (1.0 / rows.values,),
-        {"ACC": accumulate, **constants},
+        {"ACC": accumulate, "COLUMNS": columns},
         options,
     )

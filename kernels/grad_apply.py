@@ -15,11 +15,20 @@ from torch import Tensor
 
 from .grad import load_dz
 from .launch import Tile
-from .layout import RowMap, Strides
+from .layout import RowMap, Strides, byte_strides
 from .moments import fma, fold, normalize
 from .norm import load_norm
 from .start import start
-from .tile import load_vector, tile_columns, tile_offsets, tile_rows, widen
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    load_vector,
+    row_vectors,
+    tile_columns,
+    tile_offsets,
+    tile_rows,
+    widen,
+)
 
 
 @triton.jit
@@ -32,7 +41,7 @@ def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
     return fma(b_dz, b_scale[None, :] + b_zero, b_low[None, :] + b_zero) + b_part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_apply_kernel(
     p_dy,
     p_x,
@@ -64,6 +73,7 @@ def bn_grad_apply_kernel(
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -71,6 +81,7 @@ def bn_grad_apply_kernel(
     STAGES: tl.constexpr,
 ):
     """dx and dresidual (each where given) <- dy, x."""
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -188,7 +199,7 @@ def launch_bn_grad_apply(
             rows.others[1],
             rows.others[3] if residual is not None else None,
             rows.others[3] if addend is not None else None,
-            bits_stride,
+            byte_strides(bits, bits_stride),
             rows.strides[0],
             rows.outer,
             rows.inner,
@@ -204,6 +215,7 @@ def launch_bn_grad_apply(
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
+            "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
         tile.options,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .grad import load_dz
 from .launch import Tile, is_aligned
-from .layout import RowMap, Strides
+from .layout import RowMap, Strides, byte_strides
 from .moments import (
     add_compensated,
     fold,
@@ -32,7 +32,17 @@ from .moments import (
 )
 from .norm import load_norm
 from .start import start
-from .tile import load_tile, load_vector, sum_groups, tile_columns, tile_offsets, tile_rows
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    load_tile,
+    load_vector,
+    row_vectors,
+    sum_groups,
+    tile_columns,
+    tile_offsets,
+    tile_rows,
+)
 
 
 class Skip(NamedTuple):
@@ -103,7 +113,7 @@ def _of_channels(b_value, o_column, m_column, spread, SLOTS: tl.constexpr):
     return b_value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_reduce_kernel(
     p_dy,
     p_skip,
@@ -142,6 +152,7 @@ def bn_grad_reduce_kernel(
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -153,6 +164,7 @@ def bn_grad_reduce_kernel(
     """
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -289,7 +301,7 @@ def launch_bn_grad_reduce(
             rows.others[1],
             rows.others[3] if residual is not None else None,
             rows.strides[0],
-            bits_stride,
+            byte_strides(bits, bits_stride),
             rows.outer,
             rows.inner,
             rows.channels,
@@ -309,6 +321,7 @@ def launch_bn_grad_reduce(
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
             "ACC": accumulate,
+            "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
         tile.options,

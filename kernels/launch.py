@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .chip import Chip
-from .layout import VECTOR, RowMap
+from .layout import PLANE_ROWS, VECTOR, RowMap
 
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
+FEWEST_SLOTS = 8  # of a block of columns: so planes of 5x5 and of 14x14 share a kernel
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
 # A CUDA grid takes 2^31 - 1 programs along its first axis and this many along the others. So what grows with the number
@@ -50,7 +51,8 @@ ALONE = Pass(16384, 8, 3, 1, half=6)  # reads one tensor
 APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
-FEWEST_ROWS = 4  # of a tile of a flat walk
+FLAT_COLUMNS = 256  # of a tile of a flat walk
+FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 columns
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
 
 
@@ -161,17 +163,18 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     programs_at_once = (kind.programs if share == 1 else kind.half) * chip.multiprocessors
     channels = _power_of_two(rows.columns)
     if rows.channels_fastest:
-        block_channels = min(channels, 128 // min(element_size, 4))  # whole 128-byte lines
-        if (
-            rows.spread > 1
-        ):  # few rows, many columns: blocks so wide that one round of programs has all of them
-            wide = _power_of_two(_ceil(rows.columns, programs_at_once))
-            block_channels = max(block_channels, min(wide, elements // FEWEST_ROWS))
+        # Whole 128-byte lines; more in a flat walk, whose rows are images: so few of them fill a tile, and one round of
+        # programs, or little more, has all columns.
+        block_channels = min(
+            channels, FLAT_COLUMNS if rows.spread > 1 else 128 // min(element_size, 4)
+        )
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     else:
-        block_inner = _block_inner(rows.inner, rows.outer, 1024)
-        block_channels = min(channels, 16, max(1, elements // block_inner))
+        block_channels = min(channels, 16)
+        # The same for all planes, but where there are too few of them to fill a tile.
+        most = elements // (block_channels * _power_of_two(rows.outer))
+        block_inner = _block_inner(rows.inner, rows.outer, max(PLANE_ROWS, most))
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     block_outer = max(block_outer, 1)
     tiles_inner = _ceil(rows.inner, block_inner)
@@ -180,13 +183,15 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
     wanted = max(1, programs_at_once // channel_blocks)
     if kind.stages > 1:  # a reducing one
         most = min(
-            rows.outer * rows.inner // ROWS_A_PROGRAM,
+            rows.outer * rows.inner // (FLAT_ROWS_A_PROGRAM if rows.spread > 1 else ROWS_A_PROGRAM),
             MAX_PARTIALS // partials_a_channel(rows.spread, block_channels),
         )
         wanted = min(wanted, max(1, most))
     programs = max(1, min(tiles, wanted, MOST_PROGRAMS))
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
-    slots = _power_of_two(touched(block_channels, rows.spread)) if rows.spread > 1 else 0
+    slots = 0
+    if rows.spread > 1:
+        slots = max(FEWEST_SLOTS, _power_of_two(touched(block_channels, rows.spread)))
     tile_size = block_outer * block_inner * block_channels
     warps = kind.warps if tile_size * element_size >= kind.tile_bytes else 4
     group, run = _rows_a_thread(

@@ -4,9 +4,9 @@ Row (o, i) and channel c of a tensor stand at o * stride_outer + i * stride_inne
 is one outer row; contiguous [N, C, H, W] is N outer and H * W inner rows. Several tensors share one map when the same
 dimensions can be merged in each of them.
 
-A contiguous plane whose H * W no vector of values divides (14x14, 7x7) would be walked two bytes at a time. It is
-walked as [N] rows of [C * H * W] columns instead, as if they were channels: what lies next to each other is read
-together, and column f belongs to channel f // (H * W).
+A contiguous plane whose H * W no vector of values divides (14x14, 7x7) would be walked two bytes at a time, and a small
+one would leave much of a tile empty. It is walked as [N] rows of [C * H * W] columns instead, as if they were channels:
+what lies next to each other is read together, and column f belongs to channel f // (H * W).
 """
 
 import functools
@@ -18,6 +18,9 @@ from torch import Tensor
 # (outer, inner, column), or (outer, inner, channel, within) where the columns of a channel do not follow each other.
 Strides = tuple[int, ...]
 VECTOR = 16  # what Triton knows an integer to be a multiple of
+PLANE_ROWS = (
+    64  # of a plane in a tile: one number for all planes, since each tile is a kernel of its own
+)
 FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer
 MOST_SPREAD = 8192  # columns of a channel: its blocks leave a partial sum each, and the finalising step holds all
 
@@ -47,6 +50,11 @@ class RowMap:
     def values(self) -> int:
         """Of a channel."""
         return self.outer * self.inner * self.spread
+
+    @property
+    def row_vectors(self) -> bool:
+        """Whether rows are read together, and never a vector that has one too many."""
+        return not self.channels_fastest and self.inner % VECTOR == 0
 
     @property
     def channels_fastest(self) -> bool:
@@ -100,15 +108,20 @@ def row_map(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowMap | None:
 
 
 def _is_flat(sizes: list[int], steps: list[list[int]], channels: int, channel_stride: int) -> bool:
-    """Whether the tensor that is written has planes that follow each other and that no vector divides."""
+    """Whether the tensor that is written has planes that follow each other and that a tile does not suit."""
     return (
         sizes[0] >= FEWEST_FLAT
         and channels > 1
         and 1 < sizes[1] <= MOST_SPREAD
         and steps[1][0] == 1
         and channel_stride == sizes[1]
-        and sizes[1] % VECTOR != 0
+        and not suits_tile(sizes[1])
     )
+
+
+def suits_tile(plane: int) -> bool:
+    """Whether vectors divide a plane of so many values, and tiles pad it by at most an eighth."""
+    return plane % VECTOR == 0 and -(-plane // PLANE_ROWS) * PLANE_ROWS <= plane * 9 // 8
 
 
 def row_map_of(*tensors: Tensor) -> RowMap | None:
@@ -129,13 +142,20 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
     outer, inner, channels = rows.outer, rows.inner, rows.columns
     if packs_channels(rows):
         width = -(-channels // 8)
-        if width % MASK_PIECE == 0 and width > MASK_PIECE:
-            pieces = (inner * MASK_PIECE, MASK_PIECE, outer * inner * MASK_PIECE, 1)
+        step = inner if outer > 1 else 0  # never multiplied by anything but 0
+        if width % MASK_PIECE == 0:
+            pieces = (step * MASK_PIECE, MASK_PIECE, outer * inner * MASK_PIECE, 1)
             return True, outer * inner * width, pieces
-        return True, outer * inner * width, (inner * width, width, 1)
+        return True, outer * inner * width, (step * width, width, 1)
     width = -(-inner // 8)
     inner_stride, channel_stride = (channels, 1) if rows.channels_fastest else (1, width)
     return False, outer * width * channels, (width * channels, inner_stride, channel_stride)
+
+
+def byte_strides(bits: Tensor | None, strides: Strides | None) -> Strides | None:
+    """What a kernel is told of them. None: nothing, since the bytes of a plane, and the planes, follow each other."""
+    is_plane = strides is not None and len(strides) == 3 and strides[1] == 1
+    return None if bits is None or is_plane else strides
 
 
 def packs_channels(rows: RowMap) -> bool:

@@ -22,9 +22,12 @@ from .layout import RowMap
 from .moments import add_compensated, load_pivot, merge, slots_of, store_partial
 from .start import start
 from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
     groups,
     load_tile,
     partial_tile,
+    row_vectors,
     tile_columns,
     tile_offsets,
     whole_tile,
@@ -71,7 +74,7 @@ def _add_group(
     return b_total, b_total_low, b_m2, b_m2_low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_stats_kernel(
     p_x,
     p_residual,
@@ -92,6 +95,7 @@ def bn_stats_kernel(
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -106,6 +110,7 @@ def bn_stats_kernel(
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     AXIS: tl.constexpr = 0 if RUN == 1 else 1  # the groups'
+    inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
     o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
@@ -221,6 +226,7 @@ def launch_bn_stats(
             "SLOTS": tile.slots,
             "ONE_OUTER": rows.outer == 1,
             "EVEN": tile.even,
+            "ROW_VECTORS": rows.row_vectors,
             **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
             "OFFSET": offset,
         },

@@ -3,6 +3,23 @@
 import triton
 import triton.language as tl
 
+from .layout import VECTOR
+
+# Triton compiles a kernel anew for an integer that is 1, and for one that 16 divides. What it makes of these is the
+# same, or no better: so they are not looked at, and a kernel is there for other batches and image sizes too.
+ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs"]
+# Of these 1 is worth a kernel, since divisions go.
+ANY_MULTIPLE = ["outer", "spread"]
+_VECTOR = tl.constexpr(VECTOR)
+
+
+@triton.jit
+def row_vectors(inner, ROW_VECTORS: tl.constexpr):
+    """inner; with ROW_VECTORS the compiler learns that 16 divides it, so that rows side by side share a mask."""
+    if ROW_VECTORS:
+        inner = inner // _VECTOR * _VECTOR
+    return inner
+
 
 @triton.jit
 def tile_rows(

@@ -25,7 +25,7 @@ def test_the_example_runs(capsys):
 @pytest.mark.once
 def test_the_commands_are_ones_that_there_are(capsys):
     commands = re.findall(r"^    python -m fusedres (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["env", "explain", "compare"]
+    assert [command.split()[0] for command in commands] == ["env", "explain", "warm", "compare"]
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main([*command.split(), "--help"])

@@ -20,7 +20,7 @@ def add_to(commands) -> None:
     parser.add_argument(
         "--input",
         metavar="N,C,H,W",
-        type=_shape,
+        type=shape,
         help="estimate the bytes saved in a training step with this input",
     )
     form = parser.add_mutually_exclusive_group()
@@ -29,7 +29,7 @@ def add_to(commands) -> None:
     parser.set_defaults(run=run)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:

@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import bench, compare, env, explain
+from . import bench, compare, env, explain, warm
 from .errors import CommandError
 
-COMMANDS = (env, explain, compare, bench)
+COMMANDS = (env, explain, compare, warm, bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
