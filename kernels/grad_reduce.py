@@ -26,8 +26,7 @@ from .moments import (
     fold,
     normalize,
     product,
-    slots_of,
-    store_partial,
+    store_sums,
     sum_rows,
 )
 from .norm import load_norm
@@ -104,15 +103,6 @@ def _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.con
     return b_dot
 
 
-@triton.jit
-def _of_channels(b_value, o_column, m_column, spread, SLOTS: tl.constexpr):
-    """Sums of columns as they are, or (in a flat walk) those of a channel added up."""
-    if SLOTS > 0:
-        m = slots_of(o_column, m_column, spread, b_value.shape[0], SLOTS)
-        b_value = tl.sum(tl.where(m, b_value[None, :], 0.0), axis=1)
-    return b_value
-
-
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_reduce_kernel(
     p_dy,
@@ -143,7 +133,8 @@ def bn_grad_reduce_kernel(
     tiles,
     programs,
     width,
-    SLOTS: tl.constexpr,
+    slots,
+    FLAT: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
     ALIKE: tl.constexpr,
@@ -224,29 +215,18 @@ def bn_grad_reduce_kernel(
             b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
 
     o_channel = o_column // spread
-    b_all = sum_rows(b_sum, b_sum_low)
-    b_sum = _of_channels(b_all, o_column, m_column, spread, SLOTS)
-    b_dot = _off_mean(
-        sum_rows(b_dot, b_dot_low), b_all, p_saved, channels, o_channel, m_column, ACC
-    )
-    b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
+    b_sum = sum_rows(b_sum, b_sum_low)
+    b_dot = sum_rows(b_dot, b_dot_low)
+    b_dot = _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_column, ACC)
     p_row = p_partial + i_program * 2 * width
-    store_partial(p_row, b_sum, o_column, m_column, SLOTS)
-    store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
+    store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
+    store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
     if p_residual_saved is not None:
-        b_dot = _off_mean(
-            sum_rows(b_rdot, b_rdot_low),
-            b_all,
-            p_residual_saved,
-            channels,
-            o_channel,
-            m_column,
-            ACC,
-        )
-        b_dot = _of_channels(b_dot, o_column, m_column, spread, SLOTS)
+        b_dot = sum_rows(b_rdot, b_rdot_low)
+        b_dot = _off_mean(b_dot, b_sum, p_residual_saved, channels, o_channel, m_column, ACC)
         p_row = p_residual_partial + i_program * 2 * width
-        store_partial(p_row, b_sum, o_column, m_column, SLOTS)
-        store_partial(p_row + width, b_dot, o_column, m_column, SLOTS)
+        store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
+        store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
 
 
 def launch_bn_grad_reduce(
@@ -310,10 +290,11 @@ def launch_bn_grad_reduce(
             tile.tiles,
             tile.programs,
             tile.width,
+            tile.slots,
         ),
         (),
         {
-            "SLOTS": tile.slots,
+            "FLAT": rows.spread > 1,
             **groups,
             "EVEN": tile.even,
             "ALIKE": skip.gradient is None and len(set(rows.strides)) == 1,

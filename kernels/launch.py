@@ -14,7 +14,6 @@ from .chip import Chip
 from .layout import PLANE_ROWS, VECTOR, RowMap
 
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
-FEWEST_SLOTS = 8  # of a block of columns: so planes of 5x5 and of 14x14 share a kernel
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
 BITS = 8  # mask bits in a byte
 # A CUDA grid takes 2^31 - 1 programs along its first axis and this many along the others. So what grows with the number
@@ -171,7 +170,8 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
         block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
     else:
-        block_channels = min(channels, 16)
+        # Of a float32 tensor so few that a thread's rows are of one channel.
+        block_channels = min(channels, 16 if element_size == 2 else 4)
         # The same for all planes, but where there are too few of them to fill a tile.
         most = elements // (block_channels * _power_of_two(rows.outer))
         block_inner = _block_inner(rows.inner, rows.outer, max(PLANE_ROWS, most))
@@ -189,9 +189,7 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         wanted = min(wanted, max(1, most))
     programs = max(1, min(tiles, wanted, MOST_PROGRAMS))
     programs = _ceil(tiles, _ceil(tiles, programs))  # the same number of tiles for nearly all
-    slots = 0
-    if rows.spread > 1:
-        slots = max(FEWEST_SLOTS, _power_of_two(touched(block_channels, rows.spread)))
+    slots = touched(block_channels, rows.spread) if rows.spread > 1 else 0
     tile_size = block_outer * block_inner * block_channels
     warps = kind.warps if tile_size * element_size >= kind.tile_bytes else 4
     group, run = _rows_a_thread(

@@ -124,23 +124,26 @@ def merge(b_count, b_mean, b_m2):
 
 
 @triton.jit
-def slots_of(o_column, m_column, spread, BLOCK_CHANNELS: tl.constexpr, SLOTS: tl.constexpr):
-    """[SLOTS, columns]: which columns belong to the first, the second... channel of this block (of a flat walk)."""
+def of_slot(i_slot, o_column, m_column, spread, BLOCK_CHANNELS: tl.constexpr):
+    """Which columns belong to the i-th of the channels that this block (of a flat walk) has a part of."""
     o_first = (tl.program_id(0).to(o_column.dtype) * BLOCK_CHANNELS) // spread
-    o_slot = (o_column // spread - o_first).to(tl.int32)
-    return (tl.arange(0, SLOTS)[:, None] == o_slot[None, :]) & m_column[None, :]
+    return m_column & (o_column // spread == o_first + i_slot)
 
 
 @triton.jit
-def store_partial(
-    p_partial, b_value, o_column, m_column, SLOTS: tl.constexpr,
+def store_sums(
+    p_partial, b_value, o_column, m_column, spread, slots, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """What a program has of a kind: a value a column, or (SLOTS) one for each slot of its block."""
-    if SLOTS == 0:
-        tl.store(p_partial + o_column, b_value.to(p_partial.dtype.element_ty), mask=m_column)
+    """What a program has of a kind: a value a column; in a flat walk the sum of each slot of its block."""
+    if FLAT:
+        for i_slot in range(slots):
+            m = of_slot(i_slot, o_column, m_column, spread, b_value.shape[0])
+            b_sum = tl.sum(tl.where(m, b_value, 0.0), axis=0)
+            tl.store(
+                p_partial + tl.program_id(0) * slots + i_slot, b_sum.to(p_partial.dtype.element_ty)
+            )
     else:
-        o_slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
-        tl.store(p_partial + o_slot, b_value.to(p_partial.dtype.element_ty))
+        tl.store(p_partial + o_column, b_value.to(p_partial.dtype.element_ty), mask=m_column)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .launch import Tile, is_aligned
 from .layout import RowMap
-from .moments import add_compensated, load_pivot, merge, slots_of, store_partial
+from .moments import add_compensated, load_pivot, merge, of_slot, store_sums
 from .start import start
 from .tile import (
     ANY_MULTIPLE,
@@ -90,7 +90,8 @@ def bn_stats_kernel(
     whole,
     programs,
     width,
-    SLOTS: tl.constexpr,
+    slots,
+    FLAT: tl.constexpr,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -181,17 +182,23 @@ def bn_stats_kernel(
         b_counts = b_counts.to(tl.float64)
     b_inverse = 1.0 / tl.maximum(b_count, 1.0).to(b_total.dtype)
     b_n, b_mean, b_m2 = merge(b_counts, b_total * b_inverse[:, None], b_m2)
-    if SLOTS > 0:  # the columns of a channel together
-        m = slots_of(o_column, m_column, spread, BLOCK_CHANNELS, SLOTS)
-        b_n, b_mean, b_m2 = merge(
-            tl.trans(tl.where(m, b_n[None, :], 0.0)),
-            tl.trans(tl.where(m, b_mean[None, :], 0.0)),
-            tl.trans(tl.where(m, b_m2[None, :], 0.0)),
-        )
     p_row = p_partial + i_program * 3 * width
-    store_partial(p_row, b_n, o_column, m_column, SLOTS)
-    store_partial(p_row + width, b_mean, o_column, m_column, SLOTS)
-    store_partial(p_row + 2 * width, b_m2, o_column, m_column, SLOTS)
+    if FLAT:  # the columns of a channel together
+        for i_slot in range(slots):
+            m = of_slot(i_slot, o_column, m_column, spread, BLOCK_CHANNELS)[:, None]
+            b_some, b_their_mean, b_their_m2 = merge(
+                tl.where(m, b_n[:, None], 0.0),
+                tl.where(m, b_mean[:, None], 0.0),
+                tl.where(m, b_m2[:, None], 0.0),
+            )
+            o_slot = tl.program_id(0) * slots + i_slot + tl.arange(0, 1)
+            tl.store(p_row + o_slot, b_some.to(p_partial.dtype.element_ty))
+            tl.store(p_row + width + o_slot, b_their_mean.to(p_partial.dtype.element_ty))
+            tl.store(p_row + 2 * width + o_slot, b_their_m2.to(p_partial.dtype.element_ty))
+    else:
+        store_sums(p_row, b_n, o_column, m_column, spread, slots, FLAT)
+        store_sums(p_row + width, b_mean, o_column, m_column, spread, slots, FLAT)
+        store_sums(p_row + 2 * width, b_m2, o_column, m_column, spread, slots, FLAT)
 
 
 def launch_bn_stats(
@@ -220,10 +227,11 @@ def launch_bn_stats(
             tile.whole,
             tile.programs,
             tile.width,
+            tile.slots,
         ),
         (),
         {
-            "SLOTS": tile.slots,
+            "FLAT": rows.spread > 1,
             "ONE_OUTER": rows.outer == 1,
             "EVEN": tile.even,
             "ROW_VECTORS": rows.row_vectors,
