@@ -35,10 +35,16 @@ BUDGETS: dict[str, Any] = {
         ("bfloat16", "bn_grad_apply"): 12,
         ("float32", "bn_stats"): 11,
         ("float32", "bn_grad_reduce"): 19,
+        # With a third tensor: the residual's own BatchNorm, or a second gradient, and a sum or a store more.
+        ("bfloat16", "bn_grad_reduce", "bn_bn_add_relu"): 17.5,
+        ("bfloat16", "bn_grad_reduce", "bn_add_relu_fork"): 16,
+        ("bfloat16", "bn_grad_apply", "bn_bn_add_relu"): 16.5,
+        ("float32", "bn_grad_reduce", "bn_bn_add_relu"): 31,
+        ("float32", "bn_grad_reduce", "bn_add_relu_fork"): 21.5,
     },
     # The same code of an older Triton (3.6: up to 7 percent more instructions) may have so many times as many.
     "older": 1.1,
-    # Of reducing passes that move so many bytes: what they read and write, of the tiles under way.
+    # Of passes that move so many bytes: what they read and write, of the tiles under way.
     "large": 50e6,
     "bytes_in_flight": 40e3,
     "rounds": 1,
@@ -47,27 +53,12 @@ BUDGETS: dict[str, Any] = {
 # What does not meet its budget, where, and what was reached: (metric, reached, place). An entry that nothing needs any
 # more is a failure (`test_no_exception_is_left_that_nothing_needs`).
 NOT_YET: list[tuple[str, float, dict[str, Any]]] = [
-    (COUNT, 8.5, {"kernel": "bn_apply", "operator": "bn_relu"}),
-    (COUNT, 18, {"kernel": "bn_apply", "operator": "bn_add_relu"}),
-    (COUNT, 18, {"kernel": "bn_apply", "operator": "bn_add_relu_fork"}),
-    (COUNT, 15.1, {"kernel": "bn_grad_apply", "operator": "bn_relu"}),
-    (COUNT, 15.1, {"kernel": "bn_grad_apply", "operator": "bn_add_relu"}),
-    (COUNT, 21.5, {"kernel": "bn_grad_apply", "operator": "bn_bn_add_relu"}),
-    (COUNT, 17, {"kernel": "bn_grad_reduce", "operator": "bn_relu", "dtype": "bfloat16"}),
-    (COUNT, 17, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu", "dtype": "bfloat16"}),
-    (COUNT, 19.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "bfloat16"}),
-    (COUNT, 25.5, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "bfloat16"}),
-    (COUNT, 22.5, {"kernel": "bn_grad_reduce", "operator": "bn_relu", "dtype": "float32"}),
-    (COUNT, 23.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu", "dtype": "float32"}),
-    (COUNT, 28.5, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "float32"}),
-    (COUNT, 42.5, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "float32"}),
-    (RATIO, 0.65, {"kernel": "bn_grad_reduce", "dtype": "bfloat16"}),
-    (RATIO, 0.53, {"kernel": "bn_grad_reduce", "operator": "bn_bn_add_relu", "dtype": "float32"}),
-    (RATIO, 0.52, {"kernel": "bn_stats", "dtype": "float32", "layout": "contiguous_format"}),
-    ("rounds", 1.34, {"kernel": "bn_grad_reduce", "operator": "bn_add_relu_fork", "dtype": "float16"}),
-    # A flat walk has a program for each block of columns at least, and 14 * 14 * 1024 columns.
-    ("rounds", 16, {"layout": "contiguous_format", "height": 14}),
-    ("rounds", 8, {"layout": "contiguous_format", "height": 7}),
+    # A flat walk of 14 * 14 * 1024 columns is 784 blocks, a program each at least. Wider ones would be one round, and
+    # have so many channels at 7x7 that adding them up takes a tenth of the pass; another tile for 7x7 is eight more
+    # kernels to compile. The last round has two programs and more on a multiprocessor, 64 KB in flight.
+    ("rounds", 2, {"layout": "contiguous_format", "height": 14}),
+    # 392 blocks of columns are three programs on a multiprocessor, of small tiles.
+    ("bytes_in_flight", 36.8e3, {"kernel": "bn_apply", "operator": "bn_bn_add_relu", "height": 7}),
 ]  # fmt: skip
 
 BATCH = 256
@@ -121,7 +112,7 @@ def budgets(target: Target, of: Pass) -> dict[str, float]:
         for key in ((target.dtype, of.kernel), (target.dtype, of.kernel, target.kernel)):
             if key in BUDGETS[COUNT]:
                 found[COUNT] = BUDGETS[COUNT][key]
-    if f"{of.kernel}_kernel" in machine.REDUCING and of.bytes >= BUDGETS["large"]:
+    if of.bytes >= BUDGETS["large"]:
         found |= {name: BUDGETS[name] for name in ("bytes_in_flight", "rounds")}
     return found
 
