@@ -57,6 +57,7 @@ def load_dz(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None)."""
     o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
@@ -65,12 +66,12 @@ def load_dz(
     if p_skip is not None:
         m_skip = m
         if skip_place is not None:
-            if spread == 1:
-                o_inner, m_row = visited(o_inner, skip_place)
-                m_skip = m & m_row[:, None]
-            else:  # the positions are columns
+            if FLAT:  # the positions are columns
                 o_column, m_column = visited(o_column, skip_place)
                 m_skip = m & m_column[None, :]
+            else:
+                o_inner, m_row = visited(o_inner, skip_place)
+                m_skip = m & m_row[:, None]
         o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread, o_first)
         b_dz += load_tile(p_skip, o_skip, m_skip, ACC)
         b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)

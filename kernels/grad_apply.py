@@ -130,7 +130,7 @@ def bn_grad_apply_kernel(
         b_dz = load_dz(
             p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
             outer, inner, columns, spread, tiles_inner, dy_stride, None, None, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
         )  # fmt: skip
         if p_dx is not None:
             if p_coefficients is not None:

@@ -185,7 +185,9 @@ def bn_grad_reduce_kernel(
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        m = m_row[:, None] if EVEN else m_row[:, None] & m_column[None, :]
+        m = tl.broadcast_to(m_row[:, None], [ROWS, BLOCK_CHANNELS])
+        if not EVEN:
+            m &= m_column[None, :]
         o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
         o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
         b_x = load_tile(p_x, o_x, m, ACC)
@@ -201,7 +203,7 @@ def bn_grad_reduce_kernel(
         b_dz = load_dz(
             p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
             outer, inner, columns, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
         )  # fmt: skip
         if p_dz is not None:
             tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)

@@ -15,6 +15,7 @@ so that the BatchNorm behind it needs no pass of its own. They are Welford's, ea
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from .chip import INTERPRETED
 from .launch import GemmTile
@@ -85,8 +86,10 @@ def dot(b_left, b_right, b_acc, PRECISION: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def _round(b_value, DTYPE: tl.constexpr):
-    """float32 rounded to what DTYPE holds. For 16 bits two at a time: a conversion of one takes four times as long."""
-    if _INTERPRETED or DTYPE.primitive_bitwidth >= 32:
+    """float32 rounded to what DTYPE holds. For 16 bits two at a time, where there is an instruction for it (PTX ISA,
+    cvt): a conversion of one takes four times as long.
+    """
+    if _INTERPRETED or DTYPE.primitive_bitwidth >= 32 or not cuda_capability_geq(8, 0):
         b_round = b_value.to(DTYPE).to(b_value.dtype)
     elif DTYPE == tl.bfloat16:
         b_round = tl.inline_asm_elementwise(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedres
-from fusedres.benchmarks.compile_only import TENSOR_CORE, Launch, _tool, compile_only
+from fusedres.benchmarks.compile_only import TENSOR_CORE, Launch, compile_only, tool
 from fusedres.kernels.projection import dimensions, divisors
 from fusedres.projection import project
 
@@ -55,7 +55,7 @@ def loops(launch: Launch) -> list[Counter[str]]:
         file.write(launch.cubin)
         file.flush()
         text = subprocess.run(
-            [_tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
+            [tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True, check=True
         ).stdout
     code = [(int(address, 16), name, rest) for address, name, rest in INSTRUCTION.findall(text)]
     ranges: list[list[int]] = []
