@@ -74,6 +74,9 @@ SURVIVORS = {
     ("another lane's value", "bn_stats_kernel"): "sums of counts: another lane has the same",
     ("a comparison turned", "bn_stats_kernel"): "the pipeline's slot, which two tiles do not wrap",
     ("a comparison turned", "projection_kernel"): "the way around a loop that is entered anyhow",
+    ("another accumulator", "projection_kernel"): (
+        "in the gradient of the input: past the last channel, where zeros are added"
+    ),
 }
 
 
