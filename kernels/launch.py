@@ -1,9 +1,9 @@
 """Launch choices: which tile a pass gets, how many programs share it. Data and arithmetic, no Triton.
 
 The numbers come from what a multiprocessor needs in flight (bandwidth x latency: 4.8 TB/s x 0.7 us / 132 = 25 KiB on
-an H200) and from the registers that the compiler takes (tests/test_budgets.py). An H200 reached 57 to 96 percent of its
-copy bandwidth on tensors of 100 MB and more (benchmarks/results/2026-11-26-h200/kernels.md), with 16 applying programs a
-multiprocessor, tiles of 1024 rows of a plane and of 64 columns of a flat walk; these have not been timed.
+an H200) and from the registers that the compiler takes (tests/test_budgets.py). An H200 reached 57 to 96 percent of
+its copy bandwidth on tensors of 100 MB and more (benchmarks/results/2026-11-26-h200/kernels.md), with 16 applying
+programs a multiprocessor, tiles of 1024 rows of a plane and of 64 columns of a flat walk; these have not been timed.
 """
 
 import functools

@@ -28,13 +28,14 @@ BUDGETS: dict[str, Any] = {
     # In channels_last, by dtype, kernel and operator (or of all of them).
     COUNT: {
         ("bfloat16", "bn_stats"): 7.5,
-        ("bfloat16", "bn_apply", "bn_relu"): 8,
-        ("bfloat16", "bn_apply", "bn_add_relu"): 14,
-        ("bfloat16", "bn_apply", "bn_add_relu_fork"): 14,
+        ("bfloat16", "bn_apply", "bn_relu"): 6.5,
+        ("bfloat16", "bn_apply", "bn_add_relu"): 12,
+        ("bfloat16", "bn_apply", "bn_add_relu_fork"): 12,
+        ("bfloat16", "bn_apply", "bn_bn_add_relu"): 14,
         ("bfloat16", "bn_grad_reduce"): 13,
         ("bfloat16", "bn_grad_apply"): 12,
-        ("float32", "bn_stats"): 11,
-        ("float32", "bn_grad_reduce"): 19,
+        ("float32", "bn_stats"): 10.5,
+        ("float32", "bn_grad_reduce"): 17.5,
         # With a third tensor: the residual's own BatchNorm, or a second gradient, and a sum or a store more.
         ("bfloat16", "bn_grad_reduce", "bn_bn_add_relu"): 17.5,
         ("bfloat16", "bn_grad_reduce", "bn_add_relu_fork"): 16,
