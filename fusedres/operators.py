@@ -309,8 +309,8 @@ def _batch_norm_act_backward(
     is_whole = reduces and not training and skip is None and addend is None
     if reduces:
         is_crowded = skip_stride is not None or (is_smooth and residual is not None)
-        # Beside the positions of a strided gradient there is room for half a tile of float32.
-        part = k.DUAL_SHARE if skip_stride is not None and size >= 4 else share
+        # Beside the positions of a strided gradient there is room for half a tile.
+        part = k.DUAL_SHARE if skip_stride is not None else share
         tile = k.tile(rows, size, k.CROWDED if is_crowded else k.REDUCING, chip, part)
         partial = saved.new_empty((tile.programs, 2, tile.width), dtype=_partial_dtype(input.dtype))
         if is_whole:

@@ -46,7 +46,7 @@ STATISTICS = Pass(16384, 4, 4, 3, half=4)
 REDUCING = Pass(8192, 4, 4, 3, half=4)
 # One that computes more an element (the positions of a strided gradient, a smooth activation beside a residual): with
 # four warps it spills.
-CROWDED = Pass(8192, 8, 2, 2, half=2)
+CROWDED = Pass(8192, 8, 2, 2, half=4)
 ALONE = Pass(16384, 8, 4, 1, half=6)  # reads one tensor
 APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
