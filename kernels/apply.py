@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .activation import activate, passes
 from .bits import byte_tile, pack
-from .launch import Tile
+from .launch import BITS, Tile
 from .layout import RowMap, Strides, byte_strides
 from .moments import fold, normalize
 from .norm import load_norm
@@ -56,6 +56,7 @@ def bn_apply_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
+    WHOLE_BYTES: tl.constexpr,
     ACC: tl.constexpr,
     ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
@@ -103,7 +104,10 @@ def bn_apply_kernel(
                 i_tile, outer, inner, columns, tiles_inner, bits_stride,
                 PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
             )  # fmt: skip
-            b_byte = pack(passes(b_z, ACTIVATION), PACK_CHANNELS)
+            m_bit = passes(b_z, ACTIVATION)
+            if not WHOLE_BYTES:
+                m_bit &= m
+            b_byte = pack(m_bit, PACK_CHANNELS)
             tl.store(p_bits + o_byte, b_byte, mask=m_byte)
 
 
@@ -167,7 +171,7 @@ def launch_bn_apply(
             rows.others[1],
             rows.others[2] if residual is not None else None,
             rows.strides[0],
-            byte_strides(bits, bits_stride),
+            byte_strides(bits, bits_stride, pack_channels),
             rows.outer,
             rows.inner,
             rows.channels,
@@ -182,6 +186,7 @@ def launch_bn_apply(
             "ACTIVATION": activation,
             "SLOPE": slope,
             "PACK_CHANNELS": pack_channels,
+            "WHOLE_BYTES": (rows.columns if pack_channels else rows.inner) % BITS == 0,
             "ACC": accumulate,
             "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,

@@ -15,10 +15,7 @@ _PIECE = tl.constexpr(MASK_PIECE)
 
 @triton.jit
 def pack(m, PACK_CHANNELS: tl.constexpr):
-    """bool [rows, columns] -> uint8 [rows, columns / 8] or [rows / 8, columns].
-
-    What stands beside the last row or column is never read: nothing of it has a gradient.
-    """
+    """bool [rows, columns] -> uint8 [rows, columns / 8] or [rows / 8, columns]."""
     b = m.to(tl.int32)
     o_bit = tl.arange(0, 8)
     if PACK_CHANNELS:

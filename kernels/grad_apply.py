@@ -199,7 +199,7 @@ def launch_bn_grad_apply(
             rows.others[1],
             rows.others[3] if residual is not None else None,
             rows.others[3] if addend is not None else None,
-            byte_strides(bits, bits_stride),
+            byte_strides(bits, bits_stride, pack_channels),
             rows.strides[0],
             rows.outer,
             rows.inner,

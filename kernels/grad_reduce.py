@@ -283,7 +283,7 @@ def launch_bn_grad_reduce(
             rows.others[1],
             rows.others[3] if residual is not None else None,
             rows.strides[0],
-            byte_strides(bits, bits_stride),
+            byte_strides(bits, bits_stride, pack_channels),
             rows.outer,
             rows.inner,
             rows.channels,

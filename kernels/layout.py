@@ -152,9 +152,11 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
     return False, outer * width * channels, (width * channels, inner_stride, channel_stride)
 
 
-def byte_strides(bits: Tensor | None, strides: Strides | None) -> Strides | None:
+def byte_strides(
+    bits: Tensor | None, strides: Strides | None, pack_channels: bool
+) -> Strides | None:
     """What a kernel is told of them. None: nothing, since the bytes of a plane, and the planes, follow each other."""
-    is_plane = strides is not None and len(strides) == 3 and strides[1] == 1
+    is_plane = not pack_channels and strides is not None and strides[1] == 1
     return None if bits is None or is_plane else strides
 
 

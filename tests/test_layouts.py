@@ -223,3 +223,15 @@ def test_a_residual_that_stands_first_decides(layout, into, device):
     with torch.no_grad():
         found = call_batch_norm(bn.to(device), moved(x, device), moved(r, device), None)
     assert walked(found) == walked(expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 16, 64, 72, 128])
+@pytest.mark.parametrize("layout", [NHWC, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("of_gradient", [NHWC, torch.contiguous_format], ids=["nhwc", "nchw"])
+def test_the_mask_is_read_as_it_was_written(of_gradient, layout, channels, device):
+    """Whatever the layout of the gradient is: of the residual's, exactly what ReLU lets through."""
+    x, r = (torch.randn(9, channels, 3, 5).to(device, memory_format=layout) for _ in range(2))
+    output = functional.batch_norm_act(x, None, None, training=True, residual=r.requires_grad_())
+    dy = torch.randn(x.shape).to(device, memory_format=of_gradient)
+    (found,) = torch.autograd.grad(output, r, dy)
+    assert torch.equal(found, torch.where(output > 0, dy, 0.0))

@@ -221,13 +221,17 @@ def test_a_product_of_a_warp():
         ("tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::ld.sync.aligned"),
         ("atom.global.add.u32 %r9, [%rd4], 1;", "atom.global.add.u32"),
         ("bar.sync 1, 32;", "a barrier of some warps"),
-        (".local .align 4 .b8 stack[8];", "local memory"),
+        (".local .align 4 .b8 stack[8]; mov.u64 %rd4, stack;", "local memory"),
     ],
     ids=["tcgen05", "atomic", "barrier of some warps", "local memory"],
 )
 def test_an_instruction_that_is_not_known_is_named(text, named):
     with pytest.raises(Unknown, match=named):
         run(text)
+
+
+def test_local_memory_that_nothing_uses_is_none():
+    assert torch.equal(run(".local .align 4 .b8 stack[8]; mov.b32 %r9, 7;" + STORE).b, LANE * 0 + 7)
 
 
 def test_every_instruction_names_its_section():

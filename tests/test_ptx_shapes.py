@@ -12,18 +12,27 @@ import pytest
 import torch
 
 from fusedres.kernels.chip import Chip
-from fusedres.kernels.launch import APPLYING, REDUCING, STATISTICS, choose_tile
+from fusedres.kernels.launch import (
+    ALONE,
+    APPLYING,
+    GRAD_APPLYING,
+    REDUCING,
+    STATISTICS,
+    choose_tile,
+)
 from fusedres.kernels.layout import row_map
 
 from .helpers import DTYPES, Case, over_budget, run
 
 pytestmark = pytest.mark.kernels
 
-# By the size of the image: images and channels that are enough for the tile; a walk over columns needs many rows.
+# By the size of the image: images and channels that are enough for the tile. A walk over columns needs many rows, and a
+# tile of planes has eight images of 16 channels, or 16 of four (float32).
 ENOUGH = {
     "channels_last": {112: (1, 64), 56: (1, 128), 28: (1, 128), 14: (2, 256), 7: (4, 512)},
-    "contiguous_format": {112: (1, 64), 56: (2, 64), 28: (8, 32), 14: (128, 16), 7: (128, 16)},
+    "contiguous_format": {14: (128, 16), 7: (128, 16)},
 }
+PLANES = {"bfloat16": (8, 16), "float32": (16, 4)}
 SHAPES = [
     (64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7),
 ]  # fmt: skip
@@ -42,7 +51,8 @@ def choices(images, channels, size, layout, dtype):
     shape = (images, channels, size, size)
     rows = row_map(shape, dense(shape, layout))
     tiles = [
-        choose_tile(rows, dtype.itemsize, kind, H200) for kind in (STATISTICS, REDUCING, APPLYING)
+        choose_tile(rows, dtype.itemsize, kind, H200)
+        for kind in (STATISTICS, REDUCING, ALONE, APPLYING, GRAD_APPLYING)
     ]
     return [
         (tile.block_outer, tile.block_inner, tile.block_channels, tile.warps, tile.stages, tile.group, tile.slots)
@@ -54,7 +64,7 @@ def choices(images, channels, size, layout, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("channels", "size"), SHAPES, ids=lambda n: str(n))
 def test_the_choices_of_batch_256(channels, size, dtype, layout, device):
-    images, most = ENOUGH[layout][size]
+    images, most = ENOUGH[layout].get(size, PLANES[dtype])
     shape = (images, min(channels, most), size, size)
     few = choices(*shape[:3], layout, DTYPES[dtype])
     assert few == choices(256, channels, size, layout, DTYPES[dtype])

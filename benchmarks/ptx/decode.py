@@ -115,6 +115,7 @@ class _Decoder:
         self.place: list[str] = []
         self.opcode: list[str] = []
         self.unknown: list[str] = []
+        self.local: list[str] = []  # names in local memory: LLVM declares some that nothing uses
         self.where = ""
         for kind, text in statements(self.entry.body):
             if kind == "label":
@@ -130,7 +131,7 @@ class _Decoder:
             elif text.startswith(".reg"):
                 self._declare(text)
             elif text.startswith(".local"):
-                self.unknown.append(f"{text}  (local memory)")
+                self.local += re.findall(r"([\w$]+)\s*(?:\[\d+\])?\s*$", text)
             elif not text.startswith("."):
                 self._statement(text)
 
@@ -182,6 +183,9 @@ class _Decoder:
 
     def _statement(self, text: str) -> None:
         self.current, guard = text, None
+        if any(name in text for name in self.local):
+            self.unknown.append(f"{text}  (local memory)")
+            return
         found = re.match(r"@(!?)\s*(%?[\w$]+)\s+(.*)", text)
         if found:
             register = self._operand(found[2], "pred")
