@@ -40,8 +40,8 @@ test-ptx: $(READY)
 	$(PYTEST) -m 'not slow' --backend ptx --arch $(ARCH) $(ARGS)
 
 test-ptx-sample: $(READY)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 24 $(ARGS)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 32 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 32 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 40 $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow --backend aten $(ARGS)
