@@ -264,6 +264,7 @@ def divisors(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """Of each size: itself, and (magic, shift) so that n // size == n * magic >> (32 + shift) for 0 <= n < 2^31.
 
     Granlund and Montgomery 1994: magic is 2^(31 + l) / size, rounded up, with 2^l >= size. Its 32 bits travel as int32.
+    A size of 1, which nothing is divided by (`dimensions`), gets a magic that is not one.
     """
     found = []
     for size in sizes:
