@@ -102,6 +102,12 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 20)
 
 
+@pytest.mark.parametrize("tail", ["add", "dual"])
+def test_the_same_in_float64_and_a_flat_walk(tail):
+    """Beside the sums of a dual tail there is room for tiles of one row."""
+    test_two_gradients_are_their_sum("stride 2", tail, (9, 8, 7, 7), torch.float64, "nchw", True)
+
+
 def test_the_sums_are_those_of_the_gradient_as_it_is_stored():
     x, residual, dy, skip = (draw((2, 8, 7, 6), torch.bfloat16, torch.channels_last) for _ in range(4))  # fmt: skip
     weight = torch.ones(8)
