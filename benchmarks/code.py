@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 from fusedres.functional import batch_norm_act, dual_batch_norm_act, projection
-from fusedres.projection import in_triton
+from fusedres.ops.projection import in_triton
 
 from .cases import shape_name
 from .compile_only import Launch, compile_only

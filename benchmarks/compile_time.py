@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 import fusedres
-from fusedres.projection import in_triton
+from fusedres.ops.projection import in_triton
 
 from ..cli.ahead import Chip, Job, Network, compile_all, cores, jobs_of
 from ..cli.models import build_model

@@ -17,7 +17,7 @@ import torch
 
 import fusedres
 from fusedres.functional import projection
-from fusedres.projection import in_triton
+from fusedres.ops.projection import in_triton
 
 from .cases import shape_name
 from .floors import OPERATORS

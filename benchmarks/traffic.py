@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +87,9 @@ def _interpret(sites: Sequence[Site], timeout: float = 600.0) -> list[Traffic]:
 
 def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
     """(output, leaves) of one call at a site, on the CPU; the caller differentiates."""
-    from fusedres.dual import dual_batch_norm_act
     from fusedres.functional import batch_norm_act
+    from fusedres.ops.dual import dual_batch_norm_act
+    from fusedres.ops.norm import BatchNorm, How
 
     operator = OPERATORS[site.kernel]
     dtype, layout = getattr(torch, site.dtype), getattr(torch, site.layout)
@@ -106,11 +106,13 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
         leaves += [torch.rand(channels).requires_grad_() for _ in range(2)]
         x, weight, bias, residual, residual_weight, residual_bias = leaves
         buffers = [make(channels) for make in (torch.zeros, torch.ones) * 2]
-        output = dual_batch_norm_act(
-            x, residual, weight, bias, residual_weight, residual_bias, *buffers,
-            operator.training, 0.1, 1e-5, 0.1, 1e-5, operator.activation,
-            moments=torch.rand(1, 3, channels) if operator.moments else None,
-        )  # fmt: skip
+        norms = (
+            BatchNorm(weight, bias, *buffers[:2]),
+            BatchNorm(residual_weight, residual_bias, *buffers[2:]),
+        )
+        moments = torch.rand(1, 3, channels) if operator.moments else None
+        how = How(operator.training, operator.activation)
+        output = dual_batch_norm_act(x, residual, norms, how, moments)
         return output, leaves
     output = batch_norm_act(
         leaves[0], torch.zeros(channels), torch.ones(channels), leaves[1], leaves[2], operator.training,
@@ -121,18 +123,20 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
 
 def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: Tensor) -> None:
     """The backward of an output whose second gradient, `skip`, came over a skip connection."""
+    from fusedres.ops.tail import saved_by
+
     stride = operator.skip or 1
     steps = [stride, stride] if stride > 1 else None
-    node: Any = output.grad_fn
+    saved = saved_by(output.grad_fn)
     if operator.residual_norm:
-        common = (gradient, *node.saved_tensors[:7], operator.training, operator.activation)
+        common = (gradient, *saved, operator.training, operator.activation)
         torch.ops.fusedres.dual_batch_norm_act_backward(
             *common, [True] * 4, torch.float32, torch.float32, skip, steps
         )
     else:
-        *saved, residual, _ = node.saved_tensors
+        input, weight, residual, *kept = saved
         torch.ops.fusedres.batch_norm_act_backward(
-            gradient, *saved, operator.training, operator.activation, output.dtype, True, True, True,
+            gradient, input, weight, *kept, operator.training, operator.activation, output.dtype, True, True, True,
             torch.float32, skip, steps, residual,
         )  # fmt: skip
 

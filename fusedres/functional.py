@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import add, autograd, operators, preactivation, reference, scaled
+from . import reference
 from .activations import activate
 from .checks import (
     check_add_act,
@@ -17,8 +17,11 @@ from .checks import (
     number,
 )
 from .dispatch import goes_to_kernels, is_eager, wants_triton
-from .dual import tail_of_two
-from .projection import project
+from .kernels.dtypes import accumulate_dtype
+from .ops import add, dual, preactivation, scaled
+from .ops import batch_norm_act as single
+from .ops.norm import BatchNorm, How
+from .ops.projection import project
 
 __all__ = [
     "add_act",
@@ -93,9 +96,8 @@ def batch_norm_act(
                 input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
             )
     if wants_triton(input.is_cuda) and goes_to_kernels(input):
-        return autograd.batch_norm_act(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation
-        )  # fmt: skip
+        norm = BatchNorm(weight, bias, running_mean, running_var, float(momentum), eps)
+        return single.batch_norm_act(input, residual, norm, How(training, activation))
     return reference.batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps,
         residual=residual, activation=activation,
@@ -143,11 +145,33 @@ def dual_batch_norm_act(
 
     After an error the running statistics are what they were.
     """
-    return tail_of_two(
-        "dual_batch_norm_act", input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-        activation,
+    norms = (
+        BatchNorm(weight, bias, running_mean, running_var, momentum, eps),
+        BatchNorm(
+            residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
+        ),
     )  # fmt: skip
+    return tail_of_two("dual_batch_norm_act", input, residual, norms, How(training, activation))
+
+
+def tail_of_two(
+    name: str,
+    input: Tensor,
+    residual: Tensor,
+    norms: tuple[BatchNorm, BatchNorm],
+    how: How,
+    moments: Tensor | None = None,
+) -> Tensor:
+    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
+    checked = []
+    for norm, prefix in zip(norms, ("", "residual_"), strict=True):
+        momentum = number(name, f"{prefix}momentum", norm.momentum)
+        checked.append(norm._replace(momentum=momentum, eps=number(name, f"{prefix}eps", norm.eps)))
+    both = (checked[0], checked[1])
+    dual.check_dual(input, residual, both, how, name)
+    if wants_triton(input.is_cuda) and goes_to_kernels(input):
+        return dual.dual_batch_norm_act(input, residual, both, how, moments)
+    return dual.compose(input, residual, both, how)
 
 
 def projection(
@@ -240,11 +264,13 @@ def projection_batch_norm_act(
     )  # fmt: skip
     check_projected_shape(name, input, shortcut, projection_weight, steps)
     residual, moments = project(shortcut, projection_weight, projection_bias, steps, training)
-    return tail_of_two(
-        name, input, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-        weight, bias, residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
-        activation, moments,
+    norms = (
+        BatchNorm(weight, bias, running_mean, running_var, momentum, eps),
+        BatchNorm(
+            residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
+        ),
     )  # fmt: skip
+    return tail_of_two(name, input, residual, norms, How(training, activation), moments)
 
 
 def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu") -> Tensor:
@@ -343,9 +369,8 @@ def add_batch_norm_act(
         and wants_triton(input.is_cuda)
         and goes_to_kernels(input)
     ):
-        return preactivation.add_batch_norm_act(
-            input, residual, running_mean, running_var, weight, bias, training, momentum, eps, activation
-        )  # fmt: skip
+        norm = BatchNorm(weight, bias, running_mean, running_var, float(momentum), eps)
+        return preactivation.add_batch_norm_act(input, residual, norm, How(training, activation))
     total = input + residual
     return total, batch_norm_act(
         total, running_mean, running_var, weight, bias, training, momentum, eps, activation=activation
@@ -356,7 +381,7 @@ def _with_tensor_momentum(
     input, running_mean, running_var, weight, bias, momentum, eps, residual, activation
 ) -> Tensor:
     """Take the statistics of this batch alone (momentum 1) and blend them in on the device."""
-    wide = operators.accumulate_dtype(running_mean.dtype)
+    wide = accumulate_dtype(running_mean.dtype)
     batch_mean, batch_var = (torch.zeros_like(t, dtype=wide) for t in (running_mean, running_var))
     output = batch_norm_act(
         input, batch_mean, batch_var, weight, bias, True, 1.0, eps, residual=residual, activation=activation

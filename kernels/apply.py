@@ -7,20 +7,27 @@ rounded once. Tiles run in the reverse order of the statistics pass: what that p
 holds.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import activate, passes
 from .bits import byte_tile, pack
-from .launch import BITS, Tile
-from .layout import RowMap, Strides, byte_strides
+from .launch import ALONE, APPLYING, BITS, DUAL_SHARE, choose_tile
+from .layout import RowMap, mask_of
 from .moments import fold, normalize
-from .norm import load_norm
-from .start import start
-from .tile import ANY_MULTIPLE, ANY_VALUE, row_vectors, tile_columns, tile_offsets, tile_rows, widen
+from .norm import NO_NORM, Norm, load_norm
+from .plan import Planner
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    arithmetic,
+    row_vectors,
+    tile_columns,
+    tile_offsets,
+    tile_rows,
+    widen,
+)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
@@ -111,67 +118,39 @@ def bn_apply_kernel(
             tl.store(p_bits + o_byte, b_byte, mask=m_byte)
 
 
-class ResidualNorm(NamedTuple):
-    """The residual's own BatchNorm, as the launcher takes the input's; each [C] (saved [4, C]) or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    saved: Tensor | None
-    eps: float
-
-
-_NO_NORM = ResidualNorm(None, None, None, None, None, 0.0)
-
-
 def launch_bn_apply(
+    p: Planner,
     x: Tensor,
     residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    saved: Tensor | None,
-    residual_norm: ResidualNorm | None,
+    norm: Norm,
+    residual_norm: Norm | None,
     y: Tensor,
     bits: Tensor | None,
     rows: RowMap,
-    bits_stride: Strides | None,
-    pack_channels: bool,
-    tile: Tile,
-    eps: float,
-    activation: str | None,
-    slope: float,
-    accumulate: tl.dtype,
-    offset: tl.dtype,
+    activation: tuple[str | None, float],
 ) -> None:
     """y (and bits) <- x; rows.strides are those of y, x and, where there is one, the residual."""
-    norm = residual_norm or _NO_NORM
-    start(
+    if residual is None:
+        kind, share = ALONE, 1
+    else:
+        kind, share = APPLYING, 1 if residual_norm is None else DUAL_SHARE
+    tile = choose_tile(rows, x.element_size(), kind, p.chip, share)
+    other = residual_norm or NO_NORM
+    mask = mask_of(bits, rows)
+    p.start(
         bn_apply_kernel,
         tile.grid,
         (
-            x,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            saved,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.saved,
-            y,
-            bits,
+            x, residual,
+            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.saved,
+            other.weight, other.bias, other.running_mean, other.running_var, other.saved,
+            y, bits,
         ),
         (
             rows.others[1],
             rows.others[2] if residual is not None else None,
             rows.strides[0],
-            byte_strides(bits, bits_stride, pack_channels),
+            mask.stride,
             rows.outer,
             rows.inner,
             rows.channels,
@@ -180,16 +159,15 @@ def launch_bn_apply(
             tile.tiles,
             tile.programs,
         ),
-        (eps, norm.eps),
+        (norm.eps, other.eps),
         {
             "NORMALIZE_RESIDUAL": residual_norm is not None,
-            "ACTIVATION": activation,
-            "SLOPE": slope,
-            "PACK_CHANNELS": pack_channels,
-            "WHOLE_BYTES": (rows.columns if pack_channels else rows.inner) % BITS == 0,
-            "ACC": accumulate,
+            "ACTIVATION": activation[0],
+            "SLOPE": activation[1],
+            "PACK_CHANNELS": mask.packs_channels,
+            "WHOLE_BYTES": (rows.columns if mask.packs_channels else rows.inner) % BITS == 0,
             "ROW_VECTORS": rows.row_vectors,
-            "OFFSET": offset,
+            **arithmetic(x.dtype, rows),
         },
         tile.options,
-    )
+    )  # fmt: skip

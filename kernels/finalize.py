@@ -6,16 +6,18 @@ walk one of each row program and block of columns that it has a part in.
 """
 
 import functools
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grad_reduce import Operand
 from .launch import Tile, partials_a_channel
 from .layout import RowMap
 from .moments import inverse_std, load_pivot, merge
-from .start import start
-from .tile import load_vector
+from .plan import Planner
+from .tile import arithmetic, load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
@@ -73,6 +75,7 @@ def bn_finalize_kernel(
     p_saved,
     p_running_mean,
     p_running_var,
+    p_batches,
     x_stride,
     outer,
     inner,
@@ -89,6 +92,8 @@ def bn_finalize_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """saved [4, C] <- mean, mean_low, invstd, bias; the running statistics move towards the batch's (var unbiased).
+
+    batches, where given, is one more.
 
     The backward, which computes z again, is to have the bias of the forward, whatever has become of it since. The means
     in partial are relative to the pivots of x; without x they are the means themselves.
@@ -145,39 +150,48 @@ def bn_finalize_kernel(
             b_new.to(ACC).to(p_running_var.dtype.element_ty),
             mask=m_channel,
         )
+    if p_batches is not None and tl.program_id(0) == 0:
+        tl.store(p_batches, tl.load(p_batches) + 1)
+
+
+class Running(NamedTuple):
+    """What a batch moves: the running statistics [C] and how many batches there were ([], int64), each or None."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batches: Tensor | None = None
+    momentum: float = 0.0
+
+
+class Partial(NamedTuple):
+    """What a reducing pass left, and of what: x is rows.strides[which] of the map that it was walked by. Without x the
+    means are absolute, of [P, 3, C]."""
+
+    values: Tensor
+    x: Tensor | None = None
+    rows: RowMap | None = None
+    which: int = 0
+    tile: Tile | None = None
 
 
 def launch_bn_finalize(
-    partial: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    rows: RowMap | None,
-    which: int,
-    tile: Tile | None,
-    momentum: float,
-    eps: float,
+    p: Planner, partial: Partial, bias: Tensor | None, saved: Tensor, running: Running, eps: float
 ) -> None:
-    """saved [4, C] <- partial [P, 3, width], bias; running_mean and running_var [C] are updated in place where given.
-
-    x is rows.strides[which] of the map that it was reduced by; without it the means of partial [P, 3, C] are absolute.
-    """
-    programs, _, width = partial.shape
+    """saved [4, C] <- partial [P, 3, width], bias; what is running is updated in place where given."""
+    programs, _, width = partial.values.shape
     channels = saved.shape[1]
     walk: tuple = (None, None, None)
-    spread = 1
+    spread, rows = 1, partial.rows
     if rows is not None:
-        spread, walk = rows.spread, (rows.strides[which], rows.outer, rows.inner)
-    each, columns, slots = _share(spread, tile)
+        spread, walk = rows.spread, (rows.strides[partial.which], rows.outer, rows.inner)
+    each, columns, slots = _share(spread, partial.tile)
     options = _options(programs * each)
-    start(
+    p.start(
         bn_finalize_kernel,
         (-(-channels // options["BLOCK_CHANNELS"]),),
-        (partial, x, bias, saved, running_mean, running_var),
+        (partial.values, partial.x, bias, saved, running.mean, running.var, running.batches),
         (*walk, channels, spread, programs, width, each, slots),
-        (momentum, eps),
+        (running.momentum, eps),
         {"COLUMNS": columns},
         options,
     )
@@ -236,26 +250,26 @@ def bn_grad_finalize_kernel(
 
 
 def launch_bn_grad_finalize(
-    partial: Tensor,
-    saved: Tensor | None,
-    weight: Tensor | None,
+    p: Planner,
+    of: Operand,
     coefficients: Tensor | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     rows: RowMap,
     tile: Tile,
-    accumulate: tl.dtype,
 ) -> None:
-    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- partial [P, 2, width]."""
-    programs, _, width = partial.shape
+    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- of.partial [P, 2, width] of such a walk."""
+    assert of.x is not None
+    assert of.partial is not None
+    programs, _, width = of.partial.shape
     each, columns, slots = _share(rows.spread, tile)
     options = _options(programs * each)
-    start(
+    p.start(
         bn_grad_finalize_kernel,
         (-(-rows.channels // options["BLOCK_CHANNELS"]),),
-        (partial, saved, weight, coefficients, dweight, dbias),
+        (of.partial, of.norm.saved, of.norm.weight, coefficients, dweight, dbias),
         (rows.channels, rows.spread, programs, width, each, slots),
         (1.0 / rows.values,),
-        {"ACC": accumulate, "COLUMNS": columns},
+        {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "COLUMNS": columns},
         options,
     )

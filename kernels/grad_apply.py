@@ -9,19 +9,22 @@ of columns; no reduction. Tiles run in the reverse order of the reducing pass. W
 gradient too (the sum of a pre-activation unit): it is read and added to dx.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .grad import load_dz
 from .launch import Tile
-from .layout import RowMap, Strides, byte_strides
+from .layout import RowMap, mask_of
 from .moments import fma, fold, normalize
-from .norm import load_norm
-from .start import start
+from .norm import NO_NORM, Norm, load_norm
+from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
+    arithmetic,
     load_vector,
     row_vectors,
     tile_columns,
@@ -151,55 +154,42 @@ def bn_grad_apply_kernel(
             tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
 
 
+class Operand(NamedTuple):
+    """A tensor that gets a gradient: x or the residual, and what its BatchNorm's sums came to ([2, C])."""
+
+    x: Tensor | None = None
+    norm: Norm = NO_NORM
+    coefficients: Tensor | None = None
+    gradient: Tensor | None = None
+
+
 def launch_bn_grad_apply(
+    p: Planner,
     dy: Tensor,
-    x: Tensor,
+    main: Operand,
+    residual: Operand,
     bits: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor | None,
-    coefficients: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_saved: Tensor | None,
-    residual_coefficients: Tensor | None,
     addend: Tensor | None,
     rows: RowMap,
-    bits_stride: Strides | None,
-    pack_channels: bool,
     tile: Tile,
-    activation: str | None,
-    slope: float,
-    accumulate: tl.dtype,
-    offset: tl.dtype,
+    activation: tuple[str | None, float],
 ) -> None:
-    """dx, dresidual (where given) <- dy, x; rows.strides: dx and dresidual, x, dy, and the residual or the addend
-    where given."""
-    start(
+    """The gradients (where given) <- dy, x; rows.strides: theirs, x, dy, and the residual or the addend where given."""
+    assert main.x is not None
+    mask = mask_of(bits, rows)
+    p.start(
         bn_grad_apply_kernel,
         tile.grid,
         (
-            dy,
-            x,
-            bits,
-            weight,
-            saved,
-            coefficients,
-            dx,
-            dresidual,
-            residual,
-            residual_weight,
-            residual_saved,
-            residual_coefficients,
-            addend,
+            dy, main.x, bits, main.norm.weight, main.norm.saved, main.coefficients, main.gradient, residual.gradient,
+            residual.x, residual.norm.weight, residual.norm.saved, residual.coefficients, addend,
         ),
         (
             rows.others[2],
             rows.others[1],
-            rows.others[3] if residual is not None else None,
+            rows.others[3] if residual.x is not None else None,
             rows.others[3] if addend is not None else None,
-            byte_strides(bits, bits_stride, pack_channels),
+            mask.stride,
             rows.strides[0],
             rows.outer,
             rows.inner,
@@ -211,12 +201,11 @@ def launch_bn_grad_apply(
         ),
         (),
         {
-            "ACTIVATION": activation,
-            "SLOPE": slope,
-            "PACK_CHANNELS": pack_channels,
-            "ACC": accumulate,
+            "ACTIVATION": activation[0],
+            "SLOPE": activation[1],
+            "PACK_CHANNELS": mask.packs_channels,
             "ROW_VECTORS": rows.row_vectors,
-            "OFFSET": offset,
+            **arithmetic(main.x.dtype, rows),
         },
         tile.options,
-    )
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .grad import load_dz
 from .launch import Tile, is_aligned
-from .layout import RowMap, Strides, byte_strides
+from .layout import RowMap, Strides, mask_of
 from .moments import (
     add_compensated,
     fold,
@@ -29,11 +29,12 @@ from .moments import (
     store_sums,
     sum_rows,
 )
-from .norm import load_norm
-from .start import start
+from .norm import NO_NORM, Norm, load_norm
+from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
+    arithmetic,
     load_tile,
     load_vector,
     row_vectors,
@@ -231,59 +232,46 @@ def bn_grad_reduce_kernel(
         store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
 
 
+class Operand(NamedTuple):
+    """A tensor that a BatchNorm normalised: x or the residual. partial [tile.programs, 2, tile.width]: its sums."""
+
+    x: Tensor | None = None
+    norm: Norm = NO_NORM
+    partial: Tensor | None = None
+
+
 def launch_bn_grad_reduce(
+    p: Planner,
     dy: Tensor,
-    x: Tensor,
+    main: Operand,
+    residual: Operand,
     bits: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor | None,
-    partial: Tensor,
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_saved: Tensor | None,
-    residual_partial: Tensor | None,
     skip: Skip | None,
     dx: Tensor | None,
     rows: RowMap,
-    bits_stride: Strides | None,
-    pack_channels: bool,
     tile: Tile,
-    activation: str | None,
-    slope: float,
-    accumulate: tl.dtype,
-    offset: tl.dtype,
+    activation: tuple[str | None, float],
 ) -> None:
-    """partial [tile.programs, 2, tile.width] <- dy, x; rows.strides: the output, x, dy, and the residual where
-    given.
-    """
+    """partial <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
+    assert main.x is not None
     skip = skip or NO_SKIP
-    groups = tile.groups(rows.channels_fastest or all(map(is_aligned, (dy, x, residual))))
-    start(
+    groups = tile.groups(rows.channels_fastest or all(map(is_aligned, (dy, main.x, residual.x))))
+    mask = mask_of(bits, rows)
+    p.start(
         bn_grad_reduce_kernel,
         tile.grid,
         (
-            dy,
-            skip.gradient,
-            x,
-            bits,
-            weight,
-            saved,
-            partial,
-            residual,
-            residual_weight,
-            residual_saved,
-            residual_partial,
-            skip.dz,
-            dx,
+            dy, skip.gradient, main.x, bits, main.norm.weight, main.norm.saved, main.partial,
+            residual.x, residual.norm.weight, residual.norm.saved, residual.partial, skip.dz, dx,
         ),
         (
             rows.others[2],
             None if skip.place is None and skip.stride == rows.strides[0] else skip.stride,
             skip.place,
             rows.others[1],
-            rows.others[3] if residual is not None else None,
+            rows.others[3] if residual.x is not None else None,
             rows.strides[0],
-            byte_strides(bits, bits_stride, pack_channels),
+            mask.stride,
             rows.outer,
             rows.inner,
             rows.channels,
@@ -300,12 +288,11 @@ def launch_bn_grad_reduce(
             **groups,
             "EVEN": tile.even,
             "ALIKE": skip.gradient is None and len(set(rows.strides)) == 1,
-            "ACTIVATION": activation,
-            "SLOPE": slope,
-            "PACK_CHANNELS": pack_channels,
-            "ACC": accumulate,
+            "ACTIVATION": activation[0],
+            "SLOPE": activation[1],
+            "PACK_CHANNELS": mask.packs_channels,
             "ROW_VECTORS": rows.row_vectors,
-            "OFFSET": offset,
+            **arithmetic(main.x.dtype, rows),
         },
         tile.options,
-    )
+    )  # fmt: skip

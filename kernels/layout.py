@@ -12,6 +12,7 @@ what lies next to each other is read together, and column f belongs to channel f
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -152,12 +153,20 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
     return False, outer * width * channels, (width * channels, inner_stride, channel_stride)
 
 
-def byte_strides(
-    bits: Tensor | None, strides: Strides | None, pack_channels: bool
-) -> Strides | None:
-    """What a kernel is told of them. None: nothing, since the bytes of a plane, and the planes, follow each other."""
-    is_plane = not pack_channels and strides is not None and strides[1] == 1
-    return None if bits is None or is_plane else strides
+class Mask(NamedTuple):
+    """What a kernel is told of a mask's bytes."""
+
+    stride: (
+        Strides | None
+    )  # None: nothing, since the bytes of a plane, and the planes, follow each other
+    packs_channels: bool
+
+
+def mask_of(bits: Tensor | None, rows: RowMap) -> Mask:
+    """The mask of a tensor with these rows, where there is one."""
+    packs, _, stride = bits_layout(rows)
+    is_plane = not packs and stride[1] == 1
+    return Mask(None if bits is None or is_plane else stride, packs)
 
 
 def packs_channels(rows: RowMap) -> bool:

@@ -1,10 +1,27 @@
 """What a pass needs of a BatchNorm: mean, scale and bias of a block of channels."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .moments import inverse_std
 from .tile import load_vector
+
+
+class Norm(NamedTuple):
+    """A BatchNorm as a pass reads it. The vectors are [C], saved [4, C] = (mean, mean_low, invstd, bias)."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    saved: Tensor | None = None
+    eps: float = 0.0
+
+
+NO_NORM = Norm()
 
 
 @triton.jit

@@ -12,15 +12,19 @@ so that the BatchNorm behind it needs no pass of its own. They are Welford's, ea
 (a sum over the threads in every tile took more instructions than all else), and merged in a fixed order.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from .chip import INTERPRETED
-from .launch import GemmTile
+from .dtypes import partial_dtype
+from .launch import choose_product
 from .layout import GatherMap
-from .start import start
+from .plan import Planner
+from .tile import arithmetic
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -284,38 +288,50 @@ def dimensions(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return 1 if follow else sum(size > 1 for size in sizes)
 
 
+class Side(NamedTuple):
+    """One side of a product: a tensor [N, channels, ...] whose rows are walked."""
+
+    tensor: Tensor
+    channels: int
+    stride: int  # of the channels
+
+
 def launch_projection(
-    x: Tensor,
+    p: Planner,
+    x: Side,
+    y: Side,
     weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    partial: Tensor | None,
-    gather: GatherMap,
-    channel_strides: tuple[int, int],
     weight_stride: tuple[int, int],
-    channels: tuple[int, int],
-    tile: GemmTile,
+    bias: Tensor | None,
+    gather: GatherMap,
     adds: bool,
+    moments: bool,
     precision: str,
-    accumulate: tl.dtype,
-    offset: tl.dtype,
-) -> None:
-    """y <- x @ weight, or y += where it `adds`; gather.strides, channel_strides: x, then y; channels: in, out."""
+) -> Tensor | None:
+    """y <- x @ weight, or y += where it `adds`; gather.strides: x, then y; weight_stride: in, out.
+
+    With `moments` the partial moments of y [P, 3, Cout] come back.
+    """
+    dtype = x.tensor.dtype
+    tile = choose_product(gather.rows, x.channels, y.channels, dtype.itemsize, p.chip)
+    partial = None
+    if moments:
+        partial = p.empty((tile.programs, 3, y.channels), partial_dtype(dtype))
     x_stride, y_stride = (
-        (*strides, channel)
-        for strides, channel in zip(gather.strides, channel_strides, strict=True)
+        (*strides, side.stride) for strides, side in zip(gather.strides, (x, y), strict=True)
     )
-    start(
+    p.start(
         projection_kernel,
         (tile.blocks_out, tile.programs),
-        (x, weight, bias, y, partial),
+        (x.tensor, weight, bias, y.tensor, partial),
         (
             divisors(gather.sizes[1:]),
             x_stride,
             weight_stride,
             y_stride,
             gather.rows,
-            *channels,
+            x.channels,
+            y.channels,
             tile.tiles,
             tile.programs,
         ),
@@ -323,8 +339,7 @@ def launch_projection(
         {
             "ACCUMULATE": adds,
             "PRECISION": precision,
-            "ACC": accumulate,
-            "OFFSET": offset,
+            **arithmetic(dtype, gather),
             "X_DIMS": dimensions(gather.sizes, x_stride),
             "Y_DIMS": dimensions(gather.sizes, y_stride),
             "BLOCKS_IN": tile.blocks_in,
@@ -332,3 +347,4 @@ def launch_projection(
         },
         tile.options,
     )
+    return partial

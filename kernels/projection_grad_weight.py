@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GemmTile
+from .dtypes import accumulate_dtype
+from .launch import choose_grad_weight
 from .layout import GatherMap
-from .projection import dimensions, divisors, dot, gather_rows, operand
-from .start import start
+from .plan import Planner
+from .projection import Side, dimensions, divisors, dot, gather_rows, operand
+from .tile import arithmetic
 
 
 @triton.jit
@@ -72,43 +74,36 @@ def projection_grad_weight_kernel(
 
 
 def launch_projection_grad_weight(
-    dy: Tensor,
-    x: Tensor,
-    partial: Tensor,
-    gather: GatherMap,
-    channel_strides: tuple[int, int],
-    tile: GemmTile,
-    precision: str,
-    accumulate: tl.dtype,
-    offset: tl.dtype,
-) -> None:
-    """partial [tile.programs, Cout, Cin] <- dy, x; gather.strides and channel_strides: dy, then x."""
-    _, channels_out, channels_in = partial.shape
+    p: Planner, dy: Side, x: Side, gather: GatherMap, precision: str
+) -> Tensor:
+    """partial [P, Cout, Cin] <- dy, x, to be summed; gather.strides: dy, then x."""
+    dtype = dy.tensor.dtype
+    tile = choose_grad_weight(gather.rows, x.channels, dy.channels, dtype.itemsize, p.chip)
+    partial = p.empty((tile.programs, dy.channels, x.channels), accumulate_dtype(dtype))
     dy_stride, x_stride = (
-        (*strides, channel)
-        for strides, channel in zip(gather.strides, channel_strides, strict=True)
+        (*strides, side.stride) for strides, side in zip(gather.strides, (dy, x), strict=True)
     )
-    start(
+    p.start(
         projection_grad_weight_kernel,
-        (-(-channels_in // tile.block_in) * tile.blocks_out, tile.programs),
-        (dy, x, partial),
+        (-(-x.channels // tile.block_in) * tile.blocks_out, tile.programs),
+        (dy.tensor, x.tensor, partial),
         (
             divisors(gather.sizes[1:]),
             dy_stride,
             x_stride,
             gather.rows,
-            channels_in,
-            channels_out,
+            x.channels,
+            dy.channels,
             tile.tiles,
             tile.programs,
         ),
         (),
         {
             "PRECISION": precision,
-            "ACC": accumulate,
-            "OFFSET": offset,
+            **arithmetic(dtype, gather),
             "DY_DIMS": dimensions(gather.sizes, dy_stride),
             "X_DIMS": dimensions(gather.sizes, x_stride),
         },
         tile.options,
     )
+    return partial

@@ -1,16 +1,17 @@
 """Starting a kernel without asking everything again.
 
 Triton's own start looks at every argument at every launch (some 25 us for twenty of them) to find the compiled kernel.
-What it looks at is in a key here: dtype and 16-byte alignment of each tensor, each integer, each constant, Triton's own
-cache of the kernel for the device. Under that key the compiled kernel is kept, and started by Triton's
-`compiled[grid](*arguments)`.
+A `Launch` stands in a plan, which is made for tensors of these dtypes and alignments: what Triton compiled for it at
+its first start is kept, and started as Triton's `compiled[grid]` would start it; by plain pointers where `bind` knows
+the launcher.
 
-What else it looks at is rare: hooks before a run, debugging, instrumentation, a pipeline of the user's. While any of
-them is on, launches go through Triton. (That no global of a kernel has changed is not asked: they are constants.)
+What else Triton looks at is rare: hooks before a run, debugging, instrumentation, a pipeline of the user's, an emptied
+cache. While any of them is on, launches go through Triton. (That no global of a kernel has changed is not asked: they
+are constants.)
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,74 +20,94 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from .bind import bind, is_watched, kernel_is_watched
 from .chip import INTERPRETED, current_chip
 
-# (what starts it, the constants in the kernel's order, kernel, Triton's cache and driver: kept, so that nothing else
-# gets their ids)
-_Started = tuple[Callable[..., None], tuple, Any]
-_started: dict[tuple, _Started] = {}
-MOST = 4096  # shapes that keep changing must not fill the memory
+
+class Given(int):
+    """In a plan the k-th of the floats that a call brings."""
 
 
-def start(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: tuple[Tensor | None, ...],
-    integers: tuple,
-    floats: tuple[float, ...],
-    constants: dict[str, Any],
-    options: dict[str, int],
-) -> None:
-    """`kernel[grid](*tensors, *integers, *floats, **constants, **options)`; integers may be None or tuples of them.
+class Launch:
+    """`kernel[grid](*tensors, *integers, *floats, **constants, **options)`, but for the tensors and some floats.
 
-    The kernel's arguments stand in that order; Triton compiles no value of a float into it.
-
-    Raises:
-        RuntimeError: the kernel would be compiled while a CUDA graph is captured.
+    slots: which of a call's tensors each argument is, None for none. integers may be None or tuples of them. The
+    kernel's arguments stand in that order; Triton compiles no value of a float into it.
     """
-    if INTERPRETED or _is_watched(kernel):
-        _start_by_triton(kernel, grid, (*tensors, *integers, *floats), constants | options)
-        return
-    active = driver.active
-    caches = kernel.device_caches[active.get_current_device()]
-    key = (
-        id(caches), id(active), grid, integers,
-        *constants.values(), *options.values(),
-        *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
+
+    __slots__ = (
+        "_active", "_caches", "_compiled", "_values", "constants", "floats", "go", "grid", "integers", "kernel",
+        "options", "slots",
     )  # fmt: skip
-    found = _started.get(key)
-    if found is not None:
-        found[0](*tensors, *integers, *floats, *found[1])
-        return
-    given = constants | options
-    compiled = _start_by_triton(kernel, grid, (*tensors, *integers, *floats), given)
-    # A hook took the launch, or another thread still compiles. On AMD, Triton looks at more than the key holds.
-    if compiled is None or hasattr(compiled, "result") or current_chip().backend != "cuda":
-        return
-    names = kernel.arg_names[len(tensors) + len(integers) + len(floats) :]
-    if len(_started) >= MOST:
-        _started.clear()
-    three = (*grid, 1, 1)[:3]
-    _started[key] = compiled[three], tuple(given[name] for name in names), (kernel, caches, active)
 
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        slots: tuple[int | None, ...],
+        integers: tuple,
+        floats: tuple[float, ...],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        self.kernel, self.grid, self.slots = kernel, grid, slots
+        self.integers, self.floats, self.constants, self.options = (
+            integers,
+            floats,
+            constants,
+            options,
+        )
+        self._compiled: Any = None
+        self._active: Any = None
+        self._caches: Any = None
+        self._values: tuple = ()
+        self.go: Callable[[int, tuple, tuple], None] | None = None
 
-def _is_watched(kernel: Any) -> bool:
-    """Whether Triton does more at a launch than the key tells: all that `JITFunction.run` of Triton 3.6 to 3.9 asks."""
-    runtime = knobs.runtime
-    return (
-        runtime.debug
-        or kernel.debug
-        or kernel.pre_run_hooks
-        or knobs.compilation.instrumentation_mode  # without it, no other of the sanitizers' knobs counts
-        or runtime.add_stages_inspection_hook is not None
-    )
+    def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
+        """Start it on these tensors of the call.
 
+        Raises:
+            RuntimeError: the kernel would be compiled while a CUDA graph is captured.
+        """
+        pointers = [None if k is None else tensors[k] for k in self.slots]
+        given = [floats[f] if type(f) is Given else f for f in self.floats]
+        arguments = (*pointers, *self.integers, *given)
+        if INTERPRETED or is_watched() or kernel_is_watched(self.kernel):
+            self._start_by_triton(arguments)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        if self._compiled is not None and self._active is active and self.is_there(device):
+            compiled = self._compiled
+            stream = active.get_current_stream(device)
+            compiled.run(
+                *(*self.grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *arguments, *self._values,
+            )  # fmt: skip
+            return
+        compiled = self._start_by_triton(arguments)
+        # A hook took the launch, or another thread still compiles. On AMD, Triton looks at more than a plan holds.
+        if compiled is None or hasattr(compiled, "result") or current_chip().backend != "cuda":
+            return
+        names = self.kernel.arg_names[len(arguments) :]
+        known = self.constants | self.options
+        self._values = tuple(known[name] for name in names)
+        self._active, self._caches = active, self.kernel.device_caches[device]
+        self._compiled = compiled
+        numbers = tuple(int(f) if type(f) is Given else float(f) for f in self.floats)
+        grid = (*self.grid, 1, 1)[:3]
+        self.go = bind(compiled, grid, self.slots, self.integers, numbers, self._values)
 
-def _start_by_triton(kernel: Any, grid: tuple[int, ...], arguments: tuple, given: dict) -> Any:
-    if _is_capturing():
-        with _nothing_compiles():
-            return kernel[grid](*arguments, **given)
-    return kernel[grid](*arguments, **given)
+    def is_there(self, device: int) -> bool:
+        """Whether Triton still has what it compiled for this launch."""
+        return self.kernel.device_caches[device] is self._caches
+
+    def _start_by_triton(self, arguments: tuple) -> Any:
+        given = self.constants | self.options
+        if _is_capturing():
+            with _nothing_compiles():
+                return self.kernel[self.grid](*arguments, **given)
+        return self.kernel[self.grid](*arguments, **given)
 
 
 def _is_capturing() -> bool:

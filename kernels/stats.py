@@ -17,13 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, is_aligned
+from .dtypes import partial_dtype
+from .launch import STATISTICS, Tile, choose_tile, is_aligned
 from .layout import RowMap
 from .moments import add_compensated, load_pivot, merge, of_slot, store_sums
-from .start import start
+from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
+    arithmetic,
     groups,
     load_tile,
     partial_tile,
@@ -202,17 +204,15 @@ def bn_stats_kernel(
 
 
 def launch_bn_stats(
-    x: Tensor,
-    residual: Tensor | None,
-    total: Tensor | None,
-    partial: Tensor,
-    rows: RowMap,
-    tile: Tile,
-    offset: tl.dtype,
-) -> None:
-    """partial [tile.programs, 3, tile.width] <- moments of x, or of total <- x + residual; rows.strides: total, x,
-    residual."""
-    start(
+    p: Planner, x: Tensor, residual: Tensor | None, total: Tensor | None, rows: RowMap
+) -> tuple[Tensor, Tile]:
+    """partial [tile.programs, 3, tile.width] <- moments of x, or of total <- x + residual; and the tile.
+
+    rows.strides: total (or whatever the map was made for), x, residual.
+    """
+    tile = choose_tile(rows, x.element_size(), STATISTICS, p.chip)
+    partial = p.empty((tile.programs, 3, tile.width), partial_dtype(x.dtype))
+    p.start(
         bn_stats_kernel,
         tile.grid,
         (x, residual, total, partial),
@@ -236,7 +236,8 @@ def launch_bn_stats(
             "EVEN": tile.even,
             "ROW_VECTORS": rows.row_vectors,
             **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
-            "OFFSET": offset,
+            "OFFSET": arithmetic(x.dtype, rows)["OFFSET"],
         },
         tile.options,
     )
+    return partial, tile

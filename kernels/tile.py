@@ -1,9 +1,10 @@
 """The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where."""
 
+import torch
 import triton
 import triton.language as tl
 
-from .layout import VECTOR
+from .layout import VECTOR, GatherMap, RowMap
 
 # Triton compiles a kernel anew for an integer that is 1, and for one that 16 divides. What it makes of these is the
 # same, or no better: so they are not looked at, and a kernel is there for other batches and image sizes too.
@@ -11,6 +12,14 @@ ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slo
 # Of these 1 is worth a kernel, since divisions go.
 ANY_MULTIPLE = ["outer", "spread"]
 _VECTOR = tl.constexpr(VECTOR)
+
+
+def arithmetic(dtype: torch.dtype, rows: RowMap | GatherMap) -> dict[str, tl.dtype]:
+    """What a kernel is told of its arithmetic on such values, and of the offsets of such rows."""
+    return {
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "OFFSET": tl.int64 if rows.needs_int64 else tl.int32,
+    }
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def backend(request: pytest.FixtureRequest):
     with ExitStack() as stack:
         stack.enter_context(fusedres.backend("triton" if name == "ptx" else name))
         if name != "aten":  # all kernels are tested, those too that the library is faster than
-            from fusedres.projection import in_triton
+            from fusedres.ops.projection import in_triton
 
             stack.enter_context(in_triton())
         if name != "ptx":

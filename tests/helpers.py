@@ -291,3 +291,26 @@ def over_budget(
         if not error(actual[name], exact) <= allowed:
             found[name] = (error(actual[name], exact), allowed)
     return found
+
+
+def without_plans(monkeypatch):
+    """No call is planned yet, until the test is over: for what a plan would not notice."""
+    from fusedres.ops import operator, tail
+
+    monkeypatch.setattr(operator, "_plans", {})
+    monkeypatch.setattr(tail, "_planned", {})
+
+
+def force_int64(monkeypatch):
+    """From now on, kernels get the offsets that a tensor of 2^31 elements and more takes."""
+    from fusedres.kernels import layout, plan
+    from fusedres.ops import dual, skips
+
+    without_plans(monkeypatch)
+
+    def wide(*tensors):
+        rows = layout.row_map_of(*tensors)
+        return rows and replace(rows, needs_int64=True)
+
+    for module in (plan, dual, skips):
+        monkeypatch.setattr(module, "row_map_of", wide)

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedres
-from fusedres import add
 from fusedres.activations import NAMES, PIECEWISE, activate
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.steps import ALLOWED, excess
 from fusedres.functional import add_act
 from fusedres.nn import add as nn_add
+from fusedres.ops import add
 
 from .helpers import DTYPES, LAYOUTS, exact_hardswish, lay_out
 from .swap_blocks import fused_copy, images, make
@@ -129,11 +129,11 @@ def test_a_gradient_of_one_operand_alone(which, device):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_opcheck(activation, device):
     a, b, dy = draw(torch.float32, "channels_last", device=device)
-    output, bits = add._forward_operator(a, b, activation, True)
-    torch.library.opcheck(add._forward_operator, (a, b, activation, True))
+    output, bits = add.FORWARD.op(a, b, activation, True)
+    torch.library.opcheck(add.FORWARD.op, (a, b, activation, True))
     operands = (None, None) if activation == "relu" else (a, b)
     arguments = (dy, list(output.stride()), *operands, bits, activation)
-    torch.library.opcheck(add._backward_operator, arguments)
+    torch.library.opcheck(add.BACKWARD.op, arguments)
 
 
 @pytest.mark.kernels

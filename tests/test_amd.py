@@ -22,7 +22,7 @@ from fusedres.kernels import start
 from fusedres.kernels.chip import current_chip
 from fusedres.kernels.launch import REDUCING, choose_tile
 from fusedres.kernels.layout import row_map
-from fusedres.projection import in_triton, precision
+from fusedres.ops.projection import in_triton, precision
 
 pytestmark = pytest.mark.compiler
 

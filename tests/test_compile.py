@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import dual, operators
 from fusedres.activations import is_piecewise
 from fusedres.benchmarks.compile_only import (
     MULTIPROCESSORS,
@@ -18,7 +17,9 @@ from fusedres.benchmarks.compile_only import (
     compile_only,
 )
 from fusedres.functional import batch_norm_act, projection_batch_norm_act
-from fusedres.projection import in_triton
+from fusedres.ops import batch_norm_act as single
+from fusedres.ops import dual
+from fusedres.ops.projection import in_triton
 
 pytestmark = pytest.mark.compiler
 
@@ -81,13 +82,13 @@ def reducing_pass_of_two(
     bits = torch.empty(0 if tail == "relu" or smooth else x.numel() // 8, dtype=torch.uint8)
     with fusedres.backend("triton"), compile_only(architecture) as recorded:
         if tail == "dual":
-            dual.backward_operator(
+            dual.BACKWARD.op(
                 dy, x, residual, weight, weight, saved, saved, bits, True, activation, [True] * 4,
                 weight.dtype, weight.dtype, skip, stride,
             )  # fmt: skip
         else:
             residual_dtype = None if tail == "relu" else dtype
-            operators.batch_norm_act_backward(
+            single.BACKWARD.op(
                 dy, x, weight, saved, bits, True, activation, residual_dtype, True, tail == "add", True, weight.dtype,
                 skip, stride, residual if smooth and tail == "add" else None,
             )  # fmt: skip

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fusedres
-from fusedres import dual
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.functional import dual_batch_norm_act
+from fusedres.ops import dual
 
 from .helpers import DTYPES, lay_out
 
@@ -172,14 +172,14 @@ def test_opcheck(device):
     t = draw((3, 8, 4, 5), layout="channels_last", device=device)
     inputs = [t[name] for name in NAMES]
     forward = (*inputs, *(t[name] for name in BUFFERS), True, 0.1, 1e-5, 0.2, 1e-3, "relu", True)
-    torch.library.opcheck(dual.forward_operator, forward)
-    _, saved, residual_saved, bits = dual.forward_operator(*forward)
+    torch.library.opcheck(dual.FORWARD.op, forward)
+    _, saved, residual_saved, bits = dual.FORWARD.op(*forward)
     input, residual, weight, bias, residual_weight, residual_bias = inputs
     backward = (
         t["grad"], input, residual, weight, residual_weight, saved, residual_saved, bits, True, "relu", [True] * 4,
         bias.dtype, residual_bias.dtype,
     )  # fmt: skip
-    torch.library.opcheck(dual.backward_operator, backward)
+    torch.library.opcheck(dual.BACKWARD.op, backward)
 
 
 def test_vmap_is_a_loop_over_the_mapped_dimension(device):

@@ -4,7 +4,6 @@ which somebody might notice."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 import gc
 import threading
 import weakref
@@ -16,10 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
-from fusedres import dual, fork, operators
+from fusedres import fork
 from fusedres.benchmarks.steps import ALLOWED, difference, excess
 from fusedres.dispatch import INTERPRET
+from fusedres.ops import batch_norm_act as single
+from fusedres.ops import dual
 
+from .helpers import force_int64
 from .swap_blocks import fused_copy, images
 
 pytestmark = pytest.mark.cpu
@@ -68,7 +70,7 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
     activation = None if tail == "add" else "relu"
     if tail == "dual":
         affine = (weight, bias, weight, bias)
-        saved = dual.forward_operator(
+        saved = dual.FORWARD.op(
             x, residual, *affine, mean, var, mean.clone(), var.clone(), training, 0.1, 1e-5, 0.1, 1e-5, activation, True
         )[1:]  # fmt: skip
         rest = (
@@ -83,15 +85,15 @@ def test_two_gradients_are_their_sum(kind, tail, shape, dtype, layout, training)
             weight.dtype,
             weight.dtype,
         )
-        operator = dual.backward_operator
+        operator = dual.BACKWARD.op
     else:
         given = None if tail == "relu" else residual
-        saved = operators.batch_norm_act(
+        saved = single.FORWARD.op(
             x, given, weight, bias, mean, var, training, 0.1, 1e-5, activation, True
         )[1:]  # fmt: skip
         wanted = (True, given is not None, True, bias.dtype)
         rest = (x, weight, *saved, training, activation, None if given is None else dtype, *wanted)  # fmt: skip
-        operator = operators.batch_norm_act_backward
+        operator = single.BACKWARD.op
     both = operator(dy, *rest, skip, stride)
     alone = operator((dy + full).contiguous(memory_format=LAYOUTS[layout]), *rest)
     # Sums have another order where the second gradient is strided (another tile), and in compiled code, where it may
@@ -111,10 +113,10 @@ def test_the_same_in_float64_and_a_flat_walk(tail):
 def test_the_sums_are_those_of_the_gradient_as_it_is_stored():
     x, residual, dy, skip = (draw((2, 8, 7, 6), torch.bfloat16, torch.channels_last) for _ in range(4))  # fmt: skip
     weight = torch.ones(8)
-    saved = operators.batch_norm_act(
+    saved = single.FORWARD.op(
         x, residual, weight, weight, None, None, True, 0.1, 1e-5, "relu", True
     )[1:]
-    _, dresidual, _, dbias = operators.batch_norm_act_backward(
+    _, dresidual, _, dbias = single.BACKWARD.op(
         dy, x, weight, *saved, True, "relu", x.dtype, True, True, True, torch.float32, skip
     )
     torch.testing.assert_close(
@@ -128,27 +130,24 @@ def test_forced_int64_offsets_give_the_same_bits(kind, layout, monkeypatch):
     """What a tensor of 2^31 elements and more takes, on a small one."""
     x, residual, dy = (draw((2, 8, 7, 6), torch.float32, LAYOUTS[layout]) for _ in range(3))
     skip, stride, _ = second_gradient(kind, x.shape, torch.float32, LAYOUTS[layout])
-    saved = operators.batch_norm_act(
-        x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True
-    )[1:]
+    saved = single.FORWARD.op(x, residual, None, None, None, None, True, 0.1, 1e-5, "relu", True)[
+        1:
+    ]
     rest = (x, None, *saved, True, "relu", x.dtype, True, True, False, None, skip, stride)
-    expected = operators.batch_norm_act_backward(dy, *rest)
-    narrow = operators.row_map_of
-    monkeypatch.setattr(
-        operators, "row_map_of", lambda *tensors: dataclasses.replace(narrow(*tensors), needs_int64=True)
-    )  # fmt: skip
-    found = operators.batch_norm_act_backward(dy, *rest)
+    expected = single.BACKWARD.op(dy, *rest)
+    force_int64(monkeypatch)
+    found = single.BACKWARD.op(dy, *rest)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_frozen_statistics_and_parameters_need_no_sum_over_rows():
     x, dy, skip = (images(2, 4, 5, 5) for _ in range(3))
-    saved = operators.batch_norm_act(
+    saved = single.FORWARD.op(
         x, x, None, None, torch.zeros(4), torch.ones(4), False, 0.1, 1e-5, "relu", True
     )[1:]
     rest = (x, None, *saved, False, "relu", x.dtype, True, True, False, None)
-    both = operators.batch_norm_act_backward(dy, *rest, skip, None)
-    alone = operators.batch_norm_act_backward(dy + skip, *rest)
+    both = single.BACKWARD.op(dy, *rest, skip, None)
+    alone = single.BACKWARD.op(dy + skip, *rest)
     assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
@@ -231,7 +230,7 @@ def test_every_fork_between_two_tails_is_folded_in(blocks, forks, layout, left):
 
 
 def test_with_the_library_for_the_convolution(left, monkeypatch):
-    monkeypatch.setattr("fusedres.projection.why_library", lambda *_: "the test wants it")
+    monkeypatch.setattr("fusedres.ops.projection.why_library", lambda *_: "the test wants it")
     network, fused = chain(Block(), Projected(), Block(8))
     assert excess(network, fused, X) <= ALLOWED
     assert left == [None, [2, 2]]

@@ -12,7 +12,7 @@ from fusedres.kernels import launch
 from fusedres.kernels.chip import Chip
 from fusedres.kernels.layout import row_map
 
-from .helpers import Case, run
+from .helpers import Case, run, without_plans
 
 # CUDA C programming guide, technical specifications per compute capability: x, y and z of a grid.
 AXES = (2**31 - 1, 65535, 65535)
@@ -66,15 +66,17 @@ def test_passes_over_a_tensor(shape, channels_last, multiprocessors):
                     assert tile.programs * each <= launch.MAX_PARTIALS
 
 
-@pytest.fixture
-def grids(monkeypatch):
-    """Every grid that a launcher asks for; nothing is launched."""
-    from fusedres.kernels import finalize, projection, projection_grad_weight
+class Grids:
+    """In the place of a planner: every grid that a launcher asks for; nothing is launched."""
 
-    found = []
-    for module in (finalize, projection, projection_grad_weight):
-        monkeypatch.setattr(module, "start", lambda kernel, grid, *_: found.append(grid))
-    return found
+    def __init__(self):
+        self.chip, self.found = chip(132), []
+
+    def empty(self, shape, dtype):
+        return SimpleNamespace(shape=shape, dtype=dtype)
+
+    def start(self, kernel, grid, *_):
+        self.found.append(grid)
 
 
 @pytest.mark.once
@@ -83,31 +85,36 @@ def grids(monkeypatch):
     [(1, 1), (64, 256), (2048, 2048), (1, 5_000_000), (16, 5_000_000), (5_000_000, 1), (5_000_000, 16), (7, 70_001)],
 )  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 802_816, 1 << 30])
-def test_products_and_final_steps(rows, channels_out, channels_in, grids):
-    from fusedres.kernels.finalize import launch_bn_finalize, launch_bn_grad_finalize
-    from fusedres.kernels.projection import launch_projection
+def test_products_and_final_steps(rows, channels_out, channels_in):
+    from fusedres.kernels.finalize import (
+        Partial,
+        Running,
+        launch_bn_finalize,
+        launch_bn_grad_finalize,
+    )
+    from fusedres.kernels.norm import NO_NORM
+    from fusedres.kernels.projection import Side, launch_projection
     from fusedres.kernels.projection_grad_weight import launch_projection_grad_weight
 
-    gather = SimpleNamespace(sizes=(1, 1, 1, rows), strides=((0,) * 4, (0,) * 4), rows=rows)
-    for size in (2, 4, 8):
-        arguments = (rows, channels_in, channels_out, size, chip(132))
-        tile = launch.choose_product.__wrapped__(*arguments)
-        launch_projection(
-            None, None, None, None, None, gather, (1, 1), (1, 1), (channels_in, channels_out), tile,
-            False, "ieee", None, None,
-        )  # fmt: skip
-        tile = launch.choose_grad_weight.__wrapped__(*arguments)
-        partial = SimpleNamespace(shape=(tile.programs, channels_out, channels_in))
-        launch_projection_grad_weight(None, None, partial, gather, (1, 1), tile, "ieee", None, None)
-        assert math.prod(grids[-1]) == tile.programs * tile.blocks_out * -(-channels_in // tile.block_in)  # fmt: skip
+    p = Grids()
+    zeros = (0,) * 4
+    gather = SimpleNamespace(
+        sizes=(1, 1, 1, rows), strides=(zeros, zeros), rows=rows, needs_int64=True
+    )
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x, y = (Side(SimpleNamespace(dtype=dtype), n, 1) for n in (channels_in, channels_out))
+        launch_projection(p, x, y, None, (1, 1), None, gather, False, False, "ieee")
+        launch_projection_grad_weight(p, y, x, gather, "ieee")
+        tile = launch.choose_grad_weight(rows, channels_in, channels_out, dtype.itemsize, p.chip)
+        assert math.prod(p.found[-1]) == tile.programs * tile.blocks_out * -(-channels_in // tile.block_in)  # fmt: skip
     shape = (rows, channels_out)
     walk, saved = row_map(shape, dense(shape, False)), SimpleNamespace(shape=(4, channels_out))
     tile = launch.choose_tile.__wrapped__(walk, 4, launch.REDUCING, chip(132))
     moments, sums = (SimpleNamespace(shape=(launch.MAX_PARTIALS, k, channels_out)) for k in (3, 2))
-    launch_bn_finalize(moments, *[None] * 2, saved, *[None] * 3, 0, None, 0.1, 1e-5)
-    launch_bn_grad_finalize(sums, *[None] * 5, walk, tile, None)
-    assert len(grids) == 8
-    for grid in grids:
+    launch_bn_finalize(p, Partial(moments), None, saved, Running(), 1e-5)
+    launch_bn_grad_finalize(p, sums, NO_NORM, None, None, None, walk, tile)
+    assert len(p.found) == 8
+    for grid in p.found:
         assert_fits(grid)
 
 
@@ -116,16 +123,20 @@ def test_products_and_final_steps(rows, channels_out, channels_in, grids):
 def test_a_small_second_axis_gives_the_same_bits(layout, device, monkeypatch):
     """Where the grid takes fewer programs, each has more tiles; no result depends on it."""
     case = Case(shape=(4, 6, 15, 15), layout=layout, device=device)
-    from fusedres.kernels import apply
+    from fusedres.kernels.apply import bn_apply_kernel
+    from fusedres.kernels.plan import Planner
 
-    narrow, found, start = 3, [], apply.start
+    narrow, found, start = 3, [], Planner.start
 
-    def recorded(kernel, grid, *rest):
-        found.append(grid)
-        start(kernel, grid, *rest)
+    def recorded(self, kernel, grid, *rest):
+        if kernel is bn_apply_kernel:
+            found.append(grid)
+        start(self, kernel, grid, *rest)
 
-    monkeypatch.setattr(apply, "start", recorded)
+    monkeypatch.setattr(Planner, "start", recorded)
+    without_plans(monkeypatch)
     expected = run(case)
+    without_plans(monkeypatch)
     launch.choose_tile.cache_clear()
     monkeypatch.setattr(launch, "MOST_PROGRAMS", narrow)
     try:

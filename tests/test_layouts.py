@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fusedres import functional
 from fusedres.activations import activate as fresh
 from fusedres.nn.batch_norm import call_batch_norm, is_like
-from fusedres.projection import precision, why_library
+from fusedres.ops.projection import precision, why_library
 
 from .helpers import lay_out, moved
 

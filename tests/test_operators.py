@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from fusedres import operators
 from fusedres.functional import batch_norm_act
+from fusedres.ops import batch_norm_act as single
 
-from .helpers import Case, lay_out, over_budget, run
+from .helpers import Case, force_int64, lay_out, over_budget, run
 
 
 def samples(device):
@@ -28,21 +28,21 @@ def samples(device):
 
 def test_opcheck_forward(device):
     for arguments in samples(device):
-        torch.library.opcheck(operators.batch_norm_act, arguments)
+        torch.library.opcheck(single.FORWARD.op, arguments)
 
 
 def test_opcheck_backward(device):
     for arguments in samples(device):
         input, _, weight, _, *_ = arguments
-        _, saved, bits = operators.batch_norm_act(*arguments)
+        _, saved, bits = single.FORWARD.op(*arguments)
         torch.library.opcheck(
-            operators.batch_norm_act_backward,
+            single.BACKWARD.op,
             (
                 torch.randn_like(input), input, weight, saved, bits, arguments[6], "relu",
                 torch.float32, True, True, True, torch.float32,
             ),
         )  # fmt: skip
-        torch.library.opcheck(operators.gradient_mask, (input, weight, saved, bits, "relu"))
+        torch.library.opcheck(single.gradient_mask.op, (input, weight, saved, bits, "relu"))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -63,8 +63,8 @@ def test_bits_are_the_same_from_both_implementations(layout, channels, device):
         "relu",
         True,
     )
-    _, saved, bits = operators.batch_norm_act(*arguments)
-    _, saved_aten, bits_aten = operators._batch_norm_act_aten(*arguments)
+    _, saved, bits = single.FORWARD.op(*arguments)
+    _, saved_aten, bits_aten = single.plain_forward(*single.FORWARD.grouped(arguments))
     assert torch.equal(bits, bits_aten)
     torch.testing.assert_close(saved, saved_aten)
 
@@ -118,7 +118,7 @@ def test_no_more_is_saved_than_by_the_plain_composition(residual, device):
 
 def test_a_tail_keeps_one_bit_an_element(device):
     t = Case(shape=(4, 64, 8, 8), layout="channels_last", device=device).tensors
-    _, _, bits = operators.batch_norm_act(
+    _, _, bits = single.FORWARD.op(
         t["input"], t["residual"], None, None, None, None, True, 0.1, 1e-5, "relu", True
     )
     assert bits.numel() * 8 == t["input"].numel()
@@ -129,15 +129,9 @@ def test_a_tail_keeps_one_bit_an_element(device):
 @pytest.mark.parametrize("channels", [5, 64])
 def test_forced_int64_offsets_give_the_same_bits(layout, channels, device, monkeypatch):
     """What a tensor of 2^31 elements and more takes, on a small one."""
-    from dataclasses import replace
-
     case = Case(shape=(3, channels, 4, 6), layout=layout, device=device)
     expected = run(case)
-    narrow = operators.row_map_of
-    monkeypatch.setattr(
-        operators, "row_map_of",
-        lambda *tensors: (rows := narrow(*tensors)) and replace(rows, needs_int64=True),
-    )  # fmt: skip
+    force_int64(monkeypatch)
     found = run(case)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -158,8 +152,8 @@ def test_every_output_element_is_written(device):
 @pytest.mark.kernels
 def test_lay_out_cases_reach_the_kernels(device, monkeypatch):
     """The tests above would prove nothing if they ran plain PyTorch."""
-    monkeypatch.setattr(operators, "_batch_norm_act_aten", None)
-    monkeypatch.setattr(operators, "_batch_norm_act_backward_aten", None)
+    monkeypatch.setattr(single.FORWARD, "plain", None)
+    monkeypatch.setattr(single.BACKWARD, "plain", None)
     case = Case(device=device)
     x = lay_out(case.tensors["input"], "sliced")
     assert over_budget(case.with_tensors(input=x)) == {}

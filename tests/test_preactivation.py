@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
 
 import fusedres
-from fusedres import operators, preactivation
 from fusedres.activations import activate
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.functional import add_batch_norm_act, batch_norm_act
 from fusedres.nn.batch_norm import call_add_batch_norm
+from fusedres.ops import preactivation
+from fusedres.ops.norm import BatchNorm, How
 
-from .helpers import DTYPES, LAYOUTS, Case, lay_out, over_budget, run
+from .helpers import DTYPES, LAYOUTS, Case, force_int64, lay_out, over_budget, run
 
 
 def halves(case: Case) -> tuple[Case, torch.Tensor]:
@@ -169,10 +168,8 @@ def test_forced_int64_offsets_give_the_same_bits(layout, device, monkeypatch):
         found = add_batch_norm_act(x, part, None, None, training=True)
         return [*found, *torch.autograd.grad(found, x, [part, part])]
 
-    expected, narrow = results(), operators.row_map_of
-    monkeypatch.setattr(
-        operators, "row_map_of", lambda *t: (rows := narrow(*t)) and replace(rows, needs_int64=True)
-    )
+    expected = results()
+    force_int64(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
@@ -180,7 +177,7 @@ def test_forced_int64_offsets_give_the_same_bits(layout, device, monkeypatch):
 def test_opcheck(training, device):
     t = Case(shape=(2, 5, 4, 6), layout="channels_last", device=device).tensors
     torch.library.opcheck(
-        preactivation._forward_operator,
+        preactivation.FORWARD.op,
         (
             t["input"], t["residual"], t["weight"], t["bias"], t["running_mean"], t["running_var"],
             training, 0.1, 1e-5, "relu", True,
@@ -194,9 +191,8 @@ def test_a_backward_may_run_on_the_other_backend(device):
     grads = [torch.ones_like(leaves[0])] * 2
     expected = torch.autograd.grad(pair(*leaves), leaves, grads)
     with fusedres.backend("aten"):
-        results = preactivation.add_batch_norm_act(
-            leaves[0], leaves[1], None, None, leaves[2], None, True, 0.1, 1e-5, "relu"
-        )
+        norm = BatchNorm(leaves[2], None, None, None)
+        results = preactivation.add_batch_norm_act(leaves[0], leaves[1], norm, How(True, "relu"))
         found = torch.autograd.grad(results, leaves, grads)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

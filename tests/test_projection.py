@@ -17,7 +17,7 @@ import fusedres
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.dispatch import INTERPRET
 from fusedres.functional import projection, projection_batch_norm_act
-from fusedres.projection import (
+from fusedres.ops.projection import (
     add_input_gradient,
     describe_choice,
     in_triton,
@@ -26,7 +26,7 @@ from fusedres.projection import (
     why_library,
 )
 
-from .helpers import DTYPES, lay_out
+from .helpers import DTYPES, lay_out, without_plans
 
 
 def to_tf32(tensor):
@@ -151,9 +151,10 @@ def test_two_runs_give_the_same_bits(device):
 def test_forced_int64_offsets_give_the_same_bits(device, monkeypatch):
     leaves = draw((2, 24, 9, 9), 40, device=device)
     expected = run(projection, leaves, torch.float32, 2)
-    narrow = fusedres.projection.gather_map
+    without_plans(monkeypatch)
+    narrow = fusedres.ops.projection.gather_map
     monkeypatch.setattr(
-        fusedres.projection, "gather_map", lambda *a: dataclasses.replace(narrow(*a), needs_int64=True)
+        fusedres.ops.projection, "gather_map", lambda *a: dataclasses.replace(narrow(*a), needs_int64=True)
     )  # fmt: skip
     found = run(projection, leaves, torch.float32, 2)
     assert all(torch.equal(found[name], expected[name]) for name in found)
@@ -379,7 +380,7 @@ def test_machine_code(dtype, architecture):
 )  # fmt: skip
 def test_no_projection_spills(channels_in, channels_out, size, stride, dtype, monkeypatch):
     """Those of ResNet-18 to 152 and three odd ones, on sm_90; those of a network's width take tensor cores there."""
-    monkeypatch.setattr(fusedres.projection, "why_library", lambda *_: None)
+    monkeypatch.setattr(fusedres.ops.projection, "why_library", lambda *_: None)
     shape = (64, channels_in, size, size)
     input = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).requires_grad_()
     weight = torch.empty(channels_out, channels_in, 1, 1, dtype=dtype).requires_grad_()

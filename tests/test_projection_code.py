@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import fusedres
 from fusedres.benchmarks.compile_only import TENSOR_CORE, Launch, compile_only, tool
 from fusedres.kernels.projection import dimensions, divisors
-from fusedres.projection import project
+from fusedres.ops.projection import project
 
 from .helpers import DTYPES, lay_out
 
@@ -40,7 +40,7 @@ def launches(
         pytest.MonkeyPatch.context() as patch,
         compile_only(architecture) as recorded,
     ):
-        patch.setattr(fusedres.projection, "why_library", lambda *_: None)
+        patch.setattr(fusedres.ops.projection, "why_library", lambda *_: None)
         output, _ = project(input, weight, None, (stride, stride), moments)
         torch.autograd.grad(output, (input, weight), torch.empty_like(output))
         return list(recorded)

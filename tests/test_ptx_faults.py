@@ -19,7 +19,7 @@ import fusedres
 from fusedres.benchmarks.ptx import emulated
 from fusedres.benchmarks.ptx.decode import decode
 from fusedres.functional import batch_norm_act, projection
-from fusedres.projection import in_triton
+from fusedres.ops.projection import in_triton
 
 pytestmark = pytest.mark.once
 

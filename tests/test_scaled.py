@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 import fusedres
-from fusedres import operators, scaled
 from fusedres.activations import NAMES, activate
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.functional import scaled_add_act
 from fusedres.nn.add import call_scaled_add
+from fusedres.ops import scaled
 
-from .helpers import DTYPES, LAYOUTS, exact_hardswish, lay_out
+from .helpers import DTYPES, LAYOUTS, exact_hardswish, force_int64, lay_out
 
 SHAPE = (3, 20, 5, 6)
 KINDS = ("scalar", "channel")
@@ -157,10 +155,8 @@ def test_a_nan_and_an_inf_pass(device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_forced_int64_offsets_give_the_same_bits(layout, device, monkeypatch):
     leaves, dy = draw(torch.float32, layout, device=device)
-    expected, narrow = gradients(scaled_add_act, leaves, dy, "relu"), operators.row_map_of
-    monkeypatch.setattr(
-        operators, "row_map_of", lambda *t: (rows := narrow(*t)) and replace(rows, needs_int64=True)
-    )
+    expected = gradients(scaled_add_act, leaves, dy, "relu")
+    force_int64(monkeypatch)
     found = gradients(scaled_add_act, leaves, dy, "relu")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -168,11 +164,11 @@ def test_forced_int64_offsets_give_the_same_bits(layout, device, monkeypatch):
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_opcheck(activation, device):
     (input, residual, scale), dy = draw(torch.float32, "channels_last", device=device)
-    output, bits = scaled._forward_operator(input, residual, scale, activation, True)
-    torch.library.opcheck(scaled._forward_operator, (input, residual, scale, activation, True))
+    output, bits = scaled.FORWARD.op(input, residual, scale, activation, True)
+    torch.library.opcheck(scaled.FORWARD.op, (input, residual, scale, activation, True))
     smooth = residual if activation == "silu" else None
     arguments = (dy, output.stride(), input, smooth, scale, bits, activation, True, True, True)
-    torch.library.opcheck(scaled._backward_operator, arguments)
+    torch.library.opcheck(scaled.BACKWARD.op, arguments)
 
 
 @pytest.mark.kernels

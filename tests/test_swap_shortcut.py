@@ -14,7 +14,7 @@ from torch import nn
 import fusedres
 from fusedres.benchmarks.steps import ALLOWED, difference, excess, run
 from fusedres.nn import projection as nn_projection
-from fusedres.projection import describe_choice
+from fusedres.ops.projection import describe_choice
 
 from .swap_blocks import fused_copy, images
 

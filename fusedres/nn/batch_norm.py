@@ -10,13 +10,46 @@ from torch import Tensor, nn
 
 from ..activations import activate, check_activation
 from ..checks import takes
-from ..dual import tail_of_two
-from ..functional import add_batch_norm_act, batch_norm_act
+from ..functional import add_batch_norm_act, batch_norm_act, tail_of_two
 from ..layouts import output_format
-from .norms import activates, begin, left_to_pytorch, parts_inside, why_not_fused
+from ..ops import batch_norm_act as single
+from ..ops import dual
+from ..ops.norm import How
+from ..ops.straight import is_quiet
+from ..ops.tail import straight
+from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
 
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
+
+
+def straight_tail(
+    norm: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    into: str | None = None,
+) -> Tensor | None:
+    """`activation(norm(input) + residual)` by one look at everything; None where more looks are due."""
+    if not is_quiet() or type(input) is not Tensor or (found := usual(norm)) is None:
+        return None
+    own, use_batch = found
+    return straight(
+        single.TAIL, input, residual, (own,), How(use_batch, activation), (),
+        lambda: _fits(norm, input, residual, activation, into), (type(norm), into),
+    )  # fmt: skip
+
+
+def _fits(
+    norm: Any, input: Tensor, residual: Tensor | None, activation: str | None, into: str | None
+) -> bool:
+    """Whether what this BatchNorm gives is what the kernels give.
+
+    Raises:
+        ValueError: an input of a rank that it does not take.
+    """
+    norm._check_input_dim(input)
+    return residual is None or is_like(residual, input, into)
 
 
 def call_batch_norm(
@@ -26,12 +59,12 @@ def call_batch_norm(
 
     `num_batches_tracked` counts only calls that succeed. The caller has asked `why_not_fused` first.
     """
-    call = begin(norm, input)
+    call, use_batch = begin(norm, input)
     if call.batches is not None:
         call.batches.add_(1)
     try:
         return batch_norm_act(
-            input, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch, call.momentum,
+            input, call.running_mean, call.running_var, call.weight, call.bias, use_batch, call.momentum,
             norm.eps, residual=residual, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
@@ -45,6 +78,9 @@ def run_tail(
 ) -> Tensor:
     """`activation(norm(input) + residual)` for whatever stands as `norm`: fused, or by calling it where it must be
     called (another module, hooks, parametrizations, a trace). What a module's own forward uses."""
+    output = straight_tail(norm, input, residual, activation)
+    if output is not None:
+        return output
     if _is_called(norm, input):
         return plain_call(norm, input, residual, activation)
     return call_tail(norm, input, residual, activation)
@@ -70,7 +106,7 @@ def call_add_batch_norm(
     if _is_called(norm, input) or not is_like(residual, input):
         total = input + residual
         return total, activate(norm(total), activation)
-    call = begin(norm, input)
+    call, use_batch = begin(norm, input)
     if isinstance(call.momentum, Tensor):  # a cumulative average
         total = input + residual
         return total, call_batch_norm(norm, total, None, activation)
@@ -78,7 +114,7 @@ def call_add_batch_norm(
         call.batches.add_(1)
     try:
         return add_batch_norm_act(
-            input, residual, call.running_mean, call.running_var, call.weight, call.bias, call.use_batch,
+            input, residual, call.running_mean, call.running_var, call.weight, call.bias, use_batch,
             call.momentum, norm.eps, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
@@ -102,10 +138,12 @@ def call_dual_batch_norm(
     Two that cannot run as one (one normalises with the batch and the other does not, a cumulative average, a residual
     that PyTorch would broadcast or promote) run one after the other.
     """
-    calls = begin(norm, input), begin(residual_norm, residual)
-    a, b = calls
+    output = _straight_pair(norm, input, residual_norm, residual, activation, into, moments)
+    if output is not None:
+        return output
+    (a, use_batch), (b, uses_batch_too) = begin(norm, input), begin(residual_norm, residual)
     if (
-        a.use_batch != b.use_batch
+        use_batch != uses_batch_too
         or isinstance(a.momentum, Tensor)
         or isinstance(b.momentum, Tensor)
         or not is_like(residual, input, into)
@@ -114,19 +152,38 @@ def call_dual_batch_norm(
     ):
         other = call_tail(residual_norm, residual)
         return call_tail(norm, input, other, activation, into)
-    counters = [call.batches for call in calls if call.batches is not None]
+    counters = [call.batches for call in (a, b) if call.batches is not None]
     for batches in counters:
         batches.add_(1)
     try:
-        return tail_of_two(
-            "dual_batch_norm_act", input, residual, a.running_mean, a.running_var, b.running_mean, b.running_var,
-            a.weight, a.bias, b.weight, b.bias, a.use_batch, a.momentum, norm.eps, b.momentum, residual_norm.eps,
-            activation, moments,
-        )  # fmt: skip
+        norms = (a._replace(batches=None), b._replace(batches=None))
+        how = How(use_batch, activation)
+        return tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
     except _REFUSALS:
         for batches in counters:
             batches.sub_(1)
         raise
+
+
+def _straight_pair(
+    norm: Any, input: Tensor, other: Any, residual: Tensor, activation: str | None, into: str | None,
+    moments: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """As `straight_tail`, of two BatchNorms."""
+    if not is_quiet() or type(input) is not Tensor or type(residual) is not Tensor:
+        return None
+    if (first := usual(norm)) is None or (second := usual(other)) is None:
+        return None
+    (a, use_batch), (b, uses_batch_too) = first, second
+    if use_batch != uses_batch_too:
+        return None
+
+    def fits() -> bool:
+        other._check_input_dim(residual)
+        return _fits(norm, input, residual, activation, into)
+
+    how, kind = How(use_batch, activation), (type(norm), type(other), into)
+    return straight(dual.TAIL, input, residual, (a, b), how, (moments,), fits, kind)
 
 
 def call_tail(
@@ -140,6 +197,9 @@ def call_tail(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
+    output = straight_tail(norm, input, residual, activation, into)
+    if output is not None:
+        return output
     if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with.
@@ -266,6 +326,9 @@ class _BatchNormAct(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
+        output = straight_tail(norm, input, residual, self.activation)
+        if output is not None:
+            return output
         if _is_called(norm, input):
             return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)

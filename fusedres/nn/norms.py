@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import momentum_number, number
+from ..ops.norm import BatchNorm
 
 FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TIMM = "timm.layers.norm_act"
@@ -116,20 +117,9 @@ def _processes(norm: nn.SyncBatchNorm) -> int:
     return distributed.get_world_size(norm.process_group)
 
 
-class Call(NamedTuple):
-    """What one call of a BatchNorm reads off it."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    use_batch: bool
-    momentum: float | Tensor
-    batches: Tensor | None
-
-
-def begin(norm: Any, input: Tensor) -> Call:
-    """Read everything off `norm` at the call: training, momentum (None included), tracked statistics, affine or not.
+def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
+    """Read everything off `norm` at the call: training, momentum (None included), tracked statistics, affine or not;
+    and whether it normalises with the batch. A momentum may be a tensor.
 
     Raises:
         ValueError: an input of a rank that it does not take.
@@ -138,9 +128,10 @@ def begin(norm: Any, input: Tensor) -> Call:
     buffers, parameters = norm._buffers, norm._parameters
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if "weight" in buffers:
-        return Call(running_mean, running_var, buffers["weight"], buffers["bias"], False, 0.0, None)
+        weight, bias = buffers["weight"], buffers["bias"]
+        return BatchNorm(weight, bias, running_mean, running_var, 0.0, norm.eps), False
     norm._check_input_dim(input)
-    momentum: float | Tensor | None = norm.momentum
+    momentum: Any = norm.momentum
     batches = None
     if norm.training:
         use_batch = True
@@ -150,15 +141,49 @@ def begin(norm: Any, input: Tensor) -> Call:
             momentum = 1.0 / (batches + 1)  # this batch included
     else:
         use_batch = running_mean is None and running_var is None
-    return Call(
-        running_mean,
-        running_var,
-        parameters["weight"],
-        parameters["bias"],
-        use_batch,
-        0.0 if momentum is None else momentum,
-        batches,
-    )
+    momentum = 0.0 if momentum is None else momentum
+    weight, bias = parameters["weight"], parameters["bias"]
+    return BatchNorm(
+        weight, bias, running_mean, running_var, momentum, norm.eps, batches
+    ), use_batch
+
+
+def usual(norm: Any) -> tuple[BatchNorm, bool] | None:
+    """As `begin`, of a plain BatchNorm that nothing was done to; None of any other, which is to be asked in full."""
+    if type(norm) not in FUSED_NORMS:
+        return None
+    own = norm.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    ):
+        return None
+    momentum, eps, training = own["momentum"], own["eps"], own["training"]
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    try:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        batches = buffers["num_batches_tracked"]
+    except KeyError:  # parametrized
+        return None
+    if type(eps) is not float or not eps > 0 or type(training) is not bool:
+        return None
+    if training:
+        if not own["track_running_stats"]:
+            mean = var = batches = None
+        elif momentum is None:  # a cumulative average
+            return None
+        use_batch = True
+    else:
+        batches, use_batch = None, mean is None and var is None
+    if momentum is None:
+        momentum = 0.0
+    elif type(momentum) is not float:
+        return None
+    return BatchNorm(weight, bias, mean, var, momentum, eps, batches), use_batch
 
 
 def left_to_pytorch(norm: Any, input: Tensor) -> bool:

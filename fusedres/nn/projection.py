@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import check_activation
-from ..projection import project
+from ..ops.projection import project
 from .batch_norm import call_dual_batch_norm, plain_call
 from .norms import FUSED_NORMS, parts_inside, why_called, why_not_fused
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from ..activations import activate, check_activation
 from ..dispatch import is_eager
-from ..projection import project
+from ..ops.projection import project
 from .activations import activation_of
 from .add import call_scaled_add
 from .batch_norm import run_tail

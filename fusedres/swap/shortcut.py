@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..nn.norms import is_batch_norm, why_not_fused
 from ..nn.projection import CONVOLUTIONS, why_not_projection
-from ..projection import describe_choice
+from ..ops.projection import describe_choice
 from .alias import Effects
 from .inline import FILTERED
 from .nodes import Modules, Skipped, gives_back, name_of, skipped

@@ -1,4 +1,4 @@
-"""The 1x1 convolution of a shortcut, of any stride: operators, autograd, and which of two implementations runs.
+"""The 1x1 convolution of a shortcut, of any stride, and which of two implementations of it runs.
 
     fusedres::projection                  input, weight -> output, partial (the moments of the output, where asked for)
     fusedres::projection_input_gradient   dy, weight -> gradient of the input
@@ -15,34 +15,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import fork, operators
-from .dispatch import INTERPRET, is_eager, wants_triton, why_not_triton
-from .kernels.layout import GatherMap, gather_map
-from .layouts import output_format
-from .operators import LIBRARY, accumulate_dtype
+from .. import fork
+from ..dispatch import INTERPRET, is_eager, wants_triton, why_not_triton
+from ..kernels.dtypes import accumulate_dtype, partial_dtype
+from ..kernels.layout import GatherMap, gather_map
+from ..layouts import output_format
+from .operator import Operator
 
-LIBRARY.define(
+if TYPE_CHECKING:
+    from ..kernels.plan import Planner
+
+FORWARD_SCHEMA = (
     "projection(Tensor input, Tensor weight, Tensor? bias, int[] stride, bool moments) "
     "-> (Tensor output, Tensor partial)"
 )
-LIBRARY.define(
+INPUT_SCHEMA = (
     "projection_input_gradient(Tensor dy, Tensor weight, SymInt[] spatial, int[] stride) -> Tensor"
 )
-LIBRARY.define(
+ADDING_SCHEMA = (
     "projection_input_gradient_(Tensor(a!) dx, Tensor dy, Tensor weight, int[] stride) -> ()"
 )
-LIBRARY.define("projection_weight_gradient(Tensor dy, Tensor input, int[] stride) -> Tensor")
-_forward_operator = torch.ops.fusedres.projection.default
-_input_operator = torch.ops.fusedres.projection_input_gradient.default
-_adding_operator = torch.ops.fusedres.projection_input_gradient_.default
-_weight_operator = torch.ops.fusedres.projection_weight_gradient.default
-
+WEIGHT_SCHEMA = "projection_weight_gradient(Tensor dy, Tensor input, int[] stride) -> Tensor"
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Flops a chip does while it moves a byte, by architecture: dense tensor-core peak over memory bandwidth of A100
 # (312 T, 2.0 TB/s), H200 (989 T, 4.8 TB/s) and B200 (2250 T, 8 TB/s), for 16-bit values. Not measured.
@@ -114,29 +113,29 @@ def why_library(input: Tensor, weight: Tensor) -> str | None:
 
 
 def _architecture() -> int:
-    from .kernels.chip import current_chip
+    from ..kernels.chip import current_chip
 
     return current_chip().architecture // 10 * 10
 
 
 def _allows_tf32() -> bool:
     """Whether float32 products may round their operands: the switch is cuDNN's, and AMD has no tf32."""
-    from .kernels.chip import current_chip
+    from ..kernels.chip import current_chip
 
     convolutions: Any = torch.backends.cudnn
     return current_chip().backend == "cuda" and convolutions.conv.fp32_precision == "tf32"
 
 
-def precision(tensor: Tensor) -> str:
-    """Of the Triton products of such a tensor: "tf32" (operands rounded to 10 bits) or "ieee"."""
-    is_tf32 = tensor.dtype == torch.float32 and not INTERPRET and _allows_tf32()
+def precision(dtype: torch.dtype) -> str:
+    """Of the Triton products of such values: "tf32" (operands rounded to 10 bits) or "ieee"."""
+    is_tf32 = dtype == torch.float32 and not INTERPRET and _allows_tf32()
     return "tf32" if is_tf32 else "ieee"
 
 
-# --- operators ---------------------------------------------------------------------------------------------------
+# --- the rows of both sides --------------------------------------------------------------------------------------
 
 
-def _spatial(input: Tensor, stride: list[int]) -> list[int]:
+def _spatial(input: Tensor, stride: Sequence[int]) -> list[int]:
     return [(size - 1) // step + 1 for size, step in zip(input.shape[2:], stride, strict=True)]
 
 
@@ -145,7 +144,7 @@ def _empty_rows(like: Tensor, channels: int, spatial: Any) -> Tensor:
     return like.new_empty((like.shape[0], *spatial, channels)).movedim(-1, 1)
 
 
-def _row_strides(tensor: Tensor, stride: list[int]) -> tuple[int, ...]:
+def _row_strides(tensor: Tensor, stride: Sequence[int]) -> tuple[int, ...]:
     """How far apart neighbours stand along [N, ...] when every `stride`-th is visited."""
     return (
         tensor.stride(0),
@@ -153,7 +152,7 @@ def _row_strides(tensor: Tensor, stride: list[int]) -> tuple[int, ...]:
     )
 
 
-def _map(small: Tensor, first: Tensor, second: Tensor, stride: list[int]) -> GatherMap:
+def _map(small: Tensor, first: Tensor, second: Tensor, stride: Sequence[int]) -> GatherMap:
     """The rows of `small`; the one of the two that it is not is visited with the stride."""
     sizes = (small.shape[0], *small.shape[2:])
     ones = [1] * len(stride)
@@ -167,79 +166,88 @@ def _map(small: Tensor, first: Tensor, second: Tensor, stride: list[int]) -> Gat
     )
 
 
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, stride: list[int], small: Tensor,
-    transposed: bool, adds: bool, moments: bool,
-) -> Tensor:  # fmt: skip
-    """y (+)= x @ weight, and the moments of y where asked for (else an empty tensor)."""
-    k = operators._kernels()
-    channels = (x.shape[1], y.shape[1])
-    if transposed and precision(x) == "tf32":
-        # sm_90 takes float32 only with a sum's terms next to each other: transposed here, not in every tile.
-        weight, transposed = weight.transpose(0, 1).contiguous(), False
-    gather = _map(small, x, y, stride)
-    tile = k.product_tile(gather.rows, *channels, x.element_size(), k.chip())
-    shape = (tile.programs, 3, channels[1]) if moments else (0,)
-    partial = y.new_empty(shape, dtype=operators._partial_dtype(y.dtype))
-    step_out, step_in = weight.stride()[:2]
-    k.projection(
-        x, weight, bias, y, partial if moments else None, gather, (x.stride(1), y.stride(1)),
-        (step_out, step_in) if transposed else (step_in, step_out), channels, tile, adds, precision(x),
-        k.dtype[accumulate_dtype(x.dtype)], k.offset[gather.needs_int64],
+def _side(tensor: Tensor) -> Any:
+    from ..kernels.projection import Side
+
+    return Side(tensor, tensor.shape[1], tensor.stride(1))
+
+
+def _cast(p: Planner, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the dtype of the values, as autocast would give it."""
+    return weight if weight.dtype == dtype else p.copy(weight, weight, dtype)
+
+
+# --- forward -----------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    p: Planner, input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], moments: bool
+) -> tuple:  # fmt: skip
+    from ..kernels.projection import launch_projection
+
+    output = p.like(_empty_rows(input, weight.shape[0], _spatial(input, stride)))
+    weight = _cast(p, weight, input.dtype)
+    partial = launch_projection(
+        p, _side(input), _side(output), weight, (weight.stride(1), weight.stride(0)), bias,
+        _map(output, input, output, stride), False, moments, precision(input.dtype),
     )  # fmt: skip
-    return partial
+    return output, partial_dtype(input.dtype) if partial is None else partial
 
 
-def _projection(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], moments: bool
-) -> tuple[Tensor, Tensor]:
-    output = _empty_rows(input, weight.shape[0], _spatial(input, stride))
-    weight, bias = weight.to(input.dtype), operators._dense(bias)
-    partial = _product(input, weight, bias, output, stride, output, False, False, moments)
-    return output, partial
+# --- backward ----------------------------------------------------------------------------------------------------
 
 
-def _projection_input_gradient(
-    dy: Tensor, weight: Tensor, spatial: list[int], stride: list[int]
+def _transposed(
+    p: Planner, dy: Tensor, weight: Tensor, dx: Tensor, stride: tuple[int, ...], adds: bool
+) -> None:
+    """dx <- dy @ weight^T at the rows that the stride visits, or += where it `adds`."""
+    from ..kernels.projection import launch_projection
+
+    weight = _cast(p, weight, dy.dtype)
+    steps = weight.stride()[:2]
+    if precision(dy.dtype) == "tf32":
+        # sm_90 takes float32 only with a sum's terms next to each other: transposed here, not in every tile.
+        across = p.empty((weight.shape[1], weight.shape[0], *weight.shape[2:]), weight.dtype)
+        p.do(lambda out, w: out.copy_(w.transpose(0, 1)), across, weight)
+        weight, steps = across, (across.stride(1), across.stride(0))
+    launch_projection(
+        p, _side(dy), _side(dx), weight, steps, None, _map(dy, dy, dx, stride), adds, False, precision(dy.dtype)
+    )  # fmt: skip
+
+
+def _input_gradient(
+    p: Planner, dy: Tensor, weight: Tensor, spatial: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    visits_all = all(step == 1 for step in stride)
-    dx = _empty_rows(dy, weight.shape[1], spatial)
-    if not visits_all:
-        dx.zero_()
-    _product(dy, weight.to(dy.dtype), None, dx, stride, dy, True, False, False)
+    dx = p.like(_empty_rows(dy, weight.shape[1], spatial))
+    if any(step != 1 for step in stride):
+        p.do(Tensor.zero_, dx)
+    _transposed(p, dy, weight, dx, stride, adds=False)
     return dx
 
 
-def _projection_input_gradient_(dx: Tensor, dy: Tensor, weight: Tensor, stride: list[int]) -> None:
-    _product(dy, weight.to(dy.dtype), None, dx, stride, dy, True, True, False)
+def _adding(p: Planner, dx: Tensor, dy: Tensor, weight: Tensor, stride: tuple[int, ...]) -> None:
+    _transposed(p, dy, weight, dx, stride, adds=True)
 
 
-def _projection_weight_gradient(dy: Tensor, input: Tensor, stride: list[int]) -> Tensor:
-    k = operators._kernels()
-    channels_out, channels_in = dy.shape[1], input.shape[1]
+def _weight_gradient(p: Planner, dy: Tensor, input: Tensor, stride: tuple[int, ...]) -> Tensor:
+    from ..kernels.projection_grad_weight import launch_projection_grad_weight
+
+    dweight = p.like(_empty_weight(dy, input, stride))
     gather = _map(dy, dy, input, stride)
-    tile = k.grad_weight_tile(gather.rows, channels_in, channels_out, dy.element_size(), k.chip())
-    wide = accumulate_dtype(dy.dtype)
-    partial = dy.new_empty((tile.programs, channels_out, channels_in), dtype=wide)
-    k.projection_grad_weight(
-        dy, input, partial, gather, (dy.stride(1), input.stride(1)), tile, precision(dy),
-        k.dtype[wide], k.offset[gather.needs_int64],
-    )  # fmt: skip
-    return partial.sum(0).view(channels_out, channels_in, *[1] * len(stride))
+    partial = launch_projection_grad_weight(p, _side(dy), _side(input), gather, precision(dy.dtype))
+    p.do(lambda out, parts: torch.sum(parts, 0, out=out.view(parts.shape[1:])), dweight, partial)
+    return dweight
 
 
-for _name, _implementation in (
-    ("projection", _projection),
-    ("projection_input_gradient", _projection_input_gradient),
-    ("projection_input_gradient_", _projection_input_gradient_),
-    ("projection_weight_gradient", _projection_weight_gradient),
-):
-    LIBRARY.impl(_name, _implementation, "CPU")
-    LIBRARY.impl(_name, operators._on_its_device(_implementation), "CUDA")
+# --- shapes ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fusedres::projection", lib=LIBRARY)
-def _(input, weight, bias, stride, moments):
+def _empty_weight(dy: Tensor, input: Tensor, stride: Sequence[int]) -> Tensor:
+    shape = (dy.shape[1], input.shape[1], *[1] * len(stride))
+    return dy.new_empty(shape, dtype=accumulate_dtype(dy.dtype))
+
+
+def _fake_forward(input, weight, bias, stride, moments) -> tuple[Tensor, Tensor]:
     output = _empty_rows(input, weight.shape[0], _spatial(input, stride))
     # How many programs there are is known where it runs; nobody but the finalising step looks. On the meta device
     # there is nobody to ask for a size that is not known.
@@ -247,23 +255,48 @@ def _(input, weight, bias, stride, moments):
     if moments and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         programs = torch.library.get_ctx().new_dynamic_size()
     shape = (programs, 3, weight.shape[0]) if moments else (0,)
-    return output, output.new_empty(shape, dtype=operators._partial_dtype(input.dtype))
+    return output, output.new_empty(shape, dtype=partial_dtype(input.dtype))
 
 
-@torch.library.register_fake("fusedres::projection_input_gradient", lib=LIBRARY)
-def _(dy, weight, spatial, stride):
-    return _empty_rows(dy, weight.shape[1], spatial)
+# --- operators ---------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fusedres::projection_input_gradient_", lib=LIBRARY)
-def _(dx, dy, weight, stride):
-    return None
+def _may_round() -> bool:
+    return precision(torch.float32) == "tf32"
 
 
-@torch.library.register_fake("fusedres::projection_weight_gradient", lib=LIBRARY)
-def _(dy, input, stride):
-    shape = (dy.shape[1], input.shape[1], *[1] * len(stride))
-    return dy.new_empty(shape, dtype=accumulate_dtype(dy.dtype))
+FORWARD = Operator(
+    FORWARD_SCHEMA,
+    ("input", "weight", "bias", "stride", "moments"),
+    recipe=_forward,
+    plain=None,
+    fake=_fake_forward,
+    state=_may_round,
+)
+INPUT = Operator(
+    INPUT_SCHEMA,
+    ("dy", "weight", "spatial", "stride"),
+    recipe=_input_gradient,
+    plain=None,
+    fake=lambda dy, weight, spatial, stride: _empty_rows(dy, weight.shape[1], spatial),
+    state=_may_round,
+)
+ADDING = Operator(
+    ADDING_SCHEMA,
+    ("dx", "dy", "weight", "stride"),
+    recipe=_adding,
+    plain=None,
+    fake=lambda *_: None,
+    state=_may_round,
+)
+WEIGHT = Operator(
+    WEIGHT_SCHEMA,
+    ("dy", "input", "stride"),
+    recipe=_weight_gradient,
+    plain=None,
+    fake=_empty_weight,
+    state=_may_round,
+)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -275,7 +308,7 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input, weight, bias, stride, moments) -> tuple[Tensor, Tensor]:
-        output, partial = _forward_operator(input, weight, bias, stride, moments)
+        output, partial = FORWARD(input, weight, bias, stride, moments)
         ctx.mark_non_differentiable(partial)
         _remember(ctx, input, weight, bias, stride)
         return output, partial
@@ -293,9 +326,9 @@ class Projection(torch.autograd.Function):
             if need_input and (node := fork.target(ctx, 0)) is not None:
                 fork.leave(node, *_visited_gradient(dy, weight, ctx.stride, True))
             elif need_input:
-                dx = _input_operator(dy, weight, input.shape[2:], ctx.stride)
+                dx = INPUT(dy, weight, input.shape[2:], ctx.stride)
             if need_weight:
-                dweight = _weight_operator(dy, input, ctx.stride).to(weight.dtype)
+                dweight = WEIGHT(dy, input, ctx.stride).to(weight.dtype)
         return dx, dweight, _bias_gradient(ctx, dy) if need_bias else None, None, None
 
 
@@ -339,7 +372,7 @@ def _visited_gradient(
     ones, weight = [1] * len(stride), weight.transpose(0, 1)
     visited = stride if stride != ones else None
     if in_triton:
-        return _forward_operator(dy, weight, None, ones, False)[0], visited
+        return FORWARD(dy, weight, None, ones, False)[0], visited
     return _convolve(dy, weight, None, ones), visited
 
 
@@ -380,4 +413,4 @@ def project(
 
 def add_input_gradient(dx: Tensor, dy: Tensor, weight: Tensor, stride: tuple[int, ...]) -> None:
     """dx += the gradient of a projection's input, at the rows that its stride visits; the others are not touched."""
-    _adding_operator(dx, dy, weight, list(stride))
+    ADDING(dx, dy, weight, list(stride))

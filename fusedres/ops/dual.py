@@ -1,0 +1,398 @@
+"""The tail of a block whose shortcut is projected, `act(bn(input) + bn'(residual))`.
+
+    fusedres::dual_batch_norm_act           input, residual, ... -> output, saved, residual_saved [4, C], bits
+                                            (residual_moments: those of the residual, where its producer left them)
+    fusedres::dual_batch_norm_act_backward  dy, input, residual, ... -> a gradient for each of the six that have one
+
+`needs` says which of input, residual, weight and residual weight get a gradient; a bias gets one in its dtype, or none.
+The kernels are those of `batch_norm_act`, told that the residual has a BatchNorm of its own. With dz = dy * act'(z),
+each of the two gets the derivative that `batch_norm_act` states, from the same dz.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import activate, gradient, is_piecewise, keep_passing, parse
+from ..checks import check_batch_norm_act
+from ..dispatch import is_eager
+from ..kernels.dtypes import accumulate_dtype, partial_dtype
+from ..kernels.layout import bits_layout, row_map_of
+from ..layouts import like_output
+from . import batch_norm_act as single
+from . import skips
+from .graph import bias_in_graph, graph_gradients, normalized_graph
+from .masks import empty_bits, has_bits, unpack
+from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved
+from .operator import Operator
+from .straight import is_quiet
+from .tail import Gradients, Tail, straight, through_operators
+
+if TYPE_CHECKING:
+    from ..kernels.plan import Planner
+
+FORWARD_SCHEMA = (
+    "dual_batch_norm_act(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? residual_weight, "
+    "Tensor? residual_bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? residual_running_mean, "
+    "Tensor(d!)? residual_running_var, bool training, float momentum, float eps, float residual_momentum, "
+    "float residual_eps, str? activation, bool save, Tensor? residual_moments=None) "
+    "-> (Tensor output, Tensor saved, Tensor residual_saved, Tensor bits)"
+)
+BACKWARD_SCHEMA = (
+    "dual_batch_norm_act_backward(Tensor dy, Tensor input, Tensor residual, Tensor? weight, Tensor? residual_weight, "
+    "Tensor saved, Tensor residual_saved, Tensor bits, bool training, str? activation, bool[] needs, "
+    "ScalarType? bias_dtype, ScalarType? residual_bias_dtype, Tensor? skip=None, int[]? skip_stride=None) "
+    "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dresidual_weight, Tensor dresidual_bias)"
+)
+
+
+class Wanted(NamedTuple):
+    """Which of input, residual, weight and residual weight get a gradient, and the dtypes of the biases' (or None)."""
+
+    needs: tuple[bool, ...]
+    bias_dtype: torch.dtype | None
+    residual_bias_dtype: torch.dtype | None
+
+
+# --- forward -----------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    p: Planner, input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, how: How, save: bool,
+    moments: Tensor | None,
+) -> tuple:  # fmt: skip
+    from ..kernels.apply import launch_bn_apply
+
+    output = p.like(like_output(input))
+    rows, (input, residual) = p.common_rows(output, input, residual)
+    wide = accumulate_dtype(input.dtype)
+    both: list[Any] = [None, None]
+    if how.training or save:
+        both = [p.keep((4, rows.channels), wide) for _ in range(2)]
+    bits = None
+    if has_bits(how.activation, save):
+        bits = p.keep((bits_layout(rows)[1],), torch.uint8)
+    if how.training:
+        single.statistics(p, input, rows, norm, both[0])
+        alone = row_map_of(output, residual) or rows
+        single.statistics(p, residual, alone, other, both[1], moments)
+    launch_bn_apply(
+        p, input, residual, single.as_applied(norm, how, both[0]), single.as_applied(other, how, both[1]),
+        output, bits, rows, parse(how.activation),
+    )  # fmt: skip
+    kept = [wide if saved is None else saved for saved in both]
+    return output, *kept, torch.uint8 if bits is None else bits
+
+
+# --- backward ----------------------------------------------------------------------------------------------------
+
+
+def _backward(
+    p: Planner,
+    dy: Tensor,
+    kept: Kept,
+    other: Kept,
+    bits: Tensor,
+    how: How,
+    wanted: Wanted,
+    skip: Skip,
+) -> tuple:
+    from ..kernels import grad_apply, grad_reduce
+    from ..kernels.finalize import launch_bn_grad_finalize
+    from ..kernels.launch import CROWDED, DUAL_SHARE, GRAD_APPLYING, REDUCING, choose_tile
+    from ..kernels.norm import Norm
+
+    size, needs, dtypes = kept.input.element_size(), wanted.needs, wanted[1:]
+    layout, activation = like_output(kept.input), parse(how.activation)
+    gradients = [
+        p.like(layout, k.input.dtype) if need else None
+        for k, need in zip((kept, other), needs, strict=False)
+    ]
+    vectors: list[tuple[Tensor | None, Tensor | None]] = []
+    for k, need, dtype in zip((kept, other), needs[2:], dtypes, strict=True):
+        dweight = p.like(k.weight) if need and k.weight is not None else None
+        dbias = None if dtype is None else p.empty((k.saved.shape[1],), dtype)
+        vectors.append((dweight, dbias))
+    reduces = any(needs[2:]) or dtypes != (None, None) or (how.training and any(needs[:2]))
+    if skip.gradient is not None and not reduces:
+        dy, skip = skips.added(p, dy, skip, layout), Skip()
+    rows, (input, dy, residual) = p.common_rows(layout, kept.input, dy, other.input)
+    mask = bits if bits.numel() else None
+    norms = [Norm(k.weight, saved=k.saved) for k in (kept, other)]
+    coefficients: list[Tensor | None] = [None, None]
+    has_skip = skip.gradient is not None
+    dz = p.like(layout) if has_skip and any(needs[:2]) else None
+    if reduces:
+        kind, share = (REDUCING, DUAL_SHARE) if skip.stride is None else (CROWDED, 2 * DUAL_SHARE)
+        tile = choose_tile(rows, size, kind, p.chip, share)
+        shape, dtype = (tile.programs, 2, tile.width), partial_dtype(input.dtype)
+        partials = [p.empty(shape, dtype) for _ in range(2)]
+        operands = [
+            grad_reduce.Operand(x, norm, partial)
+            for x, norm, partial in zip((input, residual), norms, partials, strict=True)
+        ]
+        walked = skips.walked(p, skip, rows, layout, dz)
+        grad_reduce.launch_bn_grad_reduce(
+            p, dy, *operands, mask, walked, None, rows, tile, activation
+        )
+        if how.training:
+            coefficients = [
+                p.empty((2, rows.channels), kept.saved.dtype) if need else None
+                for need in needs[:2]
+            ]
+        for k in range(2):
+            launch_bn_grad_finalize(p, operands[k], coefficients[k], *vectors[k], rows, tile)
+    if dz is not None:
+        rows, (input, dy, residual) = p.common_rows(layout, input, dz, residual)
+        mask, activation = None, parse(None)
+    if any(needs[:2]):
+        outputs = [
+            grad_apply.Operand(x, *rest)
+            for x, *rest in zip((input, residual), norms, coefficients, gradients, strict=True)
+        ]
+        tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, DUAL_SHARE)
+        grad_apply.launch_bn_grad_apply(p, dy, *outputs, mask, None, rows, tile, activation)
+    dtype, wide = layout.dtype, kept.saved.dtype
+    found = (*gradients, *vectors[0], *vectors[1])
+    asked = zip(found, (dtype, dtype, wide, wide, wide, wide), strict=True)
+    return tuple(other if tensor is None else tensor for tensor, other in asked)
+
+
+# --- the same in plain PyTorch -----------------------------------------------------------------------------------
+
+
+def compose(
+    input: Tensor, residual: Tensor, norms: tuple[BatchNorm, BatchNorm], how: How
+) -> Tensor:
+    """The composition, with the add and the activation in place on the first BatchNorm's output."""
+    other = single.compose(residual, None, norms[1], How(how.training, None))
+    return single.compose(input, other, norms[0], how)
+
+
+def plain_forward(
+    input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, how: How, save: bool, moments: Tensor | None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    normalized, residual_saved, _ = single.plain_forward(
+        residual, None, other, How(how.training, None), save
+    )
+    output, saved, bits = single.plain_forward(input, normalized, norm, how, save)
+    return output, saved, residual_saved.to(accumulate_dtype(input.dtype)), bits
+
+
+def plain_backward(
+    dy: Tensor, kept: Kept, other: Kept, bits: Tensor, how: How, wanted: Wanted, skip: Skip
+) -> tuple[Tensor, ...]:
+    input = kept.input
+    dz = skips.add(dy, skip).to(kept.saved.dtype)
+    if how.activation is not None and is_piecewise(how.activation):
+        mask = unpack(bits, like_output(input, torch.bool))
+        dz = keep_passing(dz, mask, how.activation)
+    elif how.activation is not None:
+        dz = gradient(dz, single.normalized(kept) + single.normalized(other), how.activation)
+    none = bits.new_empty(0)
+    found = []
+    for k, (each, dtype) in enumerate(zip((kept, other), wanted[1:], strict=True)):
+        needs = Needs(wanted.needs[k], False, wanted.needs[2 + k], dtype)
+        dx, _, dweight, dbias = single.plain_backward(
+            dz, each, none, How(how.training, None), needs, Skip(), None, None
+        )
+        if needs.input:  # in the layout of the input, as the kernels write it
+            dx = like_output(input, each.input.dtype).copy_(dx)
+        found.append((dx, dweight, dbias))
+    (dx, dweight, dbias), (dresidual, dresidual_weight, dresidual_bias) = found
+    return dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+def _fake_forward(
+    input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, how: How, save: bool, moments: Tensor | None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    output = like_output(input)
+    saved, residual_saved = (empty_saved(input, how.training or save) for _ in range(2))
+    return output, saved, residual_saved, empty_bits(output, has_bits(how.activation, save))
+
+
+def _fake_backward(
+    dy: Tensor, kept: Kept, other: Kept, bits: Tensor, how: How, wanted: Wanted, skip: Skip
+) -> tuple[Tensor, ...]:
+    input, found = kept.input, []
+    for each, need in zip((kept, other), wanted.needs, strict=False):
+        found.append(like_output(input, each.input.dtype) if need else input.new_empty(0))
+    for each, need, dtype in zip((kept, other), wanted.needs[2:], wanted[1:], strict=True):
+        found.append(single.empty_weight_gradient(each.weight, need, each.saved))
+        found.append(single.empty_bias_gradient(each.saved, dtype))
+    return tuple(found)
+
+
+# --- operators ---------------------------------------------------------------------------------------------------
+
+_OTHER: Any = BatchNorm(
+    "residual_weight", "residual_bias", "residual_running_mean", "residual_running_var",  # type: ignore[arg-type]
+    "residual_momentum", "residual_eps", None,  # type: ignore[arg-type]
+)  # fmt: skip
+_HOW: Any = How("training", "activation")  # type: ignore[arg-type]
+_KEPT: Any = Kept("input", "weight", "saved")  # type: ignore[arg-type]
+_OTHER_KEPT: Any = Kept("residual", "residual_weight", "residual_saved")  # type: ignore[arg-type]
+_WANTED: Any = Wanted("needs", "bias_dtype", "residual_bias_dtype")  # type: ignore[arg-type]
+
+FORWARD = Operator(
+    FORWARD_SCHEMA,
+    ("input", "residual", single.NORM, _OTHER, _HOW, "save", "residual_moments"),
+    recipe=_forward,
+    plain=plain_forward,
+    fake=_fake_forward,
+    folds={"input": 1, "residual": 1, "weight": 0, "bias": 0, "residual_weight": 0, "residual_bias": 0},
+    unfolds=(1, 1, 1, None),
+)  # fmt: skip
+BACKWARD = Operator(
+    BACKWARD_SCHEMA,
+    ("dy", _KEPT, _OTHER_KEPT, "bits", _HOW, _WANTED, Skip("skip", "skip_stride")),  # type: ignore[arg-type]
+    recipe=_backward,
+    plain=plain_backward,
+    fake=_fake_backward,
+    folds={
+        "dy": 1, "input": 1, "residual": 1, "weight": 0, "residual_weight": 0, "saved": 1, "residual_saved": 1,
+        "skip": 1,
+    },
+    unfolds=(1, 1, 0, 0, 0, 0),
+)  # fmt: skip
+
+
+# --- second derivatives ------------------------------------------------------------------------------------------
+
+
+def _differentiable(
+    ctx: Any, dy: Tensor, kept: Kept, other: Kept, bits: Tensor, biases: list[Tensor | None], needs: tuple
+) -> list[Tensor | None]:  # fmt: skip
+    """For `create_graph=True`: as that of `batch_norm_act`, for both BatchNorms."""
+    (training, activation), dz = ctx.how, dy
+    graphs = [
+        normalized_graph(each.input, each.weight, bias, each.saved, training, eps)
+        for each, bias, eps in zip((kept, other), biases, ctx.eps, strict=True)
+    ]
+    (y, leaves), (normalized, more) = graphs
+    is_mask = activation is not None and is_piecewise(activation)
+    if is_mask:
+        with torch.no_grad():
+            mask = single.gradient_mask(kept, bits, activation)
+        dz = keep_passing(dy, mask, activation)
+    y = y + normalized if is_mask else activate(y + normalized, activation)
+    order = (0, 2, 3, 1, 4, 5)
+    found = graph_gradients(y, [*leaves, *more], [needs[k] for k in order], dz)
+    gradients = [found[order.index(k)] for k in range(6)]
+    for k, dtype in zip((3, 5), ctx.bias_dtypes, strict=True):
+        gradients[k] = None if (dbias := gradients[k]) is None else dbias.to(dtype)
+    return gradients
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> tuple:
+    input, residual, weight, residual_weight, saved, residual_saved, bits = tensors
+    dtypes = (ctx.bias_dtypes[k] if needs[3 + 2 * k] else None for k in (0, 1))
+    wanted = Wanted((needs[0], needs[1], needs[2], needs[4]), *dtypes)
+    kept, other = Kept(input, weight, saved), Kept(residual, residual_weight, residual_saved)
+    return dy, kept, other, bits, ctx.how, wanted, skip
+
+
+def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
+    tensors, biases = tensors[:7], tensors[7:] or (None, None)
+    if dy is None:
+        dy, skip = skips.spread(skip, tensors[0]), Skip()
+    groups = _backward_groups(ctx, dy, tensors, needs, skip)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _, kept, other, bits, *_ = groups
+        as_they_were = [
+            bias_in_graph(bias, was, each.saved, ctx.how.activation)
+            for bias, was, each in zip(biases, ctx.biases, (kept, other), strict=True)
+        ]
+        return tuple(_differentiable(ctx, dy, kept, other, bits, as_they_were, needs))
+    found = BACKWARD(*groups)
+    return tuple(each if need else None for each, need in zip(found, needs, strict=True))
+
+
+def _reads(inputs: tuple, how: How) -> tuple:
+    input, residual, weight, _, residual_weight, _ = inputs
+    return input, residual, weight, residual_weight
+
+
+def check_dual(
+    input: Tensor, residual: Tensor, norms: tuple[BatchNorm, ...], how: How, name: str = "dual_batch_norm_act"
+) -> None:  # fmt: skip
+    """Refuse what is no call of it, in the words of whoever is called `name`."""
+    a, b = norms
+    check_batch_norm_act(
+        name, input, a.running_mean, a.running_var, a.weight, a.bias, how.training, a.eps, residual, how.activation
+    )  # fmt: skip
+    if residual is None:
+        raise TypeError(
+            f"{name}: residual is None, expected a torch.Tensor; without one use batch_norm_act"
+        )
+    check_batch_norm_act(
+        f"{name}, of the residual", residual, b.running_mean, b.running_var, b.weight, b.bias, how.training, b.eps,
+        None, how.activation, "residual_eps",
+    )  # fmt: skip
+
+
+TAIL = Tail(
+    FORWARD,
+    BACKWARD,
+    check=check_dual,
+    compose=compose,
+    reads=_reads,
+    backward_groups=_backward_groups,
+    gradients=_gradients,
+)
+
+
+class DualBatchNormAct(torch.autograd.Function):
+    """The tail for torch.func and torch.compile, as `batch_norm_act.BatchNormAct`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*flat: Any) -> tuple[Tensor, ...]:
+        return FORWARD.op(*flat)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        input, residual, norm, other, how, *_ = FORWARD.grouped(inputs)
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        read = _reads((input, residual, norm.weight, None, other.weight, None), how)
+        ctx.save_for_backward(*read, *kept, norm.bias, other.bias)
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (norm.bias, other.bias)]
+        ctx.how, ctx.eps, ctx.biases = how, (norm.eps, other.eps), (None, None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        # In the order of the operator's arguments, whose biases stand with their weights.
+        found = _gradients(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[:6], Skip())
+        return *found, *(None,) * (len(ctx.needs_input_grad) - 6)
+
+
+def dual_batch_norm_act(
+    input: Tensor, residual: Tensor, norms: tuple[BatchNorm, BatchNorm], how: How, moments: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """`fusedres.functional.dual_batch_norm_act` on checked arguments, by the kernels.
+
+    moments: the partial moments of the residual, from whatever wrote it; its own pass over it is saved then.
+    """
+    if not is_eager():
+        return DualBatchNormAct.apply(*FORWARD.flat((input, residual, *norms, how, True, moments)))[
+            0
+        ]
+    if is_quiet():
+        output = straight(TAIL, input, residual, norms, how, (moments,))
+        if output is not None:
+            return output
+    return through_operators(TAIL, input, residual, norms, how, (moments,))

@@ -1,0 +1,319 @@
+"""A plan: what a call allocates and launches, decided once for all calls whose tensors look alike.
+
+A recipe is written as if it ran: it makes tensors and launches kernels, through a `Planner`, on stand-ins that have
+shapes, strides and dtypes and no memory. What it did is the plan. The call itself is then its allocations, its pointers
+and its launches, in the recipe's order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from .bind import is_watched, kernel_is_watched
+from .chip import INTERPRETED, current_chip
+from .layout import RowMap, bits_layout, row_map_of
+from .private import EMPTY, empty_strided
+from .start import Launch
+
+_ONE = (1,)
+APART = 128  # bytes: what is allocated together begins at whole cache lines
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that a call makes; offset: in bytes, where it is made together with others."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0
+
+    def empty(self, device: torch.device) -> Tensor:
+        return empty_strided(self.shape, self.stride, self.dtype, device)
+
+    def within(self, block: Tensor) -> Tensor:
+        """The same as a part of a block of bytes."""
+        end = self.offset + math.prod(self.shape) * self.dtype.itemsize
+        return block[self.offset : end].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What PyTorch does between the launches, as a copy of what no kernel can walk."""
+
+    function: Callable[..., Any]
+    slots: tuple[int, ...]
+
+    def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
+        self.function(*(tensors[k] for k in self.slots))
+
+
+class Planner:
+    """What a recipe makes and launches. given: stand-ins for the tensors of the call, None where there is none."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.chip = current_chip()
+        self.given = [None if t is None else _stand_in(t) for t in tensors]
+        self._slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
+        self._made: list[Tensor] = []
+        self._kept: set[int] = set()
+        self._steps: list[tuple[Any, tuple[Tensor | None, ...]]] = []
+
+    def _add(self, tensor: Tensor) -> Tensor:
+        self._slots[id(tensor)] = len(self.given) + len(self._made)
+        self._made.append(tensor)
+        return tensor
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A dense tensor: a result of the call if the recipe returns it, else gone after the call."""
+        return self._add(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def like(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor laid out as this stand-in."""
+        strides = tensor.stride()
+        return self._add(
+            torch.empty_strided(tensor.shape, strides, dtype=dtype or tensor.dtype, device="meta")
+        )
+
+    def keep(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A result that nobody sees but the backward: all of them may lie in one block of memory."""
+        tensor = self.empty(shape, dtype)
+        self._kept.add(id(tensor))
+        return tensor
+
+    def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:
+        """Have PyTorch do something with tensors of the plan."""
+        self._steps.append((function, tensors))
+
+    def copy(self, tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of a tensor, laid out as another."""
+        copied = self.like(like, dtype or tensor.dtype)
+        self.do(Tensor.copy_, copied, tensor)
+        return copied
+
+    def start(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        integers: tuple,
+        floats: tuple[float, ...],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None:
+        """Launch a kernel; see `start.Launch`."""
+        launch = (kernel, grid, integers, floats, constants, options)
+        self._steps.append((launch, tensors))
+
+    def common_rows(self, output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor, ...]]:
+        """The index map that `output` and the others share; what does not fit is copied into the output's layout."""
+        alone = row_map_of(output)
+        if alone is None:
+            raise RuntimeError(f"no index map for strides {output.stride()}; please report it")
+        rows_packed = not bits_layout(alone)[0]
+
+        def fits(rows: RowMap | None) -> bool:
+            # Bits are found again only where the rows are split in the same way, if they are packed along the rows.
+            return (
+                rows is not None
+                and rows.spread == alone.spread
+                and (not rows_packed or rows.inner == alone.inner)
+            )
+
+        rows = row_map_of(output, *others)
+        if not fits(rows):
+            others = tuple(
+                t if fits(row_map_of(output, t)) else self.copy(t, output) for t in others
+            )
+            rows = row_map_of(output, *others)
+            if not fits(rows):
+                others = tuple(self.copy(t, output) for t in others)
+                rows = row_map_of(output, *others)
+        if rows is None:
+            raise RuntimeError(
+                f"no common index map for strides {output.stride()}; please report it"
+            )
+        return rows, others
+
+    def plan(self, results: Sequence[Tensor | torch.dtype]) -> Plan:
+        """What was done so far. results: what the call returns; a dtype stands for a tensor that was not asked for."""
+        returned = {id(t) for t in results if isinstance(t, Tensor)}
+        groups: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        for tensor in self._made:
+            is_result, is_kept = id(tensor) in returned, id(tensor) in self._kept
+            groups[1 if is_result and is_kept else 0 if is_result else 2].append(tensor)
+        order = [t for group in groups for t in group]
+        slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
+        slots |= {id(t): len(self.given) + k for k, t in enumerate(order)}
+        steps: list[Launch | Step] = []
+        for what, tensors in self._steps:
+            places = tuple(None if t is None else slots[id(t)] for t in tensors)
+            if callable(what):
+                steps.append(Step(what, places))
+            else:
+                kernel, grid, *rest = what
+                steps.append(Launch(kernel, grid, places, *rest))
+        return Plan(
+            len(self.given),
+            tuple(_made(t) for t in groups[0]),
+            _together(groups[1]),
+            _together(groups[2]),
+            tuple(slots[id(t)] if isinstance(t, Tensor) else t for t in results),
+            tuple(steps),
+        )
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    shape, stride = tensor.shape, tensor.stride()
+    if tensor.data_ptr() % 16 == 0:
+        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta")
+    # One element further on, so that its address tells that it is not aligned.
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return torch.empty(extent + 1, dtype=tensor.dtype, device="meta").as_strided(shape, stride, 1)
+
+
+def _made(tensor: Tensor, offset: int = 0) -> Made:
+    return Made(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
+
+
+def _together(tensors: Sequence[Tensor]) -> tuple[Made, ...]:
+    found, offset = [], 0
+    for tensor in tensors:
+        found.append(_made(tensor, offset))
+        offset += -(-tensor.numel() * tensor.element_size() // APART) * APART
+    return tuple(found)
+
+
+def _bytes(made: tuple[Made, ...]) -> int:
+    if not made:
+        return 0
+    last = made[-1]
+    return last.offset + -(-math.prod(last.shape) * last.dtype.itemsize // APART) * APART
+
+
+class Plan:
+    """The allocations and launches of one kind of call. Holds no tensor.
+
+    A call's tensors are numbered: those that it is given, its results, what it keeps for the backward, what it needs
+    meanwhile (scratch). results: the number of each, or the dtype of one that was not asked for.
+    """
+
+    def __init__(
+        self,
+        given: int,
+        alone: tuple[Made, ...],
+        kept: tuple[Made, ...],
+        scratch: tuple[Made, ...],
+        results: tuple[int | torch.dtype, ...],
+        steps: tuple[Launch | Step, ...],
+    ) -> None:
+        self.given, self.alone, self.kept, self.scratch = given, alone, kept, scratch
+        self.results, self.steps = results, steps
+        self._launches = tuple(step for step in steps if isinstance(step, Launch))
+        self.launches_only = len(self._launches) == len(steps)
+        self._active: Any = None
+        self._device = 0
+        self._bound: tuple[Callable[[int, tuple, tuple], None], ...] | None = None
+        self._kept_bytes, self._scratch_bytes = ((_bytes(m),) for m in (kept, scratch))
+        self.kept_at = tuple(m.offset for m in kept)
+        self._scratch_at = tuple(m.offset for m in scratch)
+
+    def call(
+        self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...], device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """The results, each in memory of its own."""
+        made = [m.empty(device) for m in (*self.alone, *self.kept, *self.scratch)]
+        everything = (*tensors, *made)
+        if (bound := self._ready()) is not None:
+            stream = self._active.get_current_stream(self._device)
+            pointers = [0 if t is None else t.data_ptr() for t in everything]
+            for go in bound:
+                go(stream, pointers, floats)
+        else:
+            self._start(everything, floats)
+        return tuple(
+            everything[r] if type(r) is int else empty_strided((0,), (1,), r, device)
+            for r in self.results
+        )
+
+    def launch(
+        self, pointers: Sequence[int], floats: tuple[float, ...], device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None] | None:
+        """(results that are allocated each, one block of bytes with all that is kept) of a call, given the addresses of
+        its tensors; None where its launches are not bound: `start` it."""
+        bound = self._ready()
+        if bound is None:
+            return None
+        empty = EMPTY[device.type]
+        alone = [empty(m.shape, m.stride, m.dtype) for m in self.alone]
+        everything = [*pointers, *[t.data_ptr() for t in alone]]
+        kept = block = None
+        if self.kept_at:
+            kept = empty(self._kept_bytes, _ONE, torch.uint8)
+            start = kept.data_ptr()
+            everything += [start + at for at in self.kept_at]
+        if self._scratch_at:
+            block = empty(self._scratch_bytes, _ONE, torch.uint8)
+            start = block.data_ptr()
+            everything += [start + at for at in self._scratch_at]
+        stream = self._active.get_current_stream(self._device)
+        for go in bound:
+            go(stream, everything, floats)
+        return alone, kept
+
+    def start(
+        self,
+        tensors: Sequence[Tensor | None],
+        floats: tuple[float, ...],
+        device: torch.device,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """As `launch`, each kernel as Triton starts it."""
+        alone = [m.empty(device) for m in self.alone]
+        kept = empty_strided(self._kept_bytes, _ONE, torch.uint8, device) if self.kept_at else None
+        scratch = [m.empty(device) for m in self.scratch]
+        self._start((*tensors, *alone, *self.parts(kept), *scratch), floats)
+        return alone, kept
+
+    def _start(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
+        for step in self.steps:
+            step.start(tensors, floats)
+        self._bind()
+
+    def kept_results(self, kept: Tensor) -> list[Tensor]:
+        """The results behind the first, which are all kept, as `call` returns them."""
+        parts, first = self.parts(kept), self.given + len(self.alone)
+        return [
+            parts[r - first] if type(r) is int else kept.new_empty(0, dtype=r)
+            for r in self.results[1:]
+        ]
+
+    def parts(self, kept: Tensor | None) -> list[Tensor]:
+        """What is kept, as tensors."""
+        return [] if kept is None else [m.within(kept) for m in self.kept]
+
+    def _ready(self) -> tuple[Callable[[int, tuple, tuple], None], ...] | None:
+        """The bound launches, where nothing has happened since that Triton would look at."""
+        bound = self._bound
+        if bound is None or driver.active is not self._active or is_watched():
+            return None
+        device = self._device
+        for launch in self._launches:
+            if kernel_is_watched(launch.kernel) or not launch.is_there(device):
+                return None
+        return bound
+
+    def _bind(self) -> None:
+        if INTERPRETED or not self.launches_only:
+            return
+        bound = tuple([go for launch in self._launches if (go := launch.go) is not None])
+        if len(bound) == len(self._launches):
+            self._active = driver.active
+            self._device = self._active.get_current_device()
+            self._bound = bound
