@@ -5,8 +5,8 @@ What it looks at is in a key here: dtype and 16-byte alignment of each tensor, e
 cache of the kernel for the device. Under that key the compiled kernel is kept, and started by Triton's
 `compiled[grid](*arguments)`.
 
-What else it looks at is rare: hooks before a run, debugging, instrumentation, a pipeline of the user's. While any of
-them is on, launches go through Triton. (That no global of a kernel has changed is not asked: they are constants.)
+What else it looks at is rare: hooks, debugging, instrumentation, a pipeline of the user's. While any of them is on,
+launches go through Triton. (That no global of a kernel has changed is not asked: they are constants.)
 """
 
 import threading
@@ -19,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from .bind import is_watched, kernel_is_watched
 from .chip import INTERPRETED, current_chip
 
 # (what starts it, the constants in the kernel's order, kernel, Triton's cache and driver: kept, so that nothing else
@@ -44,7 +45,7 @@ def start(
     Raises:
         RuntimeError: the kernel would be compiled while a CUDA graph is captured.
     """
-    if INTERPRETED or _is_watched(kernel):
+    if INTERPRETED or is_watched() or kernel_is_watched(kernel):
         _start_by_triton(kernel, grid, (*tensors, *integers, *floats), constants | options)
         return
     active = driver.active
@@ -68,18 +69,6 @@ def start(
         _started.clear()
     three = (*grid, 1, 1)[:3]
     _started[key] = compiled[three], tuple(given[name] for name in names), (kernel, caches, active)
-
-
-def _is_watched(kernel: Any) -> bool:
-    """Whether Triton does more at a launch than the key tells: all that `JITFunction.run` of Triton 3.6 to 3.9 asks."""
-    runtime = knobs.runtime
-    return (
-        runtime.debug
-        or kernel.debug
-        or kernel.pre_run_hooks
-        or knobs.compilation.instrumentation_mode  # without it, no other of the sanitizers' knobs counts
-        or runtime.add_stages_inspection_hook is not None
-    )
 
 
 def _start_by_triton(kernel: Any, grid: tuple[int, ...], arguments: tuple, given: dict) -> Any:
