@@ -58,9 +58,8 @@ def bind(
         return None
     arguments = (*slots, *integers, *floats, *constants)
     taken = list(_taken(tuple(compiled.src.signature.values()), arguments))
-    if [value for kind, value in taken if kind.startswith("*")] != [
-        s for s in slots if s is not None
-    ]:
+    present = [slot for slot in slots if slot is not None]
+    if [value for kind, value in taken if kind.startswith("*")] != present:
         raise ValueError(f"{compiled.name} was compiled for other tensors than {slots}")
     go = None
     told = _told(compiled, grid, arguments) if LEVEL == "launcher" else None
@@ -182,8 +181,6 @@ def _mixed(floats: tuple[int | float, ...]) -> tuple[Callable[[tuple], tuple], t
     known = tuple(value for value in floats if isinstance(value, float))
     behind = iter(range(-len(known), 0))
     places = [next(behind) if isinstance(value, float) else value for value in floats]
-    if places == [-1]:
-        return lambda given: given[-1:], known
     return _picker(places), known
 
 
