@@ -9,5 +9,6 @@ beside = find_packages(
 setup(
     packages=packages + ["fusedres." + name for name in beside],
     package_dir={"fusedres." + name: name for name in ("kernels", "benchmarks")},
+    package_data={"fusedres.benchmarks": ["stub.c"]},
     include_package_data=False,  # else what MANIFEST.in names for the sdist is in the wheel, too
 )

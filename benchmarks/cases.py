@@ -185,6 +185,47 @@ def _cifar_resnet18() -> nn.Module:
     return network
 
 
+class TwoTails(nn.Module):
+    """What is left of a BasicBlock without its convolutions: BN + ReLU, then BN + add + ReLU. x forks."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(x))
+        out = self.bn2(out)
+        out += x
+        return self.relu(out)
+
+
+def chain(tails: int, channels: int) -> nn.Module:
+    """So many tails, one after the other, every other one at the end of a fork."""
+    return nn.Sequential(*[TwoTails(channels) for _ in range(tails // 2)])
+
+
+def narrow(name: str, channels: int) -> nn.Module:
+    """torchvision's ResNet-18 or ResNet-50 with so many channels in its stem and in each of its stages."""
+    resnet = require("torchvision", "models", f"a narrow {name}").models.resnet
+    block, layers = {
+        "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+        "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    }[name]
+
+    with torch.device("meta"):  # all that has parameters is replaced
+        network = resnet.ResNet(block, layers)
+    network.inplanes = channels
+    network.conv1 = nn.Conv2d(3, channels, 7, 2, 3, bias=False)
+    network.bn1 = nn.BatchNorm2d(channels)
+    for i, blocks in enumerate(layers):
+        stage = network._make_layer(block, channels, blocks, stride=2 if i else 1)
+        setattr(network, f"layer{i + 1}", stage)
+    network.fc = nn.Linear(channels * block.expansion, 10)
+    return network
+
+
 def draw(
     case: Case, dtype: torch.dtype, layout: torch.memory_format, device: torch.device, seed: int
 ) -> list[Tensor]:

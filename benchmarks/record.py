@@ -34,6 +34,7 @@ class Row:
         cache: cold or hot; "" where it does not apply.
         graph: whether a CUDA graph was replayed.
         median, p20, p80: of the metric; None where there is no number, and then `note` says why.
+        minimum, p10: likewise, of times.
         spread: the run-to-run spread, in the unit of the metric: a smaller difference is none.
         bytes: what a fused implementation must read and write for it; None where it is not defined.
         note: why there is no number, or what is to be known about it.
@@ -53,6 +54,8 @@ class Row:
     median: float | None = None
     p20: float | None = None
     p80: float | None = None
+    minimum: float | None = None
+    p10: float | None = None
     spread: float | None = None
     bytes: int | None = None
     note: str = ""
@@ -84,7 +87,7 @@ class Row:
 
 
 _FIELDS = [f.name for f in fields(Row)]
-_NUMBERS = ("median", "p20", "p80", "spread")
+_NUMBERS = ("median", "p20", "p80", "minimum", "p10", "spread")
 
 
 def first_line(error: Exception) -> str:
@@ -155,7 +158,7 @@ class Book:
         new = [Row(**(asdict(row) | self.stamp)) for row in rows]
         self.rows += new
         _write_json(self.folder / JSON_FILE, self.rows)
-        _append_csv(self.folder / CSV_FILE, new)
+        _append_csv(self.folder / CSV_FILE, new, self.rows)
 
     @property
     def latest(self) -> list[Row]:
@@ -177,10 +180,12 @@ def _finite(entry: dict) -> dict:
     }
 
 
-def _append_csv(path: Path, rows: Sequence[Row]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
+def _append_csv(path: Path, new: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Append the new rows; write all of them where there is no file, or one with the columns of another version."""
+    head = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
+    fresh = head.strip().split(",") != _FIELDS
+    with path.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _FIELDS)
-        if new:
+        if fresh:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(row) for row in (rows if fresh else new))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusedres.benchmarks.host import call_of, tails
+import fusedres
+from fusedres.benchmarks.host import ATEN, SUBJECTS, forms, step_of
+from fusedres.benchmarks.providers import BASELINE
 from fusedres.benchmarks.timing import one_thread
 
+CALL = SUBJECTS[0]
 
-@pytest.mark.parametrize("provider", tails())
-@pytest.mark.parametrize("mode", ["forward", "eval", "step"])
+
+@pytest.mark.parametrize("provider", [BASELINE, ATEN])
+@pytest.mark.parametrize("mode", CALL.modes)
 def test_call(benchmark, mode, provider):
-    with one_thread():
-        step = call_of(tails()[provider], mode, torch.device("cpu"))
-        benchmark(step.run, None)
+    with one_thread(), fusedres.backend("aten"):
+        benchmark(step_of(CALL, forms(CALL)[provider], mode, torch.device("cpu")))

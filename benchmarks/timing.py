@@ -3,6 +3,8 @@
 Warm-up is outside the numbers. On a GPU each repetition stands between two device events and the stream is not drained
 in between, as in training; on a CPU `time.perf_counter`. A step is timed in rounds, and the rounds of all providers
 take turns: what drifts (clocks, temperature, neighbours) drifts for all of them, and shows as the run-to-run spread.
+
+What Python costs is processor time instead (`processor_time`), which does not count while others have the processor.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 ROUNDS = 3
+WARM_UP = 5  # turns that do not count
 # Two copies of one module on a CPU were seen 2 percent apart, over all rounds (memory placement; 2026-11).
 HOST_FLOOR = 0.03
 
@@ -54,6 +58,8 @@ class Timing:
     p80: float
     spread: float
     count: int
+    minimum: float
+    p10: float
 
     @classmethod
     def of(cls, rounds: list[list[float]], floor: float = 0.0) -> Timing:
@@ -64,7 +70,8 @@ class Timing:
         p20, p80 = percentile(samples, 0.2), percentile(samples, 0.8)
         median = statistics.median(samples)
         spread = max(max(medians) - min(medians), p80 - p20, floor * median)
-        return cls(median, p20, p80, spread, len(samples))
+        p10 = percentile(samples, 0.1)
+        return cls(median, p20, p80, spread, len(samples), samples[0], p10)
 
 
 def percentile(ordered: list[float], share: float) -> float:
@@ -101,10 +108,7 @@ def time_steps(
     """
     found: dict[str, list[list[float]]] = {name: [] for name in steps}
     failed: dict[str, Exception] = {}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    with _no_collection():
         for _ in range(rounds):
             for name, step in steps.items():
                 if name in failed:
@@ -113,14 +117,61 @@ def time_steps(
                     found[name].append(_round(step, device, effort, between))
                 except Exception as error:
                     failed[name] = error
-    finally:
-        if collecting:
-            gc.enable()
     floor = HOST_FLOOR if device.type == "cpu" else 0.0
     return {
         name: failed[name] if name in failed else Timing.of(values, floor)
         for name, values in found.items()
     }
+
+
+def processor_time(
+    steps: Mapping[str, Step], device: torch.device, seconds: float, calls: int = 1
+) -> dict[str, Timing]:
+    """The processor time of a call of each step, a few `calls` of each in turn, for so many `seconds` in all.
+
+    Of the thread, in which a CPU's backward runs, too; for a GPU, where it does not, of the process. Whoever comes next
+    finds the caches as the last one left them, so the order of a turn is drawn anew.
+    """
+    on_gpu = device.type == "cuda"
+    clock = time.process_time if on_gpu else time.thread_time
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    order, generator = list(steps), random.Random(0)
+    with _no_collection():
+        turns, end = 0, time.perf_counter() + seconds
+        while time.perf_counter() < end or turns < WARM_UP + ROUNDS:
+            turns += 1
+            generator.shuffle(order)
+            for name in order:
+                step = steps[name]
+                argument = step.prepare(turns)
+                start = clock()
+                for _ in range(calls):
+                    step.run(argument)
+                found[name].append((clock() - start) / calls)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+    return {
+        name: Timing.of(_thirds(values[WARM_UP:]), HOST_FLOOR) for name, values in found.items()
+    }
+
+
+def _thirds(values: list[float]) -> list[list[float]]:
+    """The rounds, where everyone has a turn all the time."""
+    n = len(values)
+    return [values[n * i // ROUNDS : n * (i + 1) // ROUNDS] for i in range(ROUNDS)]
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage is collected before, and not in between."""
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _round(step: Step, device: torch.device, effort: Effort, between) -> list[float]:

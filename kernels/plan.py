@@ -233,7 +233,7 @@ class Plan:
         everything = (*tensors, *made)
         if (bound := self._ready()) is not None:
             stream = self._active.get_current_stream(self._device)
-            pointers = [0 if t is None else t.data_ptr() for t in everything]
+            pointers = tuple([0 if t is None else t.data_ptr() for t in everything])
             for go in bound:
                 go(stream, pointers, floats)
         else:
@@ -264,8 +264,9 @@ class Plan:
             start = block.data_ptr()
             everything += [start + at for at in self._scratch_at]
         stream = self._active.get_current_stream(self._device)
+        addresses = tuple(everything)
         for go in bound:
-            go(stream, everything, floats)
+            go(stream, addresses, floats)
         return alone, kept
 
     def start(

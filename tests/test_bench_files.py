@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from fusedres.benchmarks import changes, record, report
+from fusedres.benchmarks import changes, host, record, report
 from fusedres.benchmarks.record import Book, RecordError, Row
 from fusedres.benchmarks.timing import Timing, verdict
 
@@ -30,6 +30,17 @@ def test_rows_come_back_from_json_and_stand_in_the_csv(tmp_path):
     with (tmp_path / record.CSV_FILE).open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["provider"] for line in lines] == ["eager", "fusedres", "eager"]
+    assert list(lines[0]) == list(asdict(ROW))
+
+
+def test_a_csv_with_other_columns_is_written_anew(tmp_path):
+    Book.open(tmp_path, STAMP).add([ROW])
+    path = tmp_path / record.CSV_FILE
+    path.write_text(path.read_text().replace(",minimum", ""))
+    Book.open(tmp_path, STAMP).add([FUSED])
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["provider"] for line in lines] == ["eager", "fusedres"]
     assert list(lines[0]) == list(asdict(ROW))
 
 
@@ -183,7 +194,7 @@ def test_every_section_is_made_from_its_rows_and_plots_stand_beside_it(tmp_path)
         ROW, FUSED, *network,
         replace(ROW, level="model", kernel="resnet50", mode="step", bytes=None),
         replace(ROW, level="block", kernel="Bottleneck", mode="step", bytes=None),
-        replace(ROW, level="host", kernel="call"),
+        replace(ROW, level="host", kernel="call", minimum=90.0, p10=95.0),
         Row("bytes", "bn", "eager", "passes", "forward", "N1", median=3.0),
         Row("bytes", "bn", "eager", "passes", "backward", "N1", median=5.0),
         Row("code", "bn_stats_kernel", "fusedres", "registers", "sm_90", median=102.0),
@@ -197,6 +208,17 @@ def test_every_section_is_made_from_its_rows_and_plots_stand_beside_it(tmp_path)
     for name in ("network.png", "operator.png", "model.png"):
         assert f"({name})" in text
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_host_cost_stands_beside_eager_and_what_is_allowed(tmp_path):
+    eager = replace(
+        ROW, level="host", kernel=host.CALL, mode="step", minimum=40.0, p10=50.0, median=60.0
+    )
+    ours = replace(eager, provider=host.TRITON, minimum=60.0, p10=80.0, note="on a stub")
+    text = page(tmp_path, eager, ours)
+    assert "\nfusedres, triton: on a stub.\n" in text
+    assert "| call | step | eager | 40 (50, 60) |  |  |" in text
+    assert "| call | step | fusedres, triton | 60 (80, 60) | 1.50 (1.60) | 1.0 |" in text
 
 
 def test_the_page_needs_no_matplotlib(tmp_path, monkeypatch):

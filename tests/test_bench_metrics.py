@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import triton
 import triton.language as tl
 from torch import nn
 
-from fusedres.benchmarks import bytes_level, cases, code, host, measure, network, traffic
+from fusedres.benchmarks import bytes_level, cases, code, measure, network, traffic
 from fusedres.benchmarks import parity as parity_module
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.floors import OPERATORS
@@ -141,27 +139,6 @@ def test_occupancy_follows_registers_and_shared_memory():
     registers = -(-launch.code.registers * 32 // 256) * 256 * launch.warps
     assert launch.occupancy == 65536 // registers * launch.warps / 64
     assert launch.code.widths["load"][128] > 0
-
-
-# --- host cost -------------------------------------------------------------------------------------------------------
-
-
-class Sleepy(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x, residual=None):
-        time.sleep(0.05)  # longer than what a machine that is busy with something else adds
-        return self.module(x, residual)
-
-
-@pytest.mark.once
-def test_a_sleep_is_seen_in_the_host_cost(monkeypatch):
-    monkeypatch.setattr(host, "EFFORT", Effort(seconds=0.05, repetitions=5, most=20))
-    modules = host.tails()
-    modules[host.FUSED] = Sleepy(modules[host.FUSED])
-    assert len(host.faults(host.compare(modules, "forward", CPU))) == 1
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_tracked_module(wheel):
         name if name.startswith("fusedres/") else f"fusedres/{name}"
         for name in tracked()
         if name.startswith(("fusedres/", "kernels/", "benchmarks/"))
-        and name.endswith((".py", ".typed"))
+        and name.endswith((".py", ".typed", ".c"))
         and not name.startswith("benchmarks/ptx/")  # an instrument: it needs gcc and a checkout
     }
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

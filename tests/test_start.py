@@ -98,6 +98,9 @@ def test_shapes_that_keep_changing_do_not_fill_the_memory(slow_starts, monkeypat
 
 WATCHES = {
     "hook": lambda kernel, patch: patch.setattr(kernel, "pre_run_hooks", [lambda *a, **o: None]),
+    "hook at the launch": lambda kernel, patch: patch.setattr(
+        knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None]
+    ),
     "debug": lambda kernel, patch: patch.setattr(knobs.runtime, "debug", True),
     "kernel debug": lambda kernel, patch: patch.setattr(kernel, "debug", True),
     "instrumentation": lambda kernel, patch: patch.setattr(
@@ -185,10 +188,9 @@ READ = {
     "in the key": {"self.device_caches"},
     "watched": {
         "self.debug", "self.pre_run_hooks", "knobs.runtime.debug", "knobs.runtime.add_stages_inspection_hook",
-        "knobs.compilation.instrumentation_mode",
+        "knobs.compilation.instrumentation_mode", "knobs.runtime.launch_enter_hook", "knobs.runtime.launch_exit_hook",
     },
     "of no effect without instrumentation": {"knobs.compilation.fpsan_homomorphic_casts"},
-    "read by the compiled kernel's start too": {"knobs.runtime.launch_enter_hook", "knobs.runtime.launch_exit_hook"},
     "constants": {"self.used_global_vals"},
     "to compile": {"self._pack_args", "self._do_compile"},
 }  # fmt: skip
