@@ -42,8 +42,7 @@ SECONDS, QUICK_SECONDS = 5.0, 1.0  # for one kind of step, everyone's turns toge
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed. calls: so many at a time, that the clock itself does not count. compiles: whether torch.compile
-    has a turn, which it takes minutes to get ready for."""
+    """What is timed. calls: so many at a time, that the clock itself does not count."""
 
     name: str
     build: Callable[[], nn.Module]
@@ -51,16 +50,15 @@ class Subject:
     modes: tuple[str, ...] = ("step",)
     residual: bool = False
     calls: int = 1
-    compiles: bool = True
 
 
 SUBJECTS = (
     Subject(CALL, lambda: Tail(CHANNELS, True, "relu"), SHAPE, ("forward", "eval", "step"), residual=True, calls=10),
     Subject(CHAIN, lambda: chain(TAILS, CHANNELS), SHAPE, ("forward", "step")),
     Subject(RESNET18, lambda: narrow("resnet18", CHANNELS), IMAGES),
-    Subject(RESNET50, lambda: narrow("resnet50", CHANNELS), IMAGES, compiles=False),
+    Subject(RESNET50, lambda: narrow("resnet50", CHANNELS), IMAGES),
 )  # fmt: skip
-_WRAP = {provider.name: provider.wrap for provider in PROVIDERS}
+_PROVIDER = {provider.name: provider for provider in PROVIDERS}
 
 
 def measure(device: torch.device, quick: bool = False) -> Iterator[list[Row]]:
@@ -81,19 +79,16 @@ def measure(device: torch.device, quick: bool = False) -> Iterator[list[Row]]:
 
 def forms(subject: Subject) -> dict[str, nn.Module]:
     """The composition, and what replaces it on either backend."""
-    fused = {name: _WRAP["fusedres"](subject.build()) for name in (ATEN, TRITON)}
+    fused = {name: _PROVIDER["fusedres"].wrap(subject.build()) for name in (ATEN, TRITON)}
     return {BASELINE: subject.build(), **fused}
 
 
 def _compiled(subject: Subject, mode: str, device: torch.device) -> tuple[nn.Module | None, str]:
     """The composition under torch.compile, compiled already; or why there is none."""
-    (provider,) = (provider for provider in PROVIDERS if provider.name == COMPILE)
-    why = provider.why_not(device)
-    if not subject.compiles:
-        why = "not run: compiling it takes longer than all else"
+    why = _PROVIDER[COMPILE].why_not(device)
     if why is not None:
         return None, why
-    module = provider.wrap(subject.build())
+    module = _PROVIDER[COMPILE].wrap(subject.build())
     try:
         step_of(subject, module, mode, device)()
     except Exception as error:
@@ -109,8 +104,9 @@ def step_of(
     inputs = [torch.randn(subject.shape, device=device) for _ in range(1 + subject.residual)]
     if mode != "step":
         return lambda: module(*inputs)
-    inputs[0].requires_grad_(subject.shape != IMAGES)
-    leaves = [inputs[0], *module.parameters()]
+    leaves = [*(inputs if subject.shape != IMAGES else []), *module.parameters()]
+    for leaf in leaves:
+        leaf.requires_grad_()
     gradient = torch.randn_like(module(*inputs))
 
     def step() -> None:
