@@ -848,6 +848,15 @@ class Node:
     fork_left = False
 
 
+def test_a_node_that_is_called_without_an_engine(left):
+    _, fused = chain(Block(), Block())
+    y = fused[1](fused[0](X))
+    with torch.no_grad():
+        dresidual = y.grad_fn.apply(torch.ones_like(y))[1]
+    torch.testing.assert_close(dresidual, (y > 0).to(y.dtype))
+    assert (left, living_runs()) == ([], [])
+
+
 def test_only_tails_of_ours_take_part():
     x = X.clone().requires_grad_()
     made = fusedres.functional.batch_norm_act(x, None, None, training=True)
