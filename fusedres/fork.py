@@ -84,14 +84,13 @@ def takes_gradients(function: type[torch.autograd.Function]) -> None:
 
 def begin(ctx: Any, residual: Tensor | None) -> None:
     """What the node of a tail keeps: where its residual came from."""
-    ctx.fork_source = source_of(residual)
+    if residual is not None and (source := source_of(residual)) is not None:
+        ctx.fork_source = source
 
 
 def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
     """What a node keeps of a tensor that a tail of ours made, whose gradient it may leave there; None of any other."""
-    if x is None or type(x) is not Tensor or x.output_nr != 0:
-        return None
-    if type(x.grad_fn) not in _makers:
+    if type(x) is not Tensor or type(x.grad_fn) not in _makers or x.output_nr != 0:
         return None
     return weakref.ref(x)
 
