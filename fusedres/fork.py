@@ -10,34 +10,47 @@ Nobody may notice. So whoever could see the gradient of x gets it whole, added b
 either node, `retain_grad`, `torch.autograd.grad` and `backward(inputs=...)` (which may ask for x), `create_graph`, x
 written to since, or gone (checkpointing frees it), a second residual of the same x. What is hung on x while the engine
 runs, after the later tail, comes too late: it sees the main path's gradient.
+
+What is left belongs to one run of the engine, and goes with it. Several may be under way: in a hook of another, at a
+checkpoint inside it, in other threads. The engine numbers them, and no two in a process have the same number.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Left:
-    """A gradient left with the node that made the tensor, in one run of the engine; `stride`: at those positions.
+class Left(NamedTuple):
+    """A gradient that was left, at the positions that `stride` visits, by work on the stream of this description."""
 
-    The run owns it (as a callback that does nothing), the node refers to it weakly: a run that fails takes it along.
+    gradient: Tensor
+    stride: list[int] | None
+    stream: tuple[int, int, int] | None
+
+
+class _Run:
+    """A run of the engine: whether nobody asked for single gradients, and what is left for which node.
+
+    It is a callback of that run, which owns it: one that fails takes it along, with all that was left.
     """
 
-    __slots__ = ("__weakref__", "gradient", "stream", "stride")
+    __slots__ = ("__weakref__", "is_whole", "left")
 
-    def __init__(self, gradient: Tensor, stride: list[int] | None, stream: Any) -> None:
-        self.gradient: Tensor | None = gradient
-        self.stride, self.stream = stride, stream
+    def __init__(self, is_whole: bool) -> None:
+        self.is_whole, self.left = is_whole, dict[Any, Left]()
 
     def __call__(self) -> None:
         pass
 
 
+# By the engine's number for it.
+_runs: dict[int, weakref.ref[_Run]] = {}
 _makers: list[type] = []
+_Leaf: type = torch._C._functions.AccumulateGrad
 
 
 def takes_part(function: type[torch.autograd.Function]) -> None:
@@ -53,7 +66,7 @@ def takes_part(function: type[torch.autograd.Function]) -> None:
 
         return wrapper
 
-    node.fork_source, node.fork_watched = None, False
+    node.fork_source, node.fork_left, node.fork_watched = None, False, False
     node.register_hook, node.register_prehook = (
         watched("register_hook"),
         watched("register_prehook"),
@@ -70,15 +83,14 @@ def takes_gradients(function: type[torch.autograd.Function]) -> None:
 
 
 def begin(ctx: Any, residual: Tensor | None) -> None:
-    """What the node of a tail keeps: where its residual came from, and what will be left with it, by run."""
-    ctx.fork_source, ctx.fork_left = source_of(residual), {}
+    """What the node of a tail keeps: where its residual came from."""
+    if residual is not None and (source := source_of(residual)) is not None:
+        ctx.fork_source = source
 
 
 def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
     """What a node keeps of a tensor that a tail of ours made, whose gradient it may leave there; None of any other."""
-    if x is None or type(x) is not Tensor or x.output_nr != 0:
-        return None
-    if type(x.grad_fn) not in _makers:
+    if type(x) is not Tensor or type(x.grad_fn) not in _makers or x.output_nr != 0:
         return None
     return weakref.ref(x)
 
@@ -90,43 +102,60 @@ def target(ctx: Any, edge: int) -> Any:
     x = ctx.fork_source()
     if x is None or x._backward_hooks or x.retains_grad:
         return None
-    node = ctx.next_functions[edge][0]
+    functions = ctx.next_functions
+    node = functions[edge][0]
     # Another one, where x was written to in place since.
     if node is None or node is not x.grad_fn or node.fork_watched or ctx.fork_watched:
         return None
-    run = torch._C._current_graph_task_id()
-    if run < 0 or run in node.fork_left:
+    run = _this_run() or _begun(functions)
+    if run is None or not run.is_whole or node in run.left:
         return None
-    return node if _runs_whole(ctx, node) else None
+    return node if _will_run(node) else None
 
 
-def _runs_whole(ctx: Any, node: Any) -> bool:
-    """Whether the engine runs `node`, and for a plain `backward()`, in which nobody asks for x by name.
+def _this_run() -> _Run | None:
+    reference = _runs.get(torch._C._current_graph_task_id())
+    return None if reference is None else reference()
+
+
+def _begun(functions: tuple[tuple[Any, int], ...]) -> _Run | None:
+    """This run of the engine, which a node that goes on to these has met first; None where it cannot tell.
 
     A leaf parameter of the node tells: asked about one, the engine says no where only some gradients are wanted, and
-    refuses to answer where it is one of those.
+    refuses to answer where it is one of those. (Where `backward(inputs=...)` wants it, x retains its gradient or is
+    not among those.) One answer holds for the whole run.
     """
-    leaf = next(
-        (f for f, _ in ctx.next_functions if f is not None and hasattr(f, "variable")), None
-    )
-    if leaf is None:
-        return False
-    will_run = torch._C._will_engine_execute_node
+    number = torch._C._current_graph_task_id()
+    leaf = next((f for f, _ in functions if type(f) is _Leaf), None)
+    if number < 0 or leaf is None:
+        return None
+    for gone in [each for each, reference in list(_runs.items()) if reference() is None]:
+        _runs.pop(gone, None)
+    run = _Run(_will_run(leaf))
+    # Threads of one run, which each device has, may come here together: the first one's counts.
+    known = _runs.setdefault(number, weakref.ref(run))()
+    if known is not run:
+        return known
+    torch.autograd.Variable._execution_engine.queue_callback(run)
+    return run
+
+
+def _will_run(node: Any) -> bool:
+    """Whether the engine runs a node in this run."""
     try:
-        return will_run(leaf) and will_run(node)
-    except RuntimeError:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf whose gradient somebody asks for
         return False
 
 
 def leave(node: Any, gradient: Tensor, stride: list[int] | None = None) -> None:
     """Leave a gradient with `target`'s node; the edge gets None."""
-    stream = torch.cuda.current_stream(gradient.device) if gradient.is_cuda else None
-    left = Left(gradient, stride, stream)
-    torch.autograd.Variable._execution_engine.queue_callback(left)
-    # Other runs may be under way at the same node, in a hook of this one or in another thread; failed ones are gone.
-    for run in [run for run, reference in list(node.fork_left.items()) if reference() is None]:
-        node.fork_left.pop(run, None)
-    node.fork_left[torch._C._current_graph_task_id()] = weakref.ref(left)
+    run: Any = _this_run()
+    stream = None
+    if gradient.is_cuda:  # what `torch.cuda.current_stream` makes an object of
+        stream = torch._C._cuda_getCurrentStream(gradient.get_device())
+    run.left[node] = Left(gradient, stride, stream)
+    node.fork_left = True
 
 
 def hand_over(ctx: Any, edge: int, gradient: Tensor | None) -> Tensor | None:
@@ -139,16 +168,21 @@ def hand_over(ctx: Any, edge: int, gradient: Tensor | None) -> Tensor | None:
 
 def take(ctx: Any) -> tuple[Tensor | None, list[int] | None]:
     """What was left with this node in this run of the engine: a gradient and its stride, or nothing."""
-    reference = None
-    if ctx.fork_left:
-        reference = ctx.fork_left.pop(torch._C._current_graph_task_id(), None)
-    left: Left | None = None if reference is None else reference()
-    if left is None or left.gradient is None:
+    if not ctx.fork_left or (run := _this_run()) is None:  # nothing ever, or not now
         return None, None
-    gradient, left.gradient = left.gradient, None
+    left = run.left.pop(ctx, None)
+    if left is None:
+        return None, None
     if left.stream is not None:
-        stream = torch.cuda.current_stream(gradient.device)
-        if stream != left.stream:
-            stream.wait_stream(left.stream)
-            gradient.record_stream(stream)
-    return gradient, left.stride
+        _wait_for(left.gradient, left.stream)
+    return left.gradient, left.stride
+
+
+def _wait_for(gradient: Tensor, stream: tuple[int, int, int]) -> None:
+    """Let the current stream wait for the one that a gradient was made on, where it is another."""
+    if torch._C._cuda_getCurrentStream(gradient.get_device()) == stream:
+        return
+    number, device, kind = stream
+    now = torch.cuda.current_stream(gradient.device)
+    now.wait_stream(torch.cuda.Stream(stream_id=number, device_index=device, device_type=kind))
+    gradient.record_stream(now)

@@ -7,6 +7,7 @@ import copy
 import gc
 import threading
 import weakref
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -457,6 +458,54 @@ def another_backward_in_between(blocks, x):
     loss.backward(retain_graph=True)
 
 
+def grad_of_the_tensor_in_between(blocks, x):
+    """A hook between the two tails runs the engine for x alone: what the outer run found out says nothing of it."""
+    x = blocks[0](x)
+    loss, other, seen = loss_of(blocks[1](x)), loss_of(blocks[2](x)), []
+    blocks[1].conv.weight.register_hook(lambda _: seen.extend(torch.autograd.grad(other, [x])))
+    loss.backward(retain_graph=True)
+    return seen
+
+
+def backward_in_between_of_a_grad(blocks, x):
+    """The other way round, with more of the outer run to come."""
+    x = blocks[0](x)
+    y = blocks[1](x)
+    other, done = loss_of(blocks[2](x)), []
+
+    def run_another(_):
+        if not done:
+            done.append(True)
+            other.backward(retain_graph=True)
+
+    y.register_hook(run_another)
+    return torch.autograd.grad(loss_of(y), [x, *blocks[1].parameters()], retain_graph=True)
+
+
+def backward_into_some_of_each(blocks, x):
+    """The last tail's leaf is asked for, the second one's is not; nobody asks for a tensor in between."""
+    wanted = [blocks[0].conv.weight, blocks[1].conv.weight, blocks[2].bn.weight]
+    loss_of(blocks[2](blocks[1](blocks[0](x)))).backward(inputs=wanted)
+
+
+def backward_into_a_tensor_and_a_leaf(blocks, x):
+    """The same, where somebody does."""
+    x = blocks[0](x)
+    wanted = [x, blocks[0].conv.weight, blocks[2].bn.weight]
+    loss_of(blocks[2](blocks[1](x))).backward(inputs=wanted)
+    return [x.grad]
+
+
+def three_runs_over_one_graph(blocks, x):
+    """A whole one, one for a tensor, a whole one."""
+    x = blocks[0](x)
+    loss = loss_of(blocks[1](x))
+    loss.backward(retain_graph=True)
+    seen = torch.autograd.grad(loss, [x], retain_graph=True)
+    loss.backward()
+    return seen
+
+
 def nested(blocks, x):
     """A backward inside another's hook."""
     x = blocks[0](x)
@@ -471,6 +520,29 @@ def nested(blocks, x):
     y.register_hook(run_another)
     loss_of(y).backward()
     return [inner.grad, *(p.grad for p in other.parameters())]
+
+
+class Named(torch.autograd.Function):
+    """Somebody's own, whose node has an attribute that PyTorch's leaves have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.variable = x.shape
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def grad_of_the_tensor_past_a_node_that_looks_like_a_leaf(blocks, x):
+    class Main(nn.Module):
+        def forward(self, x):
+            return Named.apply(x)
+
+    x = blocks[0](x)
+    blocks[1].conv = Main()
+    return torch.autograd.grad(loss_of(blocks[1](x)), [x])
 
 
 # What was done, and how many gradients were left with the node that made the tensor.
@@ -503,8 +575,23 @@ NOTICED = {
     after_one_that_failed: 1,
     another_run_in_between: 1,
     another_backward_in_between: 2,
+    grad_of_the_tensor_in_between: 1,
+    backward_in_between_of_a_grad: 1,
+    backward_into_some_of_each: 2,
+    backward_into_a_tensor_and_a_leaf: 1,
+    three_runs_over_one_graph: 2,
+    grad_of_the_tensor_past_a_node_that_looks_like_a_leaf: 0,
     nested: 2,
 }
+# The second and the third block read what the first made, which they cannot where the second changes the shape.
+READ_TWICE = (
+    two_residuals,
+    many_readers,
+    another_backward_in_between,
+    grad_of_the_tensor_in_between,
+    backward_in_between_of_a_grad,
+    grad_of_the_tensor_past_a_node_that_looks_like_a_leaf,
+)
 
 
 @pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
@@ -520,7 +607,7 @@ def test_nobody_notices(act, left):
 @pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
 @pytest.mark.parametrize("act", NOTICED, ids=lambda f: f.__name__)
 def test_nobody_notices_at_a_projection(act):
-    if act in (two_residuals, many_readers, another_backward_in_between):
+    if act in READ_TWICE:
         act = many_readers_of_the_projected
     network, fused = chain(Block(), Projected(), Block(8))
     assert difference(gradients(network, act), gradients(fused, act)) <= 1e-12
@@ -610,6 +697,46 @@ def test_two_threads_that_share_the_first_tail(later, left):
     assert len(left) == 2
 
 
+@pytest.mark.parametrize("other_is", ["another backward", "for x alone"])
+def test_two_runs_that_stand_between_the_tails_together(other_is, left):
+    """This one stands there until the other does, which goes on when this one has ended."""
+    network, fused = chain(Block(), Block(), Block())
+    found = []
+    for model in (network, fused):
+        x, seen, stands, ended = model[0](X), [], threading.Event(), threading.Event()
+
+        def run_other(model=model, x=x, seen=seen):
+            other = loss_of(model[2](x))
+            if other_is == "for x alone":
+                seen.extend(torch.autograd.grad(other, [x], retain_graph=True))
+            else:
+                other.backward(retain_graph=True)
+
+        thread = threading.Thread(target=run_other)
+
+        def until_it_stands(*_, thread=thread, stands=stands):
+            thread.start()
+            assert stands.wait(60)
+
+        def until_this_ended(*_, stands=stands, ended=ended):
+            stands.set()
+            assert ended.wait(60)
+
+        model[1].conv.register_full_backward_hook(until_it_stands)
+        model[2].conv.register_full_backward_hook(until_this_ended)
+        loss_of(model[1](x)).backward(retain_graph=True)
+        ended.set()
+        thread.join()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        found[-1] |= {str(k): t for k, t in enumerate(seen)}
+    assert difference(*found) <= 1e-12
+    assert len(left) == (1 if other_is == "for x alone" else 2)
+
+
+def living_runs():
+    return [run for reference in fork._runs.values() if (run := reference()) is not None]
+
+
 def test_a_run_that_failed_keeps_nothing_alive(monkeypatch):
     references = []
     leave = fork.leave
@@ -622,9 +749,11 @@ def test_a_run_that_failed_keeps_nothing_alive(monkeypatch):
     fused[1].conv.weight.register_hook(lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loss.backward()
+    assert x.grad_fn.fork_left  # it got that far
     del loss
     gc.collect()
     assert [reference() for reference in references] == [None]
+    assert living_runs() == []
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -652,12 +781,79 @@ def test_without_a_parameter_nobody_can_tell_so_autograd_adds(left):
     assert left == []
 
 
-def test_a_gradient_that_was_left_goes_with_its_run(left):
+def test_a_node_without_a_parameter_relies_on_what_another_one_found_out(left):
+    network, fused = chain(Block(), Block(affine=False), Block())
+    assert excess(network, fused, X) <= ALLOWED
+    assert left == [None, None]
+
+
+def test_a_gradient_that_was_left_goes_when_it_was_added(monkeypatch):
+    """Not with its run, which goes on for as long as the network is deep."""
+    references, alive = [], []
+    leave = fork.leave
+    monkeypatch.setattr(
+        fork, "leave", lambda n, g, s=None: (references.append(weakref.ref(g)), leave(n, g, s))
+    )
     _, fused = chain(Block(), Block())
-    x = fused[0](X)
-    loss_of(fused[1](x)).backward()
-    assert left == [None]
-    assert x.grad_fn.fork_left == {}
+    x = X.clone().requires_grad_()
+    x.register_hook(lambda _: alive.extend(reference() for reference in references))
+    gc.collect()
+    loss_of(fused(x)).backward()
+    assert (alive, living_runs()) == ([None], [])
+
+
+def test_a_run_asks_once_and_has_one_callback(left, monkeypatch):
+    begun = []
+
+    class Counted(fork._Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            begun.append(None)
+
+    monkeypatch.setattr(fork, "_Run", Counted)
+    _, fused = chain(*(Block() for _ in range(5)))
+    for runs in (1, 2):
+        loss_of(fused(X)).backward()
+        assert (len(left), len(begun)) == (4 * runs, runs)
+    assert len(fork._runs) == 1  # those before are swept out
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same stream", "another stream"])
+def test_the_stream_that_adds_waits_for_the_one_that_left(same, monkeypatch):
+    """As objects that look like CUDA's: it has no streams on a CPU."""
+    now, streams = [(7, 0, 1)], Mock()
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentStream", lambda _: now[0], raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.current)
+    monkeypatch.setattr(torch.cuda, "Stream", streams.of)
+    run, node = fork._Run(True), Node()
+    monkeypatch.setitem(fork._runs, -1, weakref.ref(run))  # the number of no run
+    gradient = Mock(is_cuda=True)
+    fork.leave(node, gradient, [2, 2])
+    if not same:
+        now[0] = (9, 0, 1)
+    assert fork.take(node) == (gradient, [2, 2])
+    waits, records = streams.current().wait_stream.mock_calls, gradient.record_stream.mock_calls
+    if same:
+        assert (waits, records) == ([], [])
+    else:
+        assert streams.of.mock_calls == [call(stream_id=7, device_index=0, device_type=1)]
+        assert waits == [call(streams.of())]
+        assert records == [call(streams.current())]
+
+
+class Node:
+    """What the fork asks of a node that takes."""
+
+    fork_left = False
+
+
+def test_a_node_that_is_called_without_an_engine(left):
+    _, fused = chain(Block(), Block())
+    y = fused[1](fused[0](X))
+    with torch.no_grad():
+        dresidual = y.grad_fn.apply(torch.ones_like(y))[1]
+    torch.testing.assert_close(dresidual, (y > 0).to(y.dtype))
+    assert (left, living_runs()) == ([], [])
 
 
 def test_only_tails_of_ours_take_part():
