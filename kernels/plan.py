@@ -49,10 +49,13 @@ class Step:
     """What PyTorch does between the launches, as a copy of what no kernel can walk."""
 
     function: Callable[..., Any]
-    slots: tuple[int, ...]
+    slots: tuple[int | None, ...]
+
+    def on(self, slots: tuple[int | None, ...]) -> Step:
+        return Step(self.function, slots)
 
     def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
-        self.function(*(tensors[k] for k in self.slots))
+        self.function(*(None if k is None else tensors[k] for k in self.slots))
 
 
 class Planner:
@@ -219,6 +222,7 @@ class Plan:
         self._launches = tuple(step for step in steps if isinstance(step, Launch))
         self.launches_only = len(self._launches) == len(steps)
         self._active: Any = None
+        self._kernels: tuple[tuple[Any, Any], ...] = ()
         self._device = 0
         self._bound: tuple[Callable[[int, tuple, tuple], None], ...] | None = None
         self._kept_bytes, self._scratch_bytes = ((_bytes(m),) for m in (kept, scratch))
@@ -295,6 +299,22 @@ class Plan:
             for r in self.results[1:]
         ]
 
+    def renumbered(self, places: Sequence[int], given: int) -> Plan:
+        """The same plan, given as many tensors as that, of which its own stand at these places."""
+        moved = given - self.given
+
+        def place(slot: int | None) -> int | None:
+            if slot is None:
+                return None
+            return places[slot] if slot < self.given else slot + moved
+
+        steps: list[Launch | Step] = []
+        for step in self.steps:
+            slots = tuple(place(slot) for slot in step.slots)
+            steps.append(step.on(slots))
+        results = tuple(place(r) if type(r) is int else r for r in self.results)
+        return Plan(given, self.alone, self.kept, self.scratch, results, tuple(steps))  # type: ignore[arg-type]
+
     def parts(self, kept: Tensor | None) -> list[Tensor]:
         """What is kept, as tensors."""
         return [] if kept is None else [m.within(kept) for m in self.kept]
@@ -305,8 +325,8 @@ class Plan:
         if bound is None or driver.active is not self._active or is_watched():
             return None
         device = self._device
-        for launch in self._launches:
-            if kernel_is_watched(launch.kernel) or not launch.is_there(device):
+        for kernel, caches in self._kernels:
+            if kernel.device_caches[device] is not caches or kernel_is_watched(kernel):
                 return None
         return bound
 
@@ -317,4 +337,5 @@ class Plan:
         if len(bound) == len(self._launches):
             self._active = driver.active
             self._device = self._active.get_current_device()
+            self._kernels = tuple([(launch.kernel, launch.caches) for launch in self._launches])
             self._bound = bound

@@ -36,7 +36,7 @@ class Launch:
     """
 
     __slots__ = (
-        "_active", "_caches", "_compiled", "_values", "constants", "floats", "go", "grid", "integers", "kernel",
+        "_active", "_compiled", "_values", "caches", "constants", "floats", "go", "grid", "integers", "kernel",
         "options", "slots",
     )  # fmt: skip
 
@@ -59,9 +59,14 @@ class Launch:
         )
         self._compiled: Any = None
         self._active: Any = None
-        self._caches: Any = None
+        self.caches: Any = None
         self._values: tuple = ()
         self.go: Callable[[int, tuple, tuple], None] | None = None
+
+    def on(self, slots: tuple[int | None, ...]) -> "Launch":
+        """The same on other tensors of a call."""
+        given = self.integers, self.floats, self.constants, self.options
+        return Launch(self.kernel, self.grid, slots, *given)
 
     def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
         """Start it on these tensors of the call.
@@ -92,7 +97,7 @@ class Launch:
         names = self.kernel.arg_names[len(arguments) :]
         known = self.constants | self.options
         self._values = tuple(known[name] for name in names)
-        self._active, self._caches = active, self.kernel.device_caches[device]
+        self._active, self.caches = active, self.kernel.device_caches[device]
         self._compiled = compiled
         numbers = tuple(int(f) if type(f) is Given else float(f) for f in self.floats)
         grid = (*self.grid, 1, 1)[:3]
@@ -100,7 +105,7 @@ class Launch:
 
     def is_there(self, device: int) -> bool:
         """Whether Triton still has what it compiled for this launch."""
-        return self.kernel.device_caches[device] is self._caches
+        return self.kernel.device_caches[device] is self.caches
 
     def _start_by_triton(self, arguments: tuple) -> Any:
         given = self.constants | self.options

@@ -35,8 +35,8 @@ def straight_tail(
         return None
     own, use_batch = found
     return straight(
-        single.TAIL, input, residual, (own,), How(use_batch, activation), (),
-        lambda: _fits(norm, input, residual, activation, into), (type(norm), into),
+        single.TAIL, (id(norm), type(norm), into), input, residual, (own,), How(use_batch, activation), (),
+        lambda: _fits(norm, input, residual, activation, into),
     )  # fmt: skip
 
 
@@ -182,8 +182,8 @@ def _straight_pair(
         other._check_input_dim(residual)
         return _fits(norm, input, residual, activation, into)
 
-    how, kind = How(use_batch, activation), (type(norm), type(other), into)
-    return straight(dual.TAIL, input, residual, (a, b), how, (moments,), fits, kind)
+    key, how = (id(norm), id(other), type(norm), type(other), into), How(use_batch, activation)
+    return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits)
 
 
 def call_tail(

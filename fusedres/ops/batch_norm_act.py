@@ -429,10 +429,9 @@ def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: 
     return tuple(each if need else None for each, need in zip(found, needs, strict=True))
 
 
-def _reads(inputs: tuple, how: How) -> tuple:
-    input, residual, weight, _ = inputs
+def _reads(how: How) -> tuple[int | None, ...]:
     recomputes = how.activation is not None and not is_piecewise(how.activation)
-    return input, weight, residual if recomputes else None
+    return 0, 2, 1 if recomputes else None
 
 
 def _check(input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How) -> None:
@@ -472,7 +471,8 @@ class BatchNormAct(torch.autograd.Function):
         _, saved, bits = output
         ctx.mark_non_differentiable(saved, bits)
         ctx.set_materialize_grads(False)
-        read = _reads((input, residual, norm.weight, norm.bias), how)
+        inputs = (input, residual, norm.weight)
+        read = [None if k is None else inputs[k] for k in _reads(how)]
         ctx.save_for_backward(*read, saved, bits, norm.bias)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtypes = (None if norm.bias is None else norm.bias.dtype,)
@@ -492,7 +492,7 @@ def batch_norm_act(input: Tensor, residual: Tensor | None, norm: BatchNorm, how:
     if not is_eager():
         return BatchNormAct.apply(*FORWARD.flat((input, residual, norm, how, True)))[0]
     if is_quiet():
-        output = straight(TAIL, input, residual, (norm,), how)
+        output = straight(TAIL, (input.shape, input.dtype), input, residual, (norm,), how)
         if output is not None:
             return output
     return through_operators(TAIL, input, residual, (norm,), how)

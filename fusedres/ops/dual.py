@@ -317,9 +317,8 @@ def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: 
     return tuple(each if need else None for each, need in zip(found, needs, strict=True))
 
 
-def _reads(inputs: tuple, how: How) -> tuple:
-    input, residual, weight, _, residual_weight, _ = inputs
-    return input, residual, weight, residual_weight
+def _reads(how: How) -> tuple[int, ...]:
+    return 0, 1, 2, 4
 
 
 def check_dual(
@@ -366,8 +365,9 @@ class DualBatchNormAct(torch.autograd.Function):
         _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        read = _reads((input, residual, norm.weight, None, other.weight, None), how)
-        ctx.save_for_backward(*read, *kept, norm.bias, other.bias)
+        ctx.save_for_backward(
+            input, residual, norm.weight, other.weight, *kept, norm.bias, other.bias
+        )
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (norm.bias, other.bias)]
         ctx.how, ctx.eps, ctx.biases = how, (norm.eps, other.eps), (None, None)
 
@@ -392,7 +392,7 @@ def dual_batch_norm_act(
             0
         ]
     if is_quiet():
-        output = straight(TAIL, input, residual, norms, how, (moments,))
+        output = straight(TAIL, (input.shape, input.dtype), input, residual, norms, how, (moments,))
         if output is not None:
             return output
     return through_operators(TAIL, input, residual, norms, how, (moments,))

@@ -8,7 +8,6 @@ backward needs (statistics and mask) and one that is gone after it, and starts t
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, fork
-from ..kernels.private import dispatch_keys, is_current
+from ..kernels.private import guard, is_current
 from .norm import BatchNorm, How, Skip
 from .operator import Operator, remember
 from .straight import are_plain, is_quiet
@@ -25,7 +24,7 @@ from .straight import are_plain, is_quiet
 Gradients = tuple[Tensor | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tail:
     """A forward and a backward operator, and what stands for them elsewhere.
 
@@ -34,7 +33,8 @@ class Tail:
 
     check: (input, residual, norms, how) raises what is to be said of a wrong call.
     compose: (input, residual, norms, how) -> the output in plain PyTorch.
-    reads: (inputs, how) -> those of the inputs that the backward reads.
+    reads: (how) -> which of the inputs the backward reads, in the order in which it is told of them; None of those that
+    it does without.
     backward_groups: (dy, what was saved, what was kept, how, ctx, needs, skip) -> the groups of the backward.
     gradients: the backward by the operators, or as a graph.
     """
@@ -43,139 +43,159 @@ class Tail:
     backward: Operator
     check: Callable[..., None]
     compose: Callable[..., Tensor]
-    reads: Callable[[tuple, How], tuple]
+    reads: Callable[[How], tuple[int | None, ...]]
     backward_groups: Callable[..., tuple]
     gradients: Callable[..., Gradients]
 
 
 class Planned:
-    """The plans of one kind of call; counts: whether its launches count the batches."""
+    """What runs calls that look alike.
 
-    __slots__ = ("backwards", "counts", "device", "forward", "stride")
+    check: whether another call does. forward: its plan; None where it goes through the operators, or, `composed`, is
+    PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then. counts: whether the
+    launches count the batches.
+    """
 
-    def __init__(self, forward: Any, input: Tensor, counts: bool) -> None:
-        self.forward, self.counts = forward, counts
-        self.device, self.stride = input.device, input.stride()
-        self.backwards: dict[tuple, Any] = {}
+    __slots__ = (
+        "backend", "backwards", "check", "composed", "counts", "device", "forward", "how", "reads", "residual_dtype",
+        "saves", "tail",
+    )  # fmt: skip
 
-
-class Call(NamedTuple):
-    """One call on its way into the graph; without a plan it goes through the operators."""
-
-    tail: Tail
-    norms: tuple[BatchNorm, ...]
-    how: How
-    more: tuple
-    planned: Planned | None = None
-    tensors: Sequence[Tensor | None] = ()
-    pointers: Sequence[int] = ()
-    floats: tuple[float, ...] = ()
-
-
-_LONG = object()  # in the place of a plan: it goes through the operators
-_COMPOSED = object()  # PyTorch's own composition runs, and the arguments are as they should be
-_planned: dict[tuple, Any] = {}
+    def __init__(self, tail: Tail, how: How, inputs: Sequence[Tensor | None]) -> None:
+        self.tail, self.how, self.backend = tail, how, dispatch.get_backend()
+        input, residual = inputs[0], inputs[1]
+        assert input is not None
+        self.device = input.device
+        self.residual_dtype = None if residual is None else residual.dtype
+        self.reads = tuple(k for k in tail.reads(how) if k is not None and inputs[k] is not None)
+        self.saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)  # fmt: skip
+        self.check: Callable[..., bool] = _never
+        self.forward: Any = None
+        self.composed = self.counts = False
+        self.backwards: dict[tuple, list[_Back]] = {}
 
 
-def is_saved(inputs: Sequence[Tensor | None]) -> bool:
-    """Whether autograd is to remember this call."""
-    if torch.is_grad_enabled():
-        for tensor in inputs:
-            if tensor is not None and tensor.requires_grad:
-                return True
+def _never(*_: Any) -> bool:
     return False
 
 
-def _look(t: Tensor | None) -> Any:
-    return None if t is None else (type(t), t.dtype, t.shape, t.stride(), t.get_device())
+class Call(NamedTuple):
+    """One call on its way into the graph. Without a plan, `tensors` are the groups of the forward operator."""
+
+    planned: Planned
+    tensors: Sequence[Any]
+    pointers: tuple[int, ...]
+    floats: tuple[float, ...]
 
 
-def _look_closely(t: Tensor | None) -> Any:
-    return None if t is None else (type(t), dispatch_keys(t), t.dtype, t.shape, t.stride(), t.get_device())  # fmt: skip
+# By what is cheap to ask; of each key the kinds of call that were met last.
+_planned: dict[tuple, list[Planned]] = {}
+ALIKE = 8
+NONE = torch.empty(0)  # in the place of a tensor that there is not: its address is 0
 
 
 def straight(
     tail: Tail,
+    key: tuple,
     input: Tensor,
     residual: Tensor | None,
     norms: tuple[BatchNorm, ...],
     how: How,
     more: tuple[Tensor | None, ...] = (),
     check: Callable[[], bool] | None = None,
-    kind: Any = None,
 ) -> Tensor | None:
     """The call, past `torch.ops`; None where it has to go through the operators. The caller has asked `is_quiet`.
 
-    check: once for all calls of this `kind` that look alike, whether the caller has nothing against it.
+    key: what calls that look alike have in common. check: whether the caller has nothing against this one; asked once
+    for all calls of this key that look alike.
     """
-    inputs: list[Tensor | None] = [input, residual]
-    tensors: list[Tensor | None] = [input, residual]
+    tensors = [input, NONE if residual is None else residual]
     floats: list[float] = []
-    for n in norms:
-        w, b, mean, var, momentum, eps, batches = n
-        inputs += w, b
-        tensors += w, b, mean, var, batches
+    for w, b, mean, var, momentum, eps, batches in norms:
+        tensors += (
+            NONE if w is None else w, NONE if b is None else b, NONE if mean is None else mean,
+            NONE if var is None else var, NONE if batches is None else batches,
+        )  # fmt: skip
         floats += momentum, eps
-    save = is_saved(inputs)
-    key = (
-        tail, kind, how, save, dispatch.get_backend(), _look_closely(input), _look_closely(residual),
-        *[_look(t) for t in tensors[2:]], *[_look_closely(t) for t in more],
-    )  # fmt: skip
-    planned = _planned.get(key)
-    if planned is None:
-        planned = _plan(tail, input, residual, norms, how, save, more, check)
-        remember(_planned, key, planned)
-    if planned is _LONG:
-        return None
-    if planned is _COMPOSED:
-        for n in norms:
-            if how.training and n.batches is not None:
-                n.batches.add_(1)
+    for t in more:
+        tensors.append(NONE if t is None else t)
+    key = (tail, how, torch.is_grad_enabled(), key)
+    for planned in _planned.get(key, ()):
+        if planned.backend == dispatch.get_backend() and planned.check(*tensors):
+            break
+    else:
+        planned = _plan(tail, input, residual, norms, how, more, check)
+        planned.check = guard(tensors)
+        remember(_planned, key, [planned, *_planned.get(key, ())][:ALIKE])
+    plan = planned.forward
+    if plan is None:
+        if not planned.composed:
+            return None
+        if how.training:
+            _count(norms)
         return tail.compose(input, residual, norms, how)
-    tensors += more
-    pointers, together = [], 0
-    for t in tensors:
-        if t is None:
-            pointers.append(0)
-        else:
-            pointers.append(pointer := t.data_ptr())
-            together |= pointer
+    pointers = tuple([t.data_ptr() for t in tensors])
+    together = 0
+    for pointer in pointers:
+        together |= pointer
     if together & 15 or not is_current(planned.device):
         return None
-    call = Call(tail, norms, how, more, planned, tensors, pointers, tuple(floats))
-    output = _apply(*inputs, call) if save else _run(call)[0]
-    if not planned.counts:
+    call = Call(planned, tensors, pointers, tuple(floats))
+    if planned.saves:
+        inputs = [input, residual]
         for n in norms:
-            if how.training and n.batches is not None:
-                n.batches.add_(1)
+            inputs += n.weight, n.bias
+        output = _apply(*inputs, call)
+    else:
+        output, _ = _run(call)
+    if how.training and not planned.counts:
+        _count(norms)
     return output
 
 
-def _plan(tail, input, residual, norms, how, save, more, check) -> Any:
+def _count(norms: tuple[BatchNorm, ...]) -> None:
+    for n in norms:
+        if n.batches is not None:
+            n.batches.add_(1)
+
+
+def _inputs(
+    input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...]
+) -> list[Tensor | None]:
+    return [input, residual, *[t for n in norms for t in (n.weight, n.bias)]]
+
+
+def _plan(
+    tail: Tail, input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How,
+    more: tuple[Tensor | None, ...], check: Callable[[], bool] | None,
+) -> Planned:  # fmt: skip
     """What runs calls like this one."""
-    try:
-        tail.check(input, residual, norms, how)
-        if check is not None and not check():
-            return _LONG
-        backend = dispatch.resolve(input.device, input.dtype)[0]
-    except (TypeError, ValueError, RuntimeError):  # which is for the long way to say
-        return _LONG
+    planned = Planned(tail, how, _inputs(input, residual, norms))
     everything = [input, residual, *more, *[t for n in norms for t in n if isinstance(t, Tensor)]]
     vectors = [t for n in norms for t in n[:4] if t is not None]
+    try:
+        tail.check(input, residual, norms, how)
+        is_ours = check is None or check()
+        backend = dispatch.resolve(input.device, input.dtype)[0]
+    except (TypeError, ValueError, RuntimeError):  # which is for the long way to say
+        return planned
     if (
-        input.numel() == 0
+        not is_ours
+        or input.numel() == 0
         or input.layout is not torch.strided
         or not are_plain(everything)
         or not all(t.is_contiguous() for t in vectors)
     ):
-        return _LONG
+        return planned
     if backend != "triton":
-        return _COMPOSED
-    counts = all(_is_counter(n.batches, input) for n in norms)
-    if not counts:
+        planned.composed = True
+        return planned
+    planned.counts = all(_is_counter(n.batches, input) for n in norms)
+    if not planned.counts:
         norms = tuple(n._replace(batches=None) for n in norms)
-    plan = tail.forward.plan((input, residual, *norms, how, save, *more))
-    return Planned(plan, input, counts) if plan.launches_only else _LONG
+    plan = tail.forward.plan((input, residual, *norms, how, planned.saves, *more))
+    planned.forward = plan if plan.launches_only else None
+    return planned
 
 
 def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
@@ -186,11 +206,10 @@ def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
 
 def _run(call: Call) -> tuple[Tensor, Tensor | None]:
     """(output, what is kept) of a call that has a plan."""
-    planned: Any = call.planned
-    plan = planned.forward
-    results = plan.launch(call.pointers, call.floats, planned.device)
+    planned = call.planned
+    results = planned.forward.launch(call.pointers, call.floats, planned.device)
     if results is None:
-        results = plan.start(call.tensors, call.floats, planned.device)
+        results = planned.forward.start(call.tensors, call.floats, planned.device)
     (output,), kept = results
     return output, kept
 
@@ -204,24 +223,18 @@ class TailFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs: tuple[Tensor | None, ...] = arguments[:-1]
         call: Call = arguments[-1]
-        tail, how, planned = call.tail, call.how, call.planned
-        if planned is not None:
-            output, kept = _run(call)
-            ctx.save_for_backward(*tail.reads(inputs, how), kept)
+        planned = call.planned
+        if planned.forward is not None:
+            output, *kept = _run(call)
         else:
-            output, *all_kept = tail.forward(
-                inputs[0], inputs[1], *call.norms, how, True, *call.more
-            )
-            ctx.save_for_backward(*tail.reads(inputs, how), *all_kept)
+            output, *kept = planned.tail.forward(*call.tensors)
+        ctx.save_for_backward(*[arguments[k] for k in planned.reads], *kept)
         ctx.set_materialize_grads(False)
-        ctx.planned, ctx.tail, ctx.how = planned, tail, how
+        ctx.planned, ctx.floats = planned, call.floats
         # Not as saved tensors: their values may change until the backward.
-        ctx.biases = inputs[3::2]
-        ctx.eps = call.floats[1::2] if planned is not None else [n.eps for n in call.norms]
-        ctx.residual_dtype = None if inputs[1] is None else inputs[1].dtype
-        fork.begin(ctx, inputs[1])
+        ctx.biases = arguments[3:-1:2]
+        fork.begin(ctx, arguments[1])
         return output
 
     @staticmethod
@@ -230,21 +243,19 @@ class TailFunction(torch.autograd.Function):
         if ctx.fork_left:
             second, stride = fork.take(ctx)
             skip = Skip(second, None if stride is None else tuple(stride))
+        found = None
         if (
-            ctx.planned is not None
+            ctx.planned.forward is not None
             and dy is not None
             and not torch.is_grad_enabled()
             and is_quiet()
         ):
             found = _straight_back(ctx, dy, skip)
-        else:
-            found = None
         if found is None:
             found = _long_back(ctx, dy, skip)
-        dx, dresidual, *rest = found
-        if dresidual is not None and ctx.fork_source is not None:
-            dresidual = fork.hand_over(ctx, 1, dresidual)
-        return dx, dresidual, *rest, None
+        if ctx.fork_source is not None:
+            found[1] = fork.hand_over(ctx, 1, found[1])
+        return *found, None
 
 
 _NO_SKIP = Skip()
@@ -257,106 +268,114 @@ def through_operators(
     tail: Tail, input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How, more: tuple = ()
 ) -> Tensor:  # fmt: skip
     """The same call in eager mode, by the operators."""
-    inputs = (input, residual, *[t for n in norms for t in n[:2]])
-    if not is_saved(inputs):
-        return tail.forward(input, residual, *norms, how, False, *more)[0]
-    return TailFunction.apply(*inputs, Call(tail, norms, how, more))
+    inputs = _inputs(input, residual, norms)
+    planned = Planned(tail, how, inputs)
+    groups = (input, residual, *norms, how, planned.saves, *more)
+    if not planned.saves:
+        return tail.forward(*groups)[0]
+    floats = tuple([value for n in norms for value in (n.momentum, n.eps)])
+    return TailFunction.apply(*inputs, Call(planned, groups, (), floats))
 
 
-def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> Gradients:
-    tail: Tail = ctx.tail
+def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> list[Tensor | None]:
+    """The backward by the operators, or as a graph."""
     needs = ctx.needs_input_grad[:-1]
     if dy is None and skip.gradient is None:
-        return (None,) * len(needs)
+        return [None] * len(needs)
+    _complete(ctx)
+    return list(ctx.planned.tail.gradients(ctx, dy, saved_by(ctx), needs, skip))
+
+
+def _complete(ctx: Any) -> None:
+    """What the operators' way reads off a node."""
+    planned: Planned = ctx.planned
+    ctx.how, ctx.residual_dtype, ctx.eps = planned.how, planned.residual_dtype, ctx.floats[1::2]
     ctx.bias_dtypes = [None if b is None else b.dtype for b in ctx.biases]
-    return tail.gradients(ctx, dy, saved_by(ctx), needs, skip)
 
 
 def saved_by(node: Any) -> tuple:
     """What the node of a tail saved: the inputs that its backward reads, and what was kept as the operators give it."""
-    saved = node.saved_tensors
-    if node.planned is None:
-        return saved
-    return (*saved[:-1], *node.planned.forward.kept_results(saved[-1]))
+    planned: Planned = node.planned
+    saved = list(node.saved_tensors)
+    inputs = {k: saved.pop(0) for k in planned.reads}
+    kept = saved if planned.forward is None else planned.forward.kept_results(saved[0])
+    return *(inputs.get(k) for k in planned.tail.reads(planned.how)), *kept
 
 
-class _Back(NamedTuple):
-    """A plan of a backward. picks: which of a call's tensors the plan is given; places: of each gradient among its
-    results; passes: dy itself is the residual's gradient."""
+class _Back:
+    """A plan of the backward, None where it goes through the operators. check: whether another call looks like it;
+    places: of each gradient among its results; passes: dy itself is the residual's gradient."""
 
-    plan: Any
-    picks: Callable[[Sequence], tuple]
-    places: tuple[int | None, ...]
-    passes: bool
+    __slots__ = ("check", "passes", "places", "plan")
+
+    def __init__(self, check: Callable[..., bool]) -> None:
+        self.check = check
+        self.plan: Any = None
+        self.places: tuple[int | None, ...] = ()
+        self.passes = False
 
 
-def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> Gradients | None:
+def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> list[Tensor | None] | None:
     """The backward, past `torch.ops`; None where it has to go through the operators."""
     planned: Planned = ctx.planned
-    *saved, block = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    second = skip.gradient
-    key = (
-        type(dy), dispatch_keys(dy), dy.stride(), dy.dtype, needs,
-        None if second is None else (_look_closely(second), skip.stride),
-        # Hooks of saved tensors may have given back others.
-        *[None if t is None else (type(t), t.stride()) for t in saved],
-    )  # fmt: skip
-    back = planned.backwards.get(key)
-    if back is None:
-        back = _plan_back(ctx, dy, saved, block, skip)
-        remember(planned.backwards, key, back)
-    if back is _LONG:
+    second, saved = skip.gradient, ctx.saved_tensors
+    tensors = (dy, NONE if second is None else second, *saved)
+    key = (ctx.needs_input_grad, skip.stride)
+    # Hooks of saved tensors may have given back others.
+    for back in planned.backwards.get(key, ()):
+        if back.check(*tensors):
+            break
+    else:
+        back = _plan_back(ctx, dy, tensors, skip)
+        remember(planned.backwards, key, [back, *planned.backwards.get(key, ())][:ALIKE])
+    plan = back.plan
+    if plan is None:
         return None
-    start = block.data_ptr()
-    pointers = [0, dy.data_ptr(), 0 if second is None else second.data_ptr()]
-    for t in saved:
-        pointers.append(0 if t is None else t.data_ptr())
-    together = start
+    pointers = [t.data_ptr() for t in tensors]
+    together = 0
     for pointer in pointers:
         together |= pointer
     if together & 15 or not is_current(planned.device):
         return None
-    plan = back.plan
-    pointers += [start + at for at in planned.forward.kept_at]
-    results = plan.launch(back.picks(pointers), (), planned.device)
+    block = pointers[-1]
+    pointers += [block + at for at in planned.forward.kept_at]
+    results = plan.launch(pointers, (), planned.device)
     if results is None:
-        tensors = (None, dy, second, *saved, *planned.forward.parts(block))
-        results, _ = plan.start(back.picks(tensors), (), planned.device)
-    else:
-        results = results[0]
-    gradients = [None if k is None else results[k] for k in back.places]
+        everything = (*tensors, *planned.forward.parts(saved[-1]))
+        results = plan.start(everything, (), planned.device)
+    alone = results[0]
+    gradients = [None if k is None else alone[k] for k in back.places]
     if back.passes:
         gradients[1] = dy
-    return tuple(gradients)
+    return gradients
 
 
-def _plan_back(ctx: Any, dy: Tensor, saved: list, block: Tensor, skip: Skip) -> Any:
+def _plan_back(ctx: Any, dy: Tensor, tensors: tuple, skip: Skip) -> _Back:
     """What runs backwards like this one."""
-    if not are_plain([dy, skip.gradient, block, *saved]):
-        return _LONG
-    tail: Tail = ctx.tail
-    needs = ctx.needs_input_grad[:-1]
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in ctx.biases]
-    kept = ctx.planned.forward.kept_results(block)
-    groups = tail.backward_groups(ctx, dy, (*saved, *kept), needs, skip)
+    back, planned = _Back(guard(tensors)), ctx.planned
+    if not are_plain(tensors):
+        return back
+    _complete(ctx)
+    tail, needs = planned.tail, ctx.needs_input_grad[:-1]
+    groups = tail.backward_groups(ctx, dy, saved_by(ctx), needs, skip)
     plan = tail.backward.plan(groups)
-    places = [r - plan.given if type(r) is int else None for r in plan.results]
-    passes = needs[1] and places[1] is None
-    if not plan.launches_only or (passes and dy.dtype != ctx.residual_dtype):
-        return _LONG
-    sources = [None, dy, skip.gradient, *saved, *ctx.planned.forward.parts(block)]
-    picks = [_place(t, sources) for t in tail.backward.tensors_of(groups)]
-    return _Back(plan, operator.itemgetter(*picks), tuple(places), passes)
+    found = [r - plan.given if type(r) is int else None for r in plan.results]
+    passes = needs[1] and found[1] is None
+    if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):
+        return back
+    sources = [*tensors, *planned.forward.parts(tensors[-1])]
+    places = [_place(t, sources) for t in tail.backward.tensors_of(groups)]
+    back.plan, back.places, back.passes = (
+        plan.renumbered(places, len(sources)),
+        tuple(found),
+        passes,
+    )
+    return back
 
 
-def _place(tensor: Tensor | None, sources: list[Any]) -> int:
-    """Where a tensor stands among the sources; one of nothing stands for none."""
+def _place(tensor: Tensor | None, sources: list[Tensor]) -> int:
+    """Where a tensor stands among the sources; the place of one of nothing is never looked at."""
     if tensor is None or tensor.numel() == 0:
         return 0
-    at = tensor.data_ptr(), tensor.dtype
-    return next(
-        k
-        for k, t in enumerate(sources)
-        if t is tensor or (t is not None and (t.data_ptr(), t.dtype) == at)
-    )
+    at = tensor.data_ptr(), tensor.dtype, tensor.shape
+    return next(k for k, t in enumerate(sources) if (t.data_ptr(), t.dtype, t.shape) == at)
