@@ -6,8 +6,7 @@ and said again at each launch; a launcher that has more to it than is known here
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from operator import itemgetter
+from collections.abc import Callable, Iterator, Sequence
 from types import BuiltinFunctionType
 from typing import Any, Literal
 
@@ -18,7 +17,14 @@ try:
 except ImportError:  # a Triton without that backend
     nvidia = None
 
-Go = Callable[[int, tuple, tuple], None]  # (stream, pointers of the call, floats of the call)
+
+class Given(int):
+    """Among the floats of a launch: the k-th of those that a call brings."""
+
+
+class Pointer(int):
+    """Among its arguments: the k-th pointer of the call."""
+
 
 # How far a launch goes, for tests: to the C function of Triton's launcher, to the launcher, or nowhere (None is bound).
 LEVEL: Literal["launcher", "run", "triton"] = "launcher"
@@ -31,23 +37,71 @@ _KNOWN = {
 _MORE = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
 
 
+class Bound:
+    """`launch(gx, gy, gz, stream, *between, *values)`, or with the values in a tuple: `is_packed`.
+
+    Among the values a `Pointer` or a `Given` stands for what comes with the call. `bound(stream, pointers, floats)`
+    launches; `text` is the same as an expression, for whoever writes several of them into one function.
+    """
+
+    def __init__(
+        self,
+        compiled: Any,
+        launch: Callable[..., Any],
+        grid: tuple[int, int, int],
+        between: tuple,
+        values: tuple,
+        is_packed: bool,
+    ) -> None:
+        self.kept = compiled  # when it goes, its code is unloaded
+        self._launch, self._grid, self._between = launch, grid, between
+        self._values, self._is_packed = values, is_packed
+        text, scope = self.text("launch", "p[{}]", "f[{}]")
+        self._go: Callable[..., None] = eval(f"lambda stream, p, f: {text}", scope)
+
+    def __call__(self, stream: int, pointers: Sequence[int], floats: Sequence[float]) -> None:
+        self._go(stream, pointers, floats)
+
+    def text(self, name: str, pointer: str, given: str) -> tuple[str, dict[str, Any]]:
+        """The launch as an expression in `stream`, with these formats for what comes with the call, and the names in
+        it, which all begin with `name`."""
+        scope: dict[str, Any] = {name: self._launch}
+
+        def said(value: Any) -> str:
+            if type(value) is Pointer:
+                return pointer.format(int(value))
+            if type(value) is Given:
+                return given.format(int(value))
+            if value is None or type(value) in (int, bool):
+                return repr(value)
+            known = f"{name}_{len(scope)}"
+            scope[known] = value
+            return known
+
+        values = ", ".join(map(said, self._values))
+        if self._is_packed:
+            values = f"({values},)" if values else "()"
+        parts = [*map(said, self._grid), "stream", *map(said, self._between), values]
+        return f"{name}({', '.join(part for part in parts if part)})", scope
+
+
 def bind(
     compiled: Any,
     grid: tuple[int, int, int],
     slots: tuple[int | None, ...],
     integers: tuple,
-    floats: tuple[int | float, ...],
+    floats: tuple[float, ...],
     constants: tuple,
-) -> Go | None:
+) -> Bound | None:
     """What launches `compiled`, which `kernel[grid](...)` returned; None where it is not Triton's launcher for CUDA
     that does.
 
-    It keeps `compiled`, looks at no alignment and calls no hook (`is_watched`).
+    It looks at no alignment and calls no hook (`is_watched`).
 
     Args:
         slots: where the address of each tensor stands among the pointers of a call; None for an absent tensor.
         integers: integers, None, and tuples of them.
-        floats: a float is the same in each call; an int says where it stands among the floats of a call.
+        floats: `Given` where the call brings it, else the same in each call.
         constants: in the kernel's order.
 
     Raises:
@@ -56,22 +110,36 @@ def bind(
     run = compiled.run
     if LEVEL == "triton" or nvidia is None or type(run) is not nvidia.CudaLauncher:
         return None
-    arguments = (*slots, *integers, *floats, *constants)
+    pointers = tuple(None if slot is None else Pointer(slot) for slot in slots)
+    arguments = (*pointers, *integers, *floats, *constants)
     taken = list(_taken(tuple(compiled.src.signature.values()), arguments))
-    present = [slot for slot in slots if slot is not None]
+    present = [slot for slot in pointers if slot is not None]
     if [value for kind, value in taken if kind.startswith("*")] != present:
         raise ValueError(f"{compiled.name} was compiled for other tensors than {slots}")
-    go = None
     told = _told(compiled, grid, arguments) if LEVEL == "launcher" else None
-    if told is not None and told[-1] == arguments:  # Triton 3.9: in a tuple
-        go = _packed(run, told, taken, floats)
-    elif told is not None and told[13:] == arguments:  # Triton 3.6: one by one
-        go = _spread(run.launch, grid, told[4:13], slots, integers, floats, constants)
-    if go is None:
-        between = (compiled.function, compiled.packed_metadata, None, None, None)
-        go = _spread(run, grid, between, slots, integers, floats, constants)
-    go.kept = compiled  # type: ignore[attr-defined]  # when it goes, its code is unloaded
-    return go
+    if told is not None and _is_same(told[-1], arguments):  # Triton 3.9: in a tuple
+        *before, annotations, signature, _ = told
+        if (
+            annotations is run.arg_annotations
+            and len(before) == 13
+            and len(signature) == len(taken)
+        ):
+            # Without constants and tuples, and so without the annotations that tell Triton of them.
+            plain = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * len(taken)
+            values = tuple(value for _, value in taken)
+            return Bound(compiled, run.launch, grid, (*before[4:], plain, signature), values, True)
+    elif told is not None and _is_same(told[13:], arguments):  # Triton 3.6: one by one
+        return Bound(compiled, run.launch, grid, told[4:13], arguments, False)
+    between = (compiled.function, compiled.packed_metadata, None, None, None)
+    return Bound(compiled, run, grid, between, arguments, False)
+
+
+def _is_same(told: Any, arguments: tuple) -> bool:
+    return (
+        isinstance(told, tuple)
+        and len(told) == len(arguments)
+        and all(a is b for a, b in zip(told, arguments, strict=True))
+    )
 
 
 def _taken(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
@@ -101,108 +169,21 @@ def _told(compiled: Any, grid: tuple[int, int, int], arguments: tuple) -> tuple 
     return said[0]
 
 
-def _packed(run: Any, told: tuple, taken: list[tuple[str, Any]], floats: tuple) -> Go | None:
-    """The arguments without constants and tuples, and so without the annotations that tell Triton of them."""
-    *before, annotations, signature, _ = told
-    if annotations is not run.arg_annotations or len(before) != 13 or len(signature) != len(taken):
-        return None
-    gx, gy, gz, _, function, cooperative, grids_overlap, metadata, a, b, c, d, e = before
-    plain = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * len(taken)
-    values = [value for _, value in taken]
-    n = sum(kind.startswith("*") for kind, _ in taken)
-    launch, pick = run.launch, _picker(values[:n])
-    integers = tuple(values[n : len(values) - len(floats)])
-    if tuple(values[n + len(integers) :]) != floats:
-        return None
-    if all(isinstance(value, float) for value in floats):
-        numbers = integers + floats
-
-        def go(stream: int, pointers: tuple, _: tuple) -> None:
-            launch(
-                gx, gy, gz, stream, function, cooperative, grids_overlap, metadata, a, b, c, d, e,
-                plain, signature, pick(pointers) + numbers,
-            )  # fmt: skip
-
-        return go
-    pick_floats, known = _mixed(floats)
-
-    def go_with_floats(stream: int, pointers: tuple, given: tuple) -> None:
-        launch(
-            gx, gy, gz, stream, function, cooperative, grids_overlap, metadata, a, b, c, d, e,
-            plain, signature, pick(pointers) + integers + pick_floats(given + known),
-        )  # fmt: skip
-
-    return go_with_floats
-
-
-def _spread(
-    launch: Callable[..., Any],
-    grid: tuple[int, int, int],
-    between: tuple,
-    slots: tuple[int | None, ...],
-    integers: tuple,
-    floats: tuple[int | float, ...],
-    constants: tuple,
-) -> Go:
-    """`launch(*grid, stream, *between, *tensors, *integers, *floats, *constants)`."""
-    gx, gy, gz = grid
-    varying = any(not isinstance(value, float) for value in floats)
-    # One look-up for all that is the same in each call, and the pointers behind it.
-    known = (
-        (None, *between, *integers) if varying else (None, *between, *integers, *floats, *constants)
-    )
-    first = len(between) + 1
-    order = [0 if slot is None else len(known) + slot for slot in slots]
-    pick = _picker([*range(1, first), *order, *range(first, len(known))])
-    if not varying:
-
-        def go(stream: int, pointers: tuple, _: tuple) -> None:
-            launch(gx, gy, gz, stream, *pick(known + pointers))
-
-        return go
-    pick_floats, known_floats = _mixed(floats)
-
-    def go_with_floats(stream: int, pointers: tuple, given: tuple) -> None:
-        numbers = pick_floats(given + known_floats)
-        launch(gx, gy, gz, stream, *pick(known + pointers), *numbers, *constants)
-
-    return go_with_floats
-
-
-def _picker(places: list[int]) -> Callable[[tuple], tuple]:
-    """What takes these places of a tuple."""
-    if len(places) > 1:
-        return itemgetter(*places)
-    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))
-
-
-def _mixed(floats: tuple[int | float, ...]) -> tuple[Callable[[tuple], tuple], tuple[float, ...]]:
-    """What picks the floats out of those of a call and, behind them, the ones that are always the same; and these."""
-    known = tuple(value for value in floats if isinstance(value, float))
-    behind = iter(range(-len(known), 0))
-    places = [next(behind) if isinstance(value, float) else value for value in floats]
-    return _picker(places), known
-
-
 _runtime, _compilation = knobs.runtime, knobs.compilation
-
-
-def hooks_are_on() -> bool:
-    """Whether somebody wants to be told of each launch."""
-    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
-    # A chain of hooks, or whatever was put in its place.
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def is_watched() -> bool:
     """Whether Triton does more at a launch than launch, for any kernel: all that `JITFunction.run` of Triton 3.6 to 3.9
     asks and that does not depend on the kernel. Environment variables count as for Triton, which reads them on import.
     """
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(
         _runtime.debug
         or _compilation.instrumentation_mode  # without it, no other of the sanitizers' knobs counts
         or _runtime.add_stages_inspection_hook is not None
-        or hooks_are_on()
+        # A chain of hooks, or whatever was put in its place.
+        or getattr(enter, "calls", enter)
+        or getattr(leave, "calls", leave)
     )
 
 

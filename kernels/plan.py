@@ -224,9 +224,11 @@ class Plan:
         self._active: Any = None
         self._kernels: tuple[tuple[Any, Any], ...] = ()
         self._device = 0
-        self._bound: tuple[Callable[[int, tuple, tuple], None], ...] | None = None
+        self._bound: Callable[[Sequence[int], tuple[float, ...]], Any] | None = None
         self._kept_bytes, self._scratch_bytes = ((_bytes(m),) for m in (kept, scratch))
         self.kept_at = tuple(m.offset for m in kept)
+        first_kept = given + len(alone)
+        self._apart = tuple(r for r in results if type(r) is not int or r < first_kept)
         self._scratch_at = tuple(m.offset for m in scratch)
 
     def call(
@@ -235,61 +237,49 @@ class Plan:
         """The results, each in memory of its own."""
         made = [m.empty(device) for m in (*self.alone, *self.kept, *self.scratch)]
         everything = (*tensors, *made)
-        if (bound := self._ready()) is not None:
-            stream = self._active.get_current_stream(self._device)
-            pointers = tuple([0 if t is None else t.data_ptr() for t in everything])
-            for go in bound:
-                go(stream, pointers, floats)
-        else:
-            self._start(everything, floats)
+        self._start(everything, floats, device)
         return tuple(
             everything[r] if type(r) is int else empty_strided((0,), (1,), r, device)
             for r in self.results
         )
 
     def launch(
-        self, pointers: Sequence[int], floats: tuple[float, ...], device: torch.device
-    ) -> tuple[list[Tensor], Tensor | None] | None:
-        """(results that are allocated each, one block of bytes with all that is kept) of a call, given the addresses of
-        its tensors; None where its launches are not bound: `start` it."""
-        bound = self._ready()
-        if bound is None:
+        self, pointers: Sequence[int], floats: tuple[float, ...]
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None] | None:
+        """(the results but for what is kept, with None for those that were not asked for; one block of bytes with all
+        that is kept) of a call, given the addresses of its tensors. None where its launches are not bound, or something
+        has happened since that Triton would look at: `start` it."""
+        bound = self._bound
+        if bound is None or driver.active is not self._active or is_watched():
             return None
-        empty = EMPTY[device.type]
-        alone = [empty(m.shape, m.stride, m.dtype) for m in self.alone]
-        everything = [*pointers, *[t.data_ptr() for t in alone]]
-        kept = block = None
-        if self.kept_at:
-            kept = empty(self._kept_bytes, _ONE, torch.uint8)
-            start = kept.data_ptr()
-            everything += [start + at for at in self.kept_at]
-        if self._scratch_at:
-            block = empty(self._scratch_bytes, _ONE, torch.uint8)
-            start = block.data_ptr()
-            everything += [start + at for at in self._scratch_at]
-        stream = self._active.get_current_stream(self._device)
-        addresses = tuple(everything)
-        for go in bound:
-            go(stream, addresses, floats)
-        return alone, kept
+        for kernel, caches in self._kernels:
+            if kernel.device_caches[self._device] is not caches or kernel_is_watched(kernel):
+                return None
+        return bound(pointers, floats)
 
     def start(
         self,
         tensors: Sequence[Tensor | None],
         floats: tuple[float, ...],
         device: torch.device,
-    ) -> tuple[list[Tensor], Tensor | None]:
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         """As `launch`, each kernel as Triton starts it."""
         alone = [m.empty(device) for m in self.alone]
         kept = empty_strided(self._kept_bytes, _ONE, torch.uint8, device) if self.kept_at else None
         scratch = [m.empty(device) for m in self.scratch]
-        self._start((*tensors, *alone, *self.parts(kept), *scratch), floats)
-        return alone, kept
+        self._start((*tensors, *alone, *self.parts(kept), *scratch), floats, device)
+        found = [alone[r - self.given] if type(r) is int else None for r in self._apart]
+        return tuple(found), kept
 
-    def _start(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
+    def _start(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        floats: tuple[float, ...],
+        device: torch.device,
+    ) -> None:
         for step in self.steps:
             step.start(tensors, floats)
-        self._bind()
+        self._bind(device)
 
     def kept_results(self, kept: Tensor) -> list[Tensor]:
         """The results behind the first, which are all kept, as `call` returns them."""
@@ -319,23 +309,46 @@ class Plan:
         """What is kept, as tensors."""
         return [] if kept is None else [m.within(kept) for m in self.kept]
 
-    def _ready(self) -> tuple[Callable[[int, tuple, tuple], None], ...] | None:
-        """The bound launches, where nothing has happened since that Triton would look at."""
-        bound = self._bound
-        if bound is None or driver.active is not self._active or is_watched():
-            return None
-        device = self._device
-        for kernel, caches in self._kernels:
-            if kernel.device_caches[device] is not caches or kernel_is_watched(kernel):
-                return None
-        return bound
-
-    def _bind(self) -> None:
-        if INTERPRETED or not self.launches_only:
+    def _bind(self, device: torch.device) -> None:
+        """After a first start: write the call down, where all launches could be bound."""
+        launches = self._launches
+        if INTERPRETED or not self.launches_only or any(each.bound is None for each in launches):
             return
-        bound = tuple([go for launch in self._launches if (go := launch.go) is not None])
-        if len(bound) == len(self._launches):
-            self._active = driver.active
-            self._device = self._active.get_current_device()
-            self._kernels = tuple([(launch.kernel, launch.caches) for launch in self._launches])
-            self._bound = bound
+        self._active = driver.active
+        self._device = self._active.get_current_device()
+        self._kernels = tuple([(each.kernel, each.caches) for each in launches])
+        self._bound = self._written(EMPTY[device.type])
+
+    def _written(self, empty: Callable[..., Tensor]) -> Callable[..., Any]:
+        """(pointers, floats) -> what `launch` returns: a function without a loop or a look-up."""
+        scope: dict[str, Any] = {"empty": empty, "uint8": torch.uint8}
+        scope["stream_of"] = self._active.get_current_stream
+        names = [f"p{k}" for k in range(self.given)]
+        lines = [f"    {', '.join(names)}, = pointers"]
+        for k, made in enumerate(self.alone):
+            scope[f"look{k}"] = made.dtype
+            lines.append(f"    t{k} = empty({made.shape}, {made.stride}, look{k})")
+            lines.append(f"    p{len(names)} = t{k}.data_ptr()")
+            names.append(f"p{len(names)}")
+        blocks = ("kept", self._kept_bytes, self.kept), ("scratch", self._scratch_bytes, self.scratch)  # fmt: skip
+        for block, size, parts in blocks:
+            if not parts:
+                lines.append(f"    {block} = None")
+                continue
+            lines.append(f"    {block} = empty({size}, (1,), uint8)")
+            lines.append(f"    start = {block}.data_ptr()")
+            for part in parts:
+                lines.append(f"    p{len(names)} = start + {part.offset}")
+                names.append(f"p{len(names)}")
+        lines.append(f"    stream = stream_of({self._device})")
+        for k, launch in enumerate(self._launches):
+            assert launch.bound is not None
+            text, known = launch.bound.text(f"launch{k}", "p{}", "floats[{}]")
+            scope |= known
+            lines.append(f"    {text}")
+        results = "".join(
+            f"t{r - self.given}, " if type(r) is int else "None, " for r in self._apart
+        )
+        lines.append(f"    return ({results}), kept")
+        exec("def call(pointers, floats):\n" + "\n".join(lines), scope)
+        return scope["call"]

@@ -85,6 +85,6 @@ def is_quiet() -> bool:
     )
 
 
-def is_current(device: torch.device) -> bool:
-    """Whether launches go to this device without switching to it."""
-    return device.type != "cuda" or device.index == torch._C._cuda_getDevice()
+def is_current(index: int) -> bool:
+    """Whether launches go to this GPU without switching to it; always, of a CPU (-1)."""
+    return index < 0 or index == torch._C._cuda_getDevice()

@@ -11,7 +11,7 @@ are constants.)
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,8 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .bind import bind, is_watched, kernel_is_watched
+from .bind import Bound, Given, bind, is_watched, kernel_is_watched
 from .chip import INTERPRETED, current_chip
-
-
-class Given(int):
-    """In a plan the k-th of the floats that a call brings."""
 
 
 class Launch:
@@ -36,7 +32,7 @@ class Launch:
     """
 
     __slots__ = (
-        "_active", "_compiled", "_values", "caches", "constants", "floats", "go", "grid", "integers", "kernel",
+        "_active", "_compiled", "_values", "bound", "caches", "constants", "floats", "grid", "integers", "kernel",
         "options", "slots",
     )  # fmt: skip
 
@@ -61,7 +57,7 @@ class Launch:
         self._active: Any = None
         self.caches: Any = None
         self._values: tuple = ()
-        self.go: Callable[[int, tuple, tuple], None] | None = None
+        self.bound: Bound | None = None
 
     def on(self, slots: tuple[int | None, ...]) -> "Launch":
         """The same on other tensors of a call."""
@@ -85,6 +81,9 @@ class Launch:
         if self._compiled is not None and self._active is active and self.is_there(device):
             compiled = self._compiled
             stream = active.get_current_stream(device)
+            if self.bound is not None:
+                self.bound(stream, [0 if t is None else t.data_ptr() for t in tensors], floats)
+                return
             compiled.run(
                 *(*self.grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
                 *arguments, *self._values,
@@ -99,9 +98,8 @@ class Launch:
         self._values = tuple(known[name] for name in names)
         self._active, self.caches = active, self.kernel.device_caches[device]
         self._compiled = compiled
-        numbers = tuple(int(f) if type(f) is Given else float(f) for f in self.floats)
         grid = (*self.grid, 1, 1)[:3]
-        self.go = bind(compiled, grid, self.slots, self.integers, numbers, self._values)
+        self.bound = bind(compiled, grid, self.slots, self.integers, self.floats, self._values)
 
     def is_there(self, device: int) -> bool:
         """Whether Triton still has what it compiled for this launch."""

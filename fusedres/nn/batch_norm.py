@@ -14,9 +14,9 @@ from ..functional import add_batch_norm_act, batch_norm_act, tail_of_two
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
-from ..ops.norm import How
+from ..ops.norm import BatchNorm, How
 from ..ops.straight import is_quiet
-from ..ops.tail import straight
+from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
 
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
@@ -30,12 +30,57 @@ def straight_tail(
     activation: str | None = None,
     into: str | None = None,
 ) -> Tensor | None:
-    """`activation(norm(input) + residual)` by one look at everything; None where more looks are due."""
-    if not is_quiet() or type(input) is not Tensor or (found := usual(norm)) is None:
+    """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
+
+    Of a call like one before, the module's own dictionaries are read and nothing is decided.
+    """
+    if not is_quiet():
         return None
-    own, use_batch = found
+    try:
+        own = norm.__dict__
+        parameters, buffers = own["_parameters"], own["_buffers"]
+        momentum, eps, training = own["momentum"], own["eps"], own["training"]
+        tensors = (
+            input, NONE if residual is None else residual, parameters["weight"], parameters["bias"],
+            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"] if training else NONE,
+        )  # fmt: skip
+    except (AttributeError, KeyError):  # no BatchNorm of PyTorch's, or a parametrized one
+        return None
+    key = (
+        id(norm),
+        type(norm),
+        activation,
+        into,
+        training,
+        residual is None,
+        torch.is_grad_enabled(),
+    )
+    planned = find(key, tensors)
+    if (
+        planned is not None
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
+        and own["track_running_stats"]
+        and type(momentum) is float
+        and type(eps) is float
+        and eps > 0
+    ):
+        weight, bias = tensors[2], tensors[3]
+        if not planned.composed:
+            return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
+        one = BatchNorm(weight, bias, tensors[4], tensors[5], momentum, eps)
+        if training:
+            tensors[6].add_(1)
+        return single.compose(input, residual, one, planned.how)
+    found = usual(norm)
+    if found is None or type(input) is not Tensor:
+        return None
+    one, use_batch = found
     return straight(
-        single.TAIL, (id(norm), type(norm), into), input, residual, (own,), How(use_batch, activation), (),
+        single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
         lambda: _fits(norm, input, residual, activation, into),
     )  # fmt: skip
 
@@ -182,7 +227,8 @@ def _straight_pair(
         other._check_input_dim(residual)
         return _fits(norm, input, residual, activation, into)
 
-    key, how = (id(norm), id(other), type(norm), type(other), into), How(use_batch, activation)
+    how = How(use_batch, activation)
+    key = (id(norm), id(other), type(norm), type(other), into, how, torch.is_grad_enabled())
     return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits)
 
 

@@ -492,7 +492,8 @@ def batch_norm_act(input: Tensor, residual: Tensor | None, norm: BatchNorm, how:
     if not is_eager():
         return BatchNormAct.apply(*FORWARD.flat((input, residual, norm, how, True)))[0]
     if is_quiet():
-        output = straight(TAIL, (input.shape, input.dtype), input, residual, (norm,), how)
+        key = input.shape, input.dtype, how, torch.is_grad_enabled()
+        output = straight(TAIL, key, input, residual, (norm,), how)
         if output is not None:
             return output
     return through_operators(TAIL, input, residual, (norm,), how)

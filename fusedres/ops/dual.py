@@ -392,7 +392,8 @@ def dual_batch_norm_act(
             0
         ]
     if is_quiet():
-        output = straight(TAIL, (input.shape, input.dtype), input, residual, norms, how, (moments,))
+        key = "dual", input.shape, input.dtype, how, torch.is_grad_enabled()
+        output = straight(TAIL, key, input, residual, norms, how, (moments,))
         if output is not None:
             return output
     return through_operators(TAIL, input, residual, norms, how, (moments,))

@@ -161,8 +161,8 @@ class Operator:
 
     def plan(self, groups: tuple, tensors: Sequence[Tensor | None] | None = None) -> Any:
         """The plan of a call with these groups; `tensors`: instead of those in them."""
+        from ..kernels.bind import Given
         from ..kernels.plan import Planner
-        from ..kernels.start import Given
 
         if self.recipe is None:
             raise RuntimeError(f"fusedres::{self.name} has no kernels; please report it")

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,15 +59,15 @@ class Planned:
     """
 
     __slots__ = (
-        "backend", "backwards", "check", "composed", "counts", "device", "forward", "how", "reads", "residual_dtype",
-        "saves", "tail",
+        "backend", "backwards", "check", "composed", "counts", "device", "forward", "how", "index", "reads",
+        "residual_dtype", "saves", "tail",
     )  # fmt: skip
 
     def __init__(self, tail: Tail, how: How, inputs: Sequence[Tensor | None]) -> None:
         self.tail, self.how, self.backend = tail, how, dispatch.get_backend()
         input, residual = inputs[0], inputs[1]
         assert input is not None
-        self.device = input.device
+        self.device, self.index = input.device, input.get_device()
         self.residual_dtype = None if residual is None else residual.dtype
         self.reads = tuple(k for k in tail.reads(how) if k is not None and inputs[k] is not None)
         self.saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)  # fmt: skip
@@ -79,19 +81,46 @@ def _never(*_: Any) -> bool:
     return False
 
 
-class Call(NamedTuple):
-    """One call on its way into the graph. Without a plan, `tensors` are the groups of the forward operator."""
-
-    planned: Planned
-    tensors: Sequence[Any]
-    pointers: tuple[int, ...]
-    floats: tuple[float, ...]
-
+# One call on its way into the graph: (what runs it, its tensors, their addresses, momentum and eps of each BatchNorm).
+# Where it goes through the operators, the groups of the forward operator stand in the place of the tensors.
+Call = tuple[Planned, Sequence[Any], Sequence[int], tuple[float, ...]]
 
 # By what is cheap to ask; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
 ALIKE = 8
 NONE = torch.empty(0)  # in the place of a tensor that there is not: its address is 0
+
+
+def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
+    """What runs calls of this key with tensors like these (`straight`), if one was met."""
+    for planned in _planned.get(key, ()):
+        if planned.check(*tensors) and planned.backend == dispatch.get_backend():
+            return planned
+    return None
+
+
+def run(
+    planned: Planned, tensors: Sequence[Tensor], floats: tuple[float, ...], inputs: Sequence[Tensor | None]
+) -> Tensor | None:  # fmt: skip
+    """A call by its plan; None where there is none, or an address is not aligned, or another device is the current one.
+
+    tensors: input, residual, and of each BatchNorm weight, bias, running mean and variance and counter, with `NONE` for
+    those that there are not; then what else the operator takes.
+    """
+    if planned.forward is None:
+        return None
+    pointers = [t.data_ptr() for t in tensors]
+    if reduce(or_, pointers) & 15 or not is_current(planned.index):
+        return None
+    if planned.saves:
+        output = _apply(*inputs, (planned, tensors, pointers, floats))
+    else:
+        output, _ = _launched((planned, tensors, pointers, floats))
+    if not planned.counts and planned.how.training:
+        for batches in tensors[6::5]:
+            if batches.dim() == 0:
+                batches.add_(1)
+    return output
 
 
 def straight(
@@ -109,48 +138,23 @@ def straight(
     key: what calls that look alike have in common. check: whether the caller has nothing against this one; asked once
     for all calls of this key that look alike.
     """
-    tensors = [input, NONE if residual is None else residual]
+    given: list[Tensor | None] = [input, residual]
     floats: list[float] = []
     for w, b, mean, var, momentum, eps, batches in norms:
-        tensors += (
-            NONE if w is None else w, NONE if b is None else b, NONE if mean is None else mean,
-            NONE if var is None else var, NONE if batches is None else batches,
-        )  # fmt: skip
+        given += w, b, mean, var, batches
         floats += momentum, eps
-    for t in more:
-        tensors.append(NONE if t is None else t)
-    key = (tail, how, torch.is_grad_enabled(), key)
-    for planned in _planned.get(key, ()):
-        if planned.backend == dispatch.get_backend() and planned.check(*tensors):
-            break
-    else:
+    given += more
+    tensors = [NONE if t is None else t for t in given]
+    planned = find(key, tensors)
+    if planned is None:
         planned = _plan(tail, input, residual, norms, how, more, check)
         planned.check = guard(tensors)
         remember(_planned, key, [planned, *_planned.get(key, ())][:ALIKE])
-    plan = planned.forward
-    if plan is None:
-        if not planned.composed:
-            return None
+    if planned.composed:
         if how.training:
             _count(norms)
         return tail.compose(input, residual, norms, how)
-    pointers = tuple([t.data_ptr() for t in tensors])
-    together = 0
-    for pointer in pointers:
-        together |= pointer
-    if together & 15 or not is_current(planned.device):
-        return None
-    call = Call(planned, tensors, pointers, tuple(floats))
-    if planned.saves:
-        inputs = [input, residual]
-        for n in norms:
-            inputs += n.weight, n.bias
-        output = _apply(*inputs, call)
-    else:
-        output, _ = _run(call)
-    if how.training and not planned.counts:
-        _count(norms)
-    return output
+    return run(planned, tensors, tuple(floats), _inputs(input, residual, norms))
 
 
 def _count(norms: tuple[BatchNorm, ...]) -> None:
@@ -204,14 +208,13 @@ def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
     )
 
 
-def _run(call: Call) -> tuple[Tensor, Tensor | None]:
+def _launched(call: Call) -> tuple[Tensor, Tensor | None]:
     """(output, what is kept) of a call that has a plan."""
-    planned = call.planned
-    results = planned.forward.launch(call.pointers, call.floats, planned.device)
+    planned, tensors, pointers, floats = call
+    results = planned.forward.launch(pointers, floats)
     if results is None:
-        results = planned.forward.start(call.tensors, call.floats, planned.device)
-    (output,), kept = results
-    return output, kept
+        results = planned.forward.start(tensors, floats, planned.device)
+    return results[0][0], results[1]
 
 
 class TailFunction(torch.autograd.Function):
@@ -224,14 +227,14 @@ class TailFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         call: Call = arguments[-1]
-        planned = call.planned
+        planned, groups, _, ctx.floats = call
         if planned.forward is not None:
-            output, *kept = _run(call)
+            output, *kept = _launched(call)
         else:
-            output, *kept = planned.tail.forward(*call.tensors)
+            output, *kept = planned.tail.forward(*groups)
         ctx.save_for_backward(*[arguments[k] for k in planned.reads], *kept)
         ctx.set_materialize_grads(False)
-        ctx.planned, ctx.floats = planned, call.floats
+        ctx.planned = planned
         # Not as saved tensors: their values may change until the backward.
         ctx.biases = arguments[3:-1:2]
         fork.begin(ctx, arguments[1])
@@ -254,12 +257,15 @@ class TailFunction(torch.autograd.Function):
         if found is None:
             found = _long_back(ctx, dy, skip)
         if ctx.fork_source is not None:
-            found[1] = fork.hand_over(ctx, 1, found[1])
+            dx, dresidual, *rest = found
+            return dx, fork.hand_over(ctx, 1, dresidual), *rest, None
         return *found, None
 
 
 _NO_SKIP = Skip()
 fork.takes_gradients(TailFunction)
+# The engine's way into Python, past a look for which of two functions is the backward.
+TailFunction._backward_cls.apply = TailFunction.backward  # type: ignore[attr-defined]
 # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
 _apply: Any = super(torch.autograd.Function, TailFunction).apply
 
@@ -274,16 +280,16 @@ def through_operators(
     if not planned.saves:
         return tail.forward(*groups)[0]
     floats = tuple([value for n in norms for value in (n.momentum, n.eps)])
-    return TailFunction.apply(*inputs, Call(planned, groups, (), floats))
+    return TailFunction.apply(*inputs, (planned, groups, (), floats))
 
 
-def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> list[Tensor | None]:
+def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> Gradients:
     """The backward by the operators, or as a graph."""
     needs = ctx.needs_input_grad[:-1]
     if dy is None and skip.gradient is None:
-        return [None] * len(needs)
+        return (None,) * len(needs)
     _complete(ctx)
-    return list(ctx.planned.tail.gradients(ctx, dy, saved_by(ctx), needs, skip))
+    return ctx.planned.tail.gradients(ctx, dy, saved_by(ctx), needs, skip)
 
 
 def _complete(ctx: Any) -> None:
@@ -304,18 +310,17 @@ def saved_by(node: Any) -> tuple:
 
 class _Back:
     """A plan of the backward, None where it goes through the operators. check: whether another call looks like it;
-    places: of each gradient among its results; passes: dy itself is the residual's gradient."""
+    passes: dy itself is the residual's gradient."""
 
-    __slots__ = ("check", "passes", "places", "plan")
+    __slots__ = ("check", "passes", "plan")
 
     def __init__(self, check: Callable[..., bool]) -> None:
         self.check = check
         self.plan: Any = None
-        self.places: tuple[int | None, ...] = ()
         self.passes = False
 
 
-def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> list[Tensor | None] | None:
+def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> Gradients | None:
     """The backward, past `torch.ops`; None where it has to go through the operators."""
     planned: Planned = ctx.planned
     second, saved = skip.gradient, ctx.saved_tensors
@@ -332,21 +337,17 @@ def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> list[Tensor | None] | No
     if plan is None:
         return None
     pointers = [t.data_ptr() for t in tensors]
-    together = 0
-    for pointer in pointers:
-        together |= pointer
-    if together & 15 or not is_current(planned.device):
+    if reduce(or_, pointers) & 15 or not is_current(planned.index):
         return None
     block = pointers[-1]
     pointers += [block + at for at in planned.forward.kept_at]
-    results = plan.launch(pointers, (), planned.device)
+    results = plan.launch(pointers, ())
     if results is None:
         everything = (*tensors, *planned.forward.parts(saved[-1]))
         results = plan.start(everything, (), planned.device)
-    alone = results[0]
-    gradients = [None if k is None else alone[k] for k in back.places]
+    gradients = results[0]
     if back.passes:
-        gradients[1] = dy
+        return (gradients[0], dy, *gradients[2:])
     return gradients
 
 
@@ -359,17 +360,12 @@ def _plan_back(ctx: Any, dy: Tensor, tensors: tuple, skip: Skip) -> _Back:
     tail, needs = planned.tail, ctx.needs_input_grad[:-1]
     groups = tail.backward_groups(ctx, dy, saved_by(ctx), needs, skip)
     plan = tail.backward.plan(groups)
-    found = [r - plan.given if type(r) is int else None for r in plan.results]
-    passes = needs[1] and found[1] is None
+    passes = needs[1] and type(plan.results[1]) is not int
     if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):
         return back
     sources = [*tensors, *planned.forward.parts(tensors[-1])]
     places = [_place(t, sources) for t in tail.backward.tensors_of(groups)]
-    back.plan, back.places, back.passes = (
-        plan.renumbered(places, len(sources)),
-        tuple(found),
-        passes,
-    )
+    back.plan, back.passes = plan.renumbered(places, len(sources)), passes
     return back
 
 
