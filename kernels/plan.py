@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .bind import is_watched, kernel_is_watched
+from .bind import is_watched
 from .chip import INTERPRETED, current_chip
 from .layout import RowMap, bits_layout, row_map_of
 from .private import EMPTY, empty_strided
 from .start import Launch
 
-_ONE = (1,)
 APART = 128  # bytes: what is allocated together begins at whole cache lines
 
 
@@ -194,18 +193,12 @@ def _together(tensors: Sequence[Tensor]) -> tuple[Made, ...]:
     return tuple(found)
 
 
-def _bytes(made: tuple[Made, ...]) -> int:
-    if not made:
-        return 0
-    last = made[-1]
-    return last.offset + -(-math.prod(last.shape) * last.dtype.itemsize // APART) * APART
-
-
 class Plan:
     """The allocations and launches of one kind of call. Holds no tensor.
 
     A call's tensors are numbered: those that it is given, its results, what it keeps for the backward, what it needs
-    meanwhile (scratch). results: the number of each, or the dtype of one that was not asked for.
+    meanwhile (scratch). results: the number of each, or the dtype of one that was not asked for. within: of the last
+    that it is given, which are parts of another, (the number of that, the offset in bytes).
     """
 
     def __init__(
@@ -216,20 +209,15 @@ class Plan:
         scratch: tuple[Made, ...],
         results: tuple[int | torch.dtype, ...],
         steps: tuple[Launch | Step, ...],
+        within: tuple[tuple[int, int], ...] = (),
     ) -> None:
         self.given, self.alone, self.kept, self.scratch = given, alone, kept, scratch
-        self.results, self.steps = results, steps
-        self._launches = tuple(step for step in steps if isinstance(step, Launch))
-        self.launches_only = len(self._launches) == len(steps)
-        self._active: Any = None
-        self._kernels: tuple[tuple[Any, Any], ...] = ()
-        self._device = 0
-        self._bound: Callable[[Sequence[int], tuple[float, ...]], Any] | None = None
-        self._kept_bytes, self._scratch_bytes = ((_bytes(m),) for m in (kept, scratch))
-        self.kept_at = tuple(m.offset for m in kept)
+        self.results, self.steps, self._within = results, steps, within
+        self.launches = tuple(step for step in steps if isinstance(step, Launch))
+        self.launches_only = len(self.launches) == len(steps)
         first_kept = given + len(alone)
         self._apart = tuple(r for r in results if type(r) is not int or r < first_kept)
-        self._scratch_at = tuple(m.offset for m in scratch)
+        self._written: Callable[[Sequence[Tensor], tuple[float, ...]], tuple | None] | None = None
 
     def call(
         self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...], device: torch.device
@@ -237,49 +225,40 @@ class Plan:
         """The results, each in memory of its own."""
         made = [m.empty(device) for m in (*self.alone, *self.kept, *self.scratch)]
         everything = (*tensors, *made)
-        self._start(everything, floats, device)
+        self._start(everything, floats)
         return tuple(
             everything[r] if type(r) is int else empty_strided((0,), (1,), r, device)
             for r in self.results
         )
 
-    def launch(
-        self, pointers: Sequence[int], floats: tuple[float, ...]
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None] | None:
-        """(the results but for what is kept, with None for those that were not asked for; one block of bytes with all
-        that is kept) of a call, given the addresses of its tensors. None where its launches are not bound, or something
-        has happened since that Triton would look at: `start` it."""
-        bound = self._bound
-        if bound is None or driver.active is not self._active or is_watched():
-            return None
-        for kernel, caches in self._kernels:
-            if kernel.device_caches[self._device] is not caches or kernel_is_watched(kernel):
-                return None
-        return bound(pointers, floats)
+    def launch(self, tensors: Sequence[Tensor], floats: tuple[float, ...]) -> tuple | None:
+        """The results but for what is kept, with None for those that were not asked for, and one block of bytes with
+        all that is kept.
+
+        None where it cannot be: an address is not aligned, another device is the current one, the launches are not
+        bound (`start` it), or something has happened since that Triton would look at.
+        """
+        written = self._written
+        return None if written is None else written(tensors, floats)
 
     def start(
-        self,
-        tensors: Sequence[Tensor | None],
-        floats: tuple[float, ...],
-        device: torch.device,
-    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        self, tensors: Sequence[Tensor], floats: tuple[float, ...], device: torch.device
+    ) -> tuple:
         """As `launch`, each kernel as Triton starts it."""
+        parts = [tensors[k] for k in range(len(tensors))]
         alone = [m.empty(device) for m in self.alone]
-        kept = empty_strided(self._kept_bytes, _ONE, torch.uint8, device) if self.kept_at else None
+        kept = empty_strided((size_of(self.kept),), (1,), torch.uint8, device)
         scratch = [m.empty(device) for m in self.scratch]
-        self._start((*tensors, *alone, *self.parts(kept), *scratch), floats, device)
-        found = [alone[r - self.given] if type(r) is int else None for r in self._apart]
-        return tuple(found), kept
+        everything = (*parts, *alone, *self.parts(kept), *scratch)
+        self._start(everything, floats)
+        if self.launches_only and not INTERPRETED and all(each.bound for each in self.launches):
+            self._written = write(self, device)
+        found = [everything[r] if type(r) is int else None for r in self._apart]
+        return (*found, kept) if self.kept else tuple(found)
 
-    def _start(
-        self,
-        tensors: tuple[Tensor | None, ...],
-        floats: tuple[float, ...],
-        device: torch.device,
-    ) -> None:
+    def _start(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
         for step in self.steps:
             step.start(tensors, floats)
-        self._bind(device)
 
     def kept_results(self, kept: Tensor) -> list[Tensor]:
         """The results behind the first, which are all kept, as `call` returns them."""
@@ -289,66 +268,83 @@ class Plan:
             for r in self.results[1:]
         ]
 
-    def renumbered(self, places: Sequence[int], given: int) -> Plan:
-        """The same plan, given as many tensors as that, of which its own stand at these places."""
-        moved = given - self.given
+    def parts(self, kept: Tensor) -> list[Tensor]:
+        """What is kept, as tensors."""
+        return [m.within(kept) for m in self.kept]
 
-        def place(slot: int | None) -> int | None:
-            if slot is None:
-                return None
+    def of_parts(
+        self, places: Sequence[int], given: int, block: int, parts: Sequence[Made], results: tuple
+    ) -> Plan:
+        """The same plan, given other tensors: `given` of them, and the parts of the one that is number `block`.
+
+        places: of what it was given before, where that stands now. results: by their old numbers.
+        """
+        moved = given + len(parts) - self.given
+
+        def place(slot: Any) -> Any:
+            if type(slot) is not int:
+                return slot
             return places[slot] if slot < self.given else slot + moved
 
-        steps: list[Launch | Step] = []
-        for step in self.steps:
-            slots = tuple(place(slot) for slot in step.slots)
-            steps.append(step.on(slots))
-        results = tuple(place(r) if type(r) is int else r for r in self.results)
-        return Plan(given, self.alone, self.kept, self.scratch, results, tuple(steps))  # type: ignore[arg-type]
+        steps = tuple(step.on(tuple(place(slot) for slot in step.slots)) for step in self.steps)
+        within = tuple((block, part.offset) for part in parts)
+        made = self.alone, self.kept, self.scratch
+        return Plan(given + len(parts), *made, tuple(map(place, results)), steps, within)
 
-    def parts(self, kept: Tensor | None) -> list[Tensor]:
-        """What is kept, as tensors."""
-        return [] if kept is None else [m.within(kept) for m in self.kept]
 
-    def _bind(self, device: torch.device) -> None:
-        """After a first start: write the call down, where all launches could be bound."""
-        launches = self._launches
-        if INTERPRETED or not self.launches_only or any(each.bound is None for each in launches):
-            return
-        self._active = driver.active
-        self._device = self._active.get_current_device()
-        self._kernels = tuple([(each.kernel, each.caches) for each in launches])
-        self._bound = self._written(EMPTY[device.type])
+def size_of(made: Sequence[Made]) -> int:
+    """Bytes of a block that has all of these in it."""
+    if not made:
+        return 0
+    last = made[-1]
+    return last.offset + -(-math.prod(last.shape) * last.dtype.itemsize // APART) * APART
 
-    def _written(self, empty: Callable[..., Tensor]) -> Callable[..., Any]:
-        """(pointers, floats) -> what `launch` returns: a function without a loop or a look-up."""
-        scope: dict[str, Any] = {"empty": empty, "uint8": torch.uint8}
-        scope["stream_of"] = self._active.get_current_stream
-        names = [f"p{k}" for k in range(self.given)]
-        lines = [f"    {', '.join(names)}, = pointers"]
-        for k, made in enumerate(self.alone):
-            scope[f"look{k}"] = made.dtype
-            lines.append(f"    t{k} = empty({made.shape}, {made.stride}, look{k})")
-            lines.append(f"    p{len(names)} = t{k}.data_ptr()")
-            names.append(f"p{len(names)}")
-        blocks = ("kept", self._kept_bytes, self.kept), ("scratch", self._scratch_bytes, self.scratch)  # fmt: skip
-        for block, size, parts in blocks:
-            if not parts:
-                lines.append(f"    {block} = None")
-                continue
-            lines.append(f"    {block} = empty({size}, (1,), uint8)")
-            lines.append(f"    start = {block}.data_ptr()")
-            for part in parts:
-                lines.append(f"    p{len(names)} = start + {part.offset}")
-                names.append(f"p{len(names)}")
-        lines.append(f"    stream = stream_of({self._device})")
-        for k, launch in enumerate(self._launches):
-            assert launch.bound is not None
-            text, known = launch.bound.text(f"launch{k}", "p{}", "floats[{}]")
-            scope |= known
-            lines.append(f"    {text}")
-        results = "".join(
-            f"t{r - self.given}, " if type(r) is int else "None, " for r in self._apart
-        )
-        lines.append(f"    return ({results}), kept")
-        exec("def call(pointers, floats):\n" + "\n".join(lines), scope)
-        return scope["call"]
+
+def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple[float, ...]], Any]:
+    """`Plan.launch` of a plan whose launches are bound, as a function without a loop or a look-up."""
+    active = driver.active
+    number = active.get_current_device()
+    scope: dict[str, Any] = {
+        "empty": EMPTY[device.type], "uint8": torch.uint8, "driver": driver, "active": active,
+        "stream_of": active.get_current_stream, "is_watched": is_watched,
+    }  # fmt: skip
+    first_part = plan.given - len(plan._within)
+    lines = [f"{', '.join(f't{k}' for k in range(first_part))}, = tensors"]
+    lines += [f"p{k} = t{k}.data_ptr()" for k in range(first_part)]
+    doubts = [f"({' | '.join(f'p{k}' for k in range(first_part))}) & 15"]
+    if device.type == "cuda":
+        scope["current_device"] = torch._C._cuda_getDevice
+        doubts.append(f"current_device() != {device.index}")
+    doubts += ["driver.active is not active", "is_watched()"]
+    for kernel in {id(each.kernel): each for each in plan.launches}.values():
+        name = f"kernel{len(scope)}"
+        scope[name], scope[f"{name}_there"] = kernel.kernel, kernel.caches
+        doubts.append(f"{name}.device_caches[{number}] is not {name}_there")
+        doubts.append(f"{name}.debug or {name}.pre_run_hooks")
+    lines.append(f"if {' or '.join(doubts)}: return None")
+    for k, (block, offset) in enumerate(plan._within, first_part):
+        lines.append(f"p{k} = p{block} + {offset}")
+    k = plan.given
+    for made in plan.alone:
+        scope[f"dtype{k}"] = made.dtype
+        lines.append(f"t{k} = empty({made.shape}, {made.stride}, dtype{k})")
+        lines.append(f"p{k} = t{k}.data_ptr()")
+        k += 1
+    for name, parts in (("kept", plan.kept), ("scratch", plan.scratch)):
+        if parts:
+            lines.append(f"{name} = empty(({size_of(parts)},), (1,), uint8)")
+            lines.append(f"start = {name}.data_ptr()")
+        for part in parts:
+            lines.append(f"p{k} = start + {part.offset}")
+            k += 1
+    lines.append(f"stream = stream_of({number})")
+    for i, launch in enumerate(plan.launches):
+        assert launch.bound is not None
+        text, known = launch.bound.text(f"launch{i}", "p{}", "floats[{}]")
+        scope |= known
+        lines.append(text)
+    results = [f"t{r}" if type(r) is int else "None" for r in plan._apart]
+    results += ["kept"] if plan.kept else []
+    lines.append(f"return {', '.join(results)},")
+    exec("def launch(tensors, floats):\n    " + "\n    ".join(lines), scope)
+    return scope["launch"]

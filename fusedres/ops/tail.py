@@ -81,10 +81,6 @@ def _never(*_: Any) -> bool:
     return False
 
 
-# One call on its way into the graph: (what runs it, its tensors, their addresses, momentum and eps of each BatchNorm).
-# Where it goes through the operators, the groups of the forward operator stand in the place of the tensors.
-Call = tuple[Planned, Sequence[Any], Sequence[int], tuple[float, ...]]
-
 # By what is cheap to ask; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
 ALIKE = 8
@@ -107,15 +103,15 @@ def run(
     tensors: input, residual, and of each BatchNorm weight, bias, running mean and variance and counter, with `NONE` for
     those that there are not; then what else the operator takes.
     """
-    if planned.forward is None:
+    plan = planned.forward
+    if plan is None:
         return None
-    pointers = [t.data_ptr() for t in tensors]
-    if reduce(or_, pointers) & 15 or not is_current(planned.index):
-        return None
-    if planned.saves:
-        output = _apply(*inputs, (planned, tensors, pointers, floats))
-    else:
-        output, _ = _launched((planned, tensors, pointers, floats))
+    made = plan.launch(tensors, floats)
+    if made is None:
+        if not _are_ready(tensors, planned):
+            return None
+        made = plan.start(tensors, floats, planned.device)
+    output = _apply(*inputs, (planned, floats, made)) if planned.saves else made[0]
     if not planned.counts and planned.how.training:
         for batches in tensors[6::5]:
             if batches.dim() == 0:
@@ -208,17 +204,16 @@ def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
     )
 
 
-def _launched(call: Call) -> tuple[Tensor, Tensor | None]:
-    """(output, what is kept) of a call that has a plan."""
-    planned, tensors, pointers, floats = call
-    results = planned.forward.launch(pointers, floats)
-    if results is None:
-        results = planned.forward.start(tensors, floats, planned.device)
-    return results[0][0], results[1]
+def _are_ready(tensors: Sequence[Tensor], planned: Planned) -> bool:
+    """Whether a plan may be started: all addresses aligned, on the current device."""
+    return reduce(or_, [t.data_ptr() for t in tensors]) & 15 == 0 and is_current(planned.index)
 
 
 class TailFunction(torch.autograd.Function):
     """A tail in the graph, for eager calls; it takes part in the fork of a residual.
+
+    Its inputs are those of the tail, and (what runs it, momentum and eps of each BatchNorm, what was made). Where it
+    goes through the operators, the groups of the forward operator stand for what was made.
 
     Saved for backward: what the backward reads of the inputs, four values a channel, and for a tail one bit an element;
     never the running statistics (two forwards before a backward would trip their version counter).
@@ -226,15 +221,15 @@ class TailFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        call: Call = arguments[-1]
-        planned, groups, _, ctx.floats = call
-        if planned.forward is not None:
-            output, *kept = _launched(call)
+        planned, floats, made = arguments[-1]
+        if planned.forward is not None:  # it has run already
+            output, kept = made[0], made[-1]
+            ctx.save_for_backward(*[arguments[k] for k in planned.reads], kept)
         else:
-            output, *kept = planned.tail.forward(*groups)
-        ctx.save_for_backward(*[arguments[k] for k in planned.reads], *kept)
+            output, *all_kept = planned.tail.forward(*made)
+            ctx.save_for_backward(*[arguments[k] for k in planned.reads], *all_kept)
         ctx.set_materialize_grads(False)
-        ctx.planned = planned
+        ctx.planned, ctx.floats = planned, floats
         # Not as saved tensors: their values may change until the backward.
         ctx.biases = arguments[3:-1:2]
         fork.begin(ctx, arguments[1])
@@ -246,24 +241,29 @@ class TailFunction(torch.autograd.Function):
         if ctx.fork_left:
             second, stride = fork.take(ctx)
             skip = Skip(second, None if stride is None else tuple(stride))
+        planned: Planned = ctx.planned
         found = None
-        if (
-            ctx.planned.forward is not None
-            and dy is not None
-            and not torch.is_grad_enabled()
-            and is_quiet()
-        ):
-            found = _straight_back(ctx, dy, skip)
+        if planned.forward is not None and dy is not None and not _grad_mode() and is_quiet():
+            second, saved = skip.gradient, ctx.saved_tensors
+            tensors = (dy, NONE if second is None else second, *saved)
+            # Hooks of saved tensors may have given back others.
+            for back in planned.backwards.get((ctx.needs_input_grad, skip.stride), ()):
+                if back.check(*tensors):
+                    if back.plan is not None:
+                        found = back.plan.launch(tensors, ())
+                    break
+            if found is None:
+                found = _straight_back(ctx, tensors, skip)
         if found is None:
-            found = _long_back(ctx, dy, skip)
-        if ctx.fork_source is not None:
-            dx, dresidual, *rest = found
-            return dx, fork.hand_over(ctx, 1, dresidual), *rest, None
-        return *found, None
+            found = (*_long_back(ctx, dy, skip), None)
+        if ctx.fork_source is None:
+            return found
+        return found[0], fork.hand_over(ctx, 1, found[1]), *found[2:]
 
 
 _NO_SKIP = Skip()
 fork.takes_gradients(TailFunction)
+_grad_mode = torch.is_grad_enabled
 # The engine's way into Python, past a look for which of two functions is the backward.
 TailFunction._backward_cls.apply = TailFunction.backward  # type: ignore[attr-defined]
 # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
@@ -280,7 +280,7 @@ def through_operators(
     if not planned.saves:
         return tail.forward(*groups)[0]
     floats = tuple([value for n in norms for value in (n.momentum, n.eps)])
-    return TailFunction.apply(*inputs, (planned, groups, (), floats))
+    return TailFunction.apply(*inputs, (planned, floats, groups))
 
 
 def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> Gradients:
@@ -309,63 +309,53 @@ def saved_by(node: Any) -> tuple:
 
 
 class _Back:
-    """A plan of the backward, None where it goes through the operators. check: whether another call looks like it;
-    passes: dy itself is the residual's gradient."""
+    """A plan of the backward, None where it goes through the operators. check: whether another call looks like it."""
 
-    __slots__ = ("check", "passes", "plan")
+    __slots__ = ("check", "plan")
 
     def __init__(self, check: Callable[..., bool]) -> None:
         self.check = check
         self.plan: Any = None
-        self.passes = False
 
 
-def _straight_back(ctx: Any, dy: Tensor, skip: Skip) -> Gradients | None:
-    """The backward, past `torch.ops`; None where it has to go through the operators."""
+def _straight_back(ctx: Any, tensors: tuple, skip: Skip) -> Gradients | None:
+    """The first backward of its kind, past `torch.ops`; None where it has to go through the operators.
+
+    tensors: dy, the second gradient, and what is saved.
+    """
     planned: Planned = ctx.planned
-    second, saved = skip.gradient, ctx.saved_tensors
-    tensors = (dy, NONE if second is None else second, *saved)
     key = (ctx.needs_input_grad, skip.stride)
-    # Hooks of saved tensors may have given back others.
-    for back in planned.backwards.get(key, ()):
-        if back.check(*tensors):
-            break
-    else:
-        back = _plan_back(ctx, dy, tensors, skip)
+    back = next((each for each in planned.backwards.get(key, ()) if each.check(*tensors)), None)
+    if back is None:
+        back = _plan_back(ctx, tensors, skip)
         remember(planned.backwards, key, [back, *planned.backwards.get(key, ())][:ALIKE])
-    plan = back.plan
-    if plan is None:
+    if back.plan is None or not _are_ready(tensors, planned):
         return None
-    pointers = [t.data_ptr() for t in tensors]
-    if reduce(or_, pointers) & 15 or not is_current(planned.index):
-        return None
-    block = pointers[-1]
-    pointers += [block + at for at in planned.forward.kept_at]
-    results = plan.launch(pointers, ())
-    if results is None:
-        everything = (*tensors, *planned.forward.parts(saved[-1]))
-        results = plan.start(everything, (), planned.device)
-    gradients = results[0]
-    if back.passes:
-        return (gradients[0], dy, *gradients[2:])
-    return gradients
+    parts = planned.forward.parts(tensors[-1])
+    return back.plan.start((*tensors, *parts), (), planned.device)
 
 
-def _plan_back(ctx: Any, dy: Tensor, tensors: tuple, skip: Skip) -> _Back:
+def _plan_back(ctx: Any, tensors: tuple, skip: Skip) -> _Back:
     """What runs backwards like this one."""
     back, planned = _Back(guard(tensors)), ctx.planned
     if not are_plain(tensors):
         return back
     _complete(ctx)
     tail, needs = planned.tail, ctx.needs_input_grad[:-1]
+    dy = tensors[0]
     groups = tail.backward_groups(ctx, dy, saved_by(ctx), needs, skip)
     plan = tail.backward.plan(groups)
     passes = needs[1] and type(plan.results[1]) is not int
     if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):
         return back
-    sources = [*tensors, *planned.forward.parts(tensors[-1])]
+    forward = planned.forward
+    sources = [*tensors, *forward.parts(tensors[-1])]
     places = [_place(t, sources) for t in tail.backward.tensors_of(groups)]
-    back.plan, back.passes = plan.renumbered(places, len(sources)), passes
+    results = [*plan.results, torch.uint8]  # and none for what was said of the call
+    if passes:  # dy itself is the residual's gradient
+        results[1] = 0
+    n = len(tensors)
+    back.plan = plan.of_parts(places, n, n - 1, forward.kept, tuple(results))
     return back
 
 
