@@ -107,8 +107,8 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
         x, weight, bias, residual, residual_weight, residual_bias = leaves
         buffers = [make(channels) for make in (torch.zeros, torch.ones) * 2]
         norms = (
-            BatchNorm(weight, bias, *buffers[:2]),
-            BatchNorm(residual_weight, residual_bias, *buffers[2:]),
+            BatchNorm(weight, bias, buffers[0], buffers[1]),
+            BatchNorm(residual_weight, residual_bias, buffers[2], buffers[3]),
         )
         moments = torch.rand(1, 3, channels) if operator.moments else None
         how = How(operator.training, operator.activation)

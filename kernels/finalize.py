@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad_reduce import Operand
+from .grad import Operand
 from .launch import Tile, partials_a_channel
 from .layout import RowMap
 from .moments import inverse_std, load_pivot, merge
@@ -259,8 +259,6 @@ def launch_bn_grad_finalize(
     tile: Tile,
 ) -> None:
     """coefficients [2, C], dweight [C], dbias [C] (each where given) <- of.partial [P, 2, width] of such a walk."""
-    assert of.x is not None
-    assert of.partial is not None
     programs, _, width = of.partial.shape
     each, columns, slots = _share(rows.spread, tile)
     options = _options(programs * each)

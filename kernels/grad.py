@@ -4,12 +4,27 @@ Of two gradients of the same output (the second came over the skip connection) d
 dtype is: what autograd's own addition would have stored.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .activation import keep_passing, through
 from .bits import byte_tile, unpack
+from .norm import NO_NORM, Norm
 from .tile import load_tile, tile_offsets, widen
+
+
+class Operand(NamedTuple):
+    """A tensor that gets a gradient, x or the residual, and its BatchNorm. partial [programs, 2, width]: its sums;
+    coefficients [2, C]: what those came to."""
+
+    x: Any = None
+    norm: Norm = NO_NORM
+    partial: Any = None
+    coefficients: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 @triton.jit

@@ -9,17 +9,15 @@ of columns; no reduction. Tiles run in the reverse order of the reducing pass. W
 gradient too (the sum of a pre-activation unit): it is read and added to dx.
 """
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import load_dz
+from .grad import Operand, load_dz
 from .launch import Tile
 from .layout import RowMap, mask_of
 from .moments import fma, fold, normalize
-from .norm import NO_NORM, Norm, load_norm
+from .norm import load_norm
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
@@ -154,15 +152,6 @@ def bn_grad_apply_kernel(
             tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
 
 
-class Operand(NamedTuple):
-    """A tensor that gets a gradient: x or the residual, and what its BatchNorm's sums came to ([2, C])."""
-
-    x: Tensor | None = None
-    norm: Norm = NO_NORM
-    coefficients: Tensor | None = None
-    gradient: Tensor | None = None
-
-
 def launch_bn_grad_apply(
     p: Planner,
     dy: Tensor,
@@ -175,7 +164,6 @@ def launch_bn_grad_apply(
     activation: tuple[str | None, float],
 ) -> None:
     """The gradients (where given) <- dy, x; rows.strides: theirs, x, dy, and the residual or the addend where given."""
-    assert main.x is not None
     mask = mask_of(bits, rows)
     p.start(
         bn_grad_apply_kernel,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import load_dz
+from .grad import Operand, load_dz
 from .launch import Tile, is_aligned
 from .layout import RowMap, Strides, mask_of
 from .moments import (
@@ -29,7 +29,7 @@ from .moments import (
     store_sums,
     sum_rows,
 )
-from .norm import NO_NORM, Norm, load_norm
+from .norm import load_norm
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
@@ -232,14 +232,6 @@ def bn_grad_reduce_kernel(
         store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
 
 
-class Operand(NamedTuple):
-    """A tensor that a BatchNorm normalised: x or the residual. partial [tile.programs, 2, tile.width]: its sums."""
-
-    x: Tensor | None = None
-    norm: Norm = NO_NORM
-    partial: Tensor | None = None
-
-
 def launch_bn_grad_reduce(
     p: Planner,
     dy: Tensor,
@@ -253,7 +245,6 @@ def launch_bn_grad_reduce(
     activation: tuple[str | None, float],
 ) -> None:
     """partial <- dy, x; rows.strides: the output, x, dy, and the residual where given."""
-    assert main.x is not None
     skip = skip or NO_SKIP
     groups = tile.groups(rows.channels_fastest or all(map(is_aligned, (dy, main.x, residual.x))))
     mask = mask_of(bits, rows)

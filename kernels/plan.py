@@ -19,7 +19,7 @@ from triton.runtime import driver
 from .bind import is_watched
 from .chip import INTERPRETED, current_chip
 from .layout import RowMap, bits_layout, row_map_of
-from .private import EMPTY, empty_strided
+from .memory import EMPTY, empty_strided
 from .start import Launch
 
 APART = 128  # bytes: what is allocated together begins at whole cache lines
@@ -212,7 +212,8 @@ class Plan:
         within: tuple[tuple[int, int], ...] = (),
     ) -> None:
         self.given, self.alone, self.kept, self.scratch = given, alone, kept, scratch
-        self.results, self.steps, self._within = results, steps, within
+        self.results: tuple[Any, ...] = results
+        self.steps, self._within = steps, within
         self.launches = tuple(step for step in steps if isinstance(step, Launch))
         self.launches_only = len(self.launches) == len(steps)
         first_kept = given + len(alone)
@@ -224,7 +225,7 @@ class Plan:
     ) -> tuple[Tensor, ...]:
         """The results, each in memory of its own."""
         made = [m.empty(device) for m in (*self.alone, *self.kept, *self.scratch)]
-        everything = (*tensors, *made)
+        everything: tuple[Any, ...] = (*tensors, *made)
         self._start(everything, floats)
         return tuple(
             everything[r] if type(r) is int else empty_strided((0,), (1,), r, device)
@@ -339,8 +340,8 @@ def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple
             k += 1
     lines.append(f"stream = stream_of({number})")
     for i, launch in enumerate(plan.launches):
-        assert launch.bound is not None
-        text, known = launch.bound.text(f"launch{i}", "p{}", "floats[{}]")
+        bound: Any = launch.bound
+        text, known = bound.text(f"launch{i}", "p{}", "floats[{}]")
         scope |= known
         lines.append(text)
     results = [f"t{r}" if type(r) is int else "None" for r in plan._apart]

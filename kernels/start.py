@@ -98,7 +98,8 @@ class Launch:
         self._values = tuple(known[name] for name in names)
         self._active, self.caches = active, self.kernel.device_caches[device]
         self._compiled = compiled
-        grid = (*self.grid, 1, 1)[:3]
+        x, y, z = (*self.grid, 1, 1)[:3]
+        grid = (x, y, z)
         self.bound = bind(compiled, grid, self.slots, self.integers, self.floats, self._values)
 
     def is_there(self, device: int) -> bool:

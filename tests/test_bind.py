@@ -25,9 +25,11 @@ from fusedres.functional import (
     dual_batch_norm_act,
     projection,
 )
-from fusedres.kernels import bind, start
+from fusedres.kernels import bind
 from fusedres.kernels.apply import bn_apply_kernel
-from fusedres.projection import in_triton
+from fusedres.ops.projection import in_triton
+
+from .helpers import without_plans
 
 pytestmark = pytest.mark.compiler
 
@@ -73,7 +75,7 @@ class Started:
     def pointers(self) -> tuple[int, ...]:
         return (0xDEAD, *(t.data_ptr() for t in reversed(self.tensors) if t is not None))
 
-    def bind(self, floats: tuple | None = None) -> bind.Go | None:
+    def bind(self, floats: tuple | None = None) -> bind.Bound | None:
         floats = self.floats if floats is None else floats
         return bind.bind(
             self.compiled, self.grid, self.slots, self.integers, floats, self.constants
@@ -107,7 +109,7 @@ def started(call) -> list[Started]:
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(start, "_started", {})
+        without_plans(patch)
         patch.setattr(type(bn_apply_kernel), "run", noted)
         call()
     assert found
@@ -213,7 +215,7 @@ def test_what_arrives_is_what_tritons_own_start_brings(stub, monkeypatch, call, 
     for each in starts(call):
         expected = arrived(stub, each.compiled, each.start)
         assert arrived(stub, each.compiled, each.run) == expected
-        given = tuple(range(len(each.floats)))
+        given = tuple(map(bind.Given, range(len(each.floats))))
         for floats in {
             each.floats,
             given,
@@ -298,7 +300,7 @@ def test_another_launcher_is_not_bound(stub):
     found = []
     run = type(bn_apply_kernel).run
     with pytest.MonkeyPatch.context() as patch, compile_only(90):
-        patch.setattr(start, "_started", {})
+        without_plans(patch)
         patch.setattr(type(bn_apply_kernel), "run", lambda *a, **o: found.append(run(*a, **o)))
         evaluated()
         assert bind.bind(found[0], (1, 1, 1), (), (), (), ()) is None
@@ -330,15 +332,14 @@ def test_a_hook_at_the_launch_is_seen_however_it_was_set(monkeypatch):
     for name in ("launch_enter_hook", "launch_exit_hook"):
         chain = getattr(knobs.runtime, name)
         chain.add(hook)
-        assert bind.hooks_are_on()
         assert bind.is_watched()
         chain.remove(hook)
-        assert not bind.hooks_are_on()
+        assert not bind.is_watched()
         with knobs.runtime.scope():
             setattr(knobs.runtime, name, hook)
-            assert bind.hooks_are_on()
+            assert bind.is_watched()
             setattr(knobs.runtime, name, None)
-            assert not bind.hooks_are_on()
+            assert not bind.is_watched()
     assert not bind.is_watched()
 
 

@@ -45,7 +45,8 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     )
     assert [name for name in added if name.startswith(heavy)] == []
     kernels = {name for name in added if name.startswith("fusedres.kernels")}
-    assert kernels <= {"fusedres.kernels", "fusedres.kernels.layout"}, "the others need Triton"
+    light = {"fusedres.kernels", "fusedres.kernels.layout", "fusedres.kernels.dtypes"}
+    assert kernels <= light, "the others need Triton"
     assert [name for name in added if name.startswith("fusedres.cli")] == []
     # What torch.fx brings in for the matcher is the bulk; a few hundred would be a framework.
     assert len(added) < 200, added

@@ -92,7 +92,7 @@ def test_products_and_final_steps(rows, channels_out, channels_in):
         launch_bn_finalize,
         launch_bn_grad_finalize,
     )
-    from fusedres.kernels.norm import NO_NORM
+    from fusedres.kernels.grad import Operand
     from fusedres.kernels.projection import Side, launch_projection
     from fusedres.kernels.projection_grad_weight import launch_projection_grad_weight
 
@@ -112,7 +112,8 @@ def test_products_and_final_steps(rows, channels_out, channels_in):
     tile = launch.choose_tile.__wrapped__(walk, 4, launch.REDUCING, chip(132))
     moments, sums = (SimpleNamespace(shape=(launch.MAX_PARTIALS, k, channels_out)) for k in (3, 2))
     launch_bn_finalize(p, Partial(moments), None, saved, Running(), 1e-5)
-    launch_bn_grad_finalize(p, sums, NO_NORM, None, None, None, walk, tile)
+    of = Operand(SimpleNamespace(dtype=torch.float32), partial=sums)
+    launch_bn_grad_finalize(p, of, None, None, None, walk, tile)
     assert len(p.found) == 8
     for grid in p.found:
         assert_fits(grid)

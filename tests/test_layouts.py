@@ -155,7 +155,7 @@ def test_a_projection(layout, stride, device):
     found, expected = (results(f, x, weight) for f in (functional.projection, convolve))
     sizes = results(convolve, x.abs(), weight.abs())
     # The compiled kernel rounds both factors of a product to tf32, by 2**-11 each; cuDNN may or may not.
-    rounds = why_library(x, weight) is None and precision(x) == "tf32"
+    rounds = why_library(x, weight) is None and precision(x.dtype) == "tf32"
     for ours, theirs, size in zip(found, expected, sizes, strict=True):
         rounding = 2**-10 * float(size.max()) if rounds else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 + rounding)

@@ -37,7 +37,7 @@ def to_tf32(tensor):
 
 def takes_tf32(input, weight):
     """Whether this is a product of rounded operands; never in the interpreter."""
-    return why_library(input, weight) is None and precision(input) == "tf32"
+    return why_library(input, weight) is None and precision(input.dtype) == "tf32"
 
 
 def draw(

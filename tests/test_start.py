@@ -19,10 +19,19 @@ from fusedres.functional import batch_norm_act
 from fusedres.kernels import start
 from fusedres.kernels.apply import bn_apply_kernel
 from fusedres.kernels.stats import bn_stats_kernel
+from fusedres.ops import operator, tail
+
+from .helpers import without_plans
 
 pytestmark = pytest.mark.compiler
 
 SHAPE = (8, 16, 8, 8)
+
+
+def forget():
+    """Nothing is planned yet."""
+    operator._plans.clear()
+    tail._planned.clear()
 
 
 def launches_of(x, eps=1e-5, activation="relu", architecture=90, residual=None):
@@ -45,7 +54,7 @@ def slow_starts(monkeypatch):
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(type(bn_apply_kernel), "run", counted)
-    monkeypatch.setattr(start, "_started", {})
+    without_plans(monkeypatch)
     return taken
 
 
@@ -60,12 +69,9 @@ def test_the_second_start_is_short_and_the_same(slow_starts):
 def test_a_float_is_passed_on_and_asks_nothing(slow_starts):
     x = torch.empty(SHAPE, dtype=torch.bfloat16)
     launches_of(x)
-    passed = []
-    for key, (_, constants, kept) in list(start._started.items()):
-        start._started[key] = (lambda *a: passed.append(a)), constants, kept
-    launches_of(x, eps=0.25)
+    found = launches_of(x, eps=0.25)
     assert len(slow_starts) == 3
-    assert sum(0.25 in a for a in ([v for v in p if isinstance(v, float)] for p in passed)) == 2
+    assert [each.arguments.get("eps") for each in found] == [None, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -84,16 +90,16 @@ def test_what_the_compiler_was_told_otherwise_is_another_kernel(slow_starts, oth
     plain = {"x": torch.empty(SHAPE, dtype=torch.bfloat16)}
     launches_of(**plain)
     found = launches_of(**plain | other)
-    start._started.clear()
+    forget()
     assert found == launches_of(**plain | other)
     assert found[-1].cubin != launches_of(**plain)[-1].cubin
 
 
 def test_shapes_that_keep_changing_do_not_fill_the_memory(slow_starts, monkeypatch):
-    monkeypatch.setattr(start, "MOST", 8)
+    monkeypatch.setattr(operator, "MOST", 8)
     for n in range(1, 12):
         launches_of(torch.empty((n, *SHAPE[1:]), dtype=torch.bfloat16))
-    assert len(start._started) <= 8
+    assert len(tail._planned) <= 8
 
 
 WATCHES = {
@@ -162,7 +168,7 @@ def forgotten(kernel):
     finally:
         with compile_only(90):  # a compiled kernel that goes asks the active driver to unload it
             kernel.device_caches = before
-            start._started.clear()
+            forget()
 
 
 def test_a_cache_that_was_emptied_is_filled_again(slow_starts):
@@ -185,7 +191,7 @@ def test_a_kernel_that_another_thread_compiles_is_started_by_triton(slow_starts)
 
 # What Triton's own start reads, and how it is known that nothing changed.
 READ = {
-    "in the key": {"self.device_caches"},
+    "asked of each launch": {"self.device_caches"},
     "watched": {
         "self.debug", "self.pre_run_hooks", "knobs.runtime.debug", "knobs.runtime.add_stages_inspection_hook",
         "knobs.compilation.instrumentation_mode", "knobs.runtime.launch_enter_hook", "knobs.runtime.launch_exit_hook",
@@ -224,7 +230,7 @@ def test_what_a_capture_would_have_to_compile_is_refused(slow_starts, capture):
         ):
             launches_of(torch.empty(SHAPE, dtype=torch.bfloat16))
         assert bn_stats_kernel.device_caches[90][0] == {}
-    assert (recorded, start._started, knobs.runtime.jit_cache_hook) == ([], {}, hook)
+    assert (recorded, knobs.runtime.jit_cache_hook) == ([], hook)
 
 
 def test_after_a_warm_up_it_may_be_captured(slow_starts, capture):
@@ -240,7 +246,6 @@ def test_a_batch_size_first_met_in_a_capture_may_use_what_is_compiled(slow_start
     capture()
     found = launches_of(large)
     assert [each.cubin for each in found] == [each.cubin for each in first]
-    assert len(start._started) == 6
 
 
 def test_a_capture_refuses_nothing_to_other_threads(monkeypatch):

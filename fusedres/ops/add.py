@@ -54,7 +54,8 @@ def _backward(
     activation: str,
 ) -> Tensor:  # fmt: skip
     """Laid out as the output was; both operands are given where the activation is smooth."""
-    from ..kernels.grad_apply import Operand, launch_bn_grad_apply
+    from ..kernels.grad import Operand
+    from ..kernels.grad_apply import launch_bn_grad_apply
     from ..kernels.launch import GRAD_APPLYING, choose_tile
 
     dz = p.like(dy.new_empty_strided(dy.shape, stride))

@@ -126,8 +126,11 @@ def _backward(
     p: Planner, dy: Tensor, kept: Kept, bits: Tensor, how: How, needs: Needs, skip: Skip,
     residual: Tensor | None, addend: Tensor | None,
 ) -> tuple:  # fmt: skip
-    from ..kernels import grad_apply, grad_reduce
     from ..kernels.finalize import launch_bn_grad_finalize
+    from ..kernels.grad import Operand
+    from ..kernels.grad_apply import launch_bn_grad_apply
+    from ..kernels.grad_reduce import Skip as Second
+    from ..kernels.grad_reduce import launch_bn_grad_reduce
     from ..kernels.launch import (
         CROWDED,
         DUAL_SHARE,
@@ -139,7 +142,7 @@ def _backward(
 
     (input, weight, saved), size = kept, kept.input.element_size()
     layout, activation = like_output(input), parse(how.activation)
-    dx = p.like(layout) if needs.input else None
+    dx: Any = p.like(layout) if needs.input else None
     dweight = p.like(weight) if needs.weight and weight is not None else None
     dbias = None if needs.bias_dtype is None else p.empty((saved.shape[1],), needs.bias_dtype)
     reduces = needs.weight or dbias is not None or (how.training and needs.input)
@@ -161,6 +164,7 @@ def _backward(
     share = DUAL_SHARE if residual is not None or (is_smooth and has_skip) else 1
     # With a second gradient the first pass writes dz, which is the residual's gradient, and the other pass reads it.
     dz = p.like(layout) if has_skip and (needs.input or needs.residual) else None
+    dresidual: Any = None
     if dz is not None and needs.residual and needs.residual_dtype == dz.dtype:
         dresidual, writes_residual = dz, False
     else:
@@ -176,12 +180,12 @@ def _backward(
         part = DUAL_SHARE if strides is not None else share
         tile = choose_tile(rows, size, CROWDED if is_crowded else REDUCING, p.chip, part)
         partial = p.empty((tile.programs, 2, tile.width), partial_dtype(input.dtype))
-        second = grad_reduce.Skip(None, None, None, written)
+        second: Any = Second(None, None, None, written)
         if not is_whole:
             second = skips.walked(p, skip, rows, layout, dz)
-        main = grad_reduce.Operand(input, norm, partial)
-        grad_reduce.launch_bn_grad_reduce(
-            p, dy, main, grad_reduce.Operand(residual), mask, second, dx if is_whole else None, rows, tile, activation,
+        main = Operand(input, norm, partial)
+        launch_bn_grad_reduce(
+            p, dy, main, Operand(residual), mask, second, dx if is_whole else None, rows, tile, activation,
         )  # fmt: skip
         if how.training and dx is not None:
             coefficients = p.empty((2, rows.channels), saved.dtype)
@@ -191,10 +195,10 @@ def _backward(
         mask = residual = None
         activation = parse(None)
     if (dx is not None or written is not None) and not is_whole:
-        grad_apply.launch_bn_grad_apply(
-            p, dy, grad_apply.Operand(input, norm, coefficients, dx), grad_apply.Operand(residual, gradient=written),
-            mask, addend, rows, choose_tile(rows, size, GRAD_APPLYING, p.chip, share), activation,
-        )  # fmt: skip
+        main = Operand(input, norm, None, coefficients, dx)
+        tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, share)
+        other = Operand(residual, gradient=written)
+        launch_bn_grad_apply(p, dy, main, other, mask, addend, rows, tile, activation)
     asked = zip((dx, dresidual, dweight, dbias), (*[input.dtype] * 2, *[saved.dtype] * 2), strict=True)  # fmt: skip
     return tuple(dtype if tensor is None else tensor for tensor, dtype in asked)
 
@@ -221,9 +225,8 @@ def plain_forward(
             dims = [0, *range(2, input.dim())]
             var, mean = torch.var_mean(input.to(wide), dims, correction=0)
         else:
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            var, mean = norm.running_var.to(wide), norm.running_mean.to(wide)
+            running: Any = norm
+            var, mean = running.running_var.to(wide), running.running_mean.to(wide)
         zero = torch.zeros_like(mean)
         shift = zero if norm.bias is None else norm.bias.to(wide)
         saved.copy_(torch.stack([mean, zero, (var + norm.eps).rsqrt(), shift]))

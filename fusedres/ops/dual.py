@@ -100,8 +100,10 @@ def _backward(
     wanted: Wanted,
     skip: Skip,
 ) -> tuple:
-    from ..kernels import grad_apply, grad_reduce
     from ..kernels.finalize import launch_bn_grad_finalize
+    from ..kernels.grad import Operand
+    from ..kernels.grad_apply import launch_bn_grad_apply
+    from ..kernels.grad_reduce import launch_bn_grad_reduce
     from ..kernels.launch import CROWDED, DUAL_SHARE, GRAD_APPLYING, REDUCING, choose_tile
     from ..kernels.norm import Norm
 
@@ -121,44 +123,38 @@ def _backward(
         dy, skip = skips.added(p, dy, skip, layout), Skip()
     rows, (input, dy, residual) = p.common_rows(layout, kept.input, dy, other.input)
     mask = bits if bits.numel() else None
-    norms = [Norm(k.weight, saved=k.saved) for k in (kept, other)]
-    coefficients: list[Tensor | None] = [None, None]
     has_skip = skip.gradient is not None
     dz = p.like(layout) if has_skip and any(needs[:2]) else None
+    main, second = (
+        Operand(x, Norm(k.weight, saved=k.saved), gradient=gradient)
+        for x, k, gradient in zip((input, residual), (kept, other), gradients, strict=True)
+    )
     if reduces:
         kind, share = (REDUCING, DUAL_SHARE) if skip.stride is None else (CROWDED, 2 * DUAL_SHARE)
         tile = choose_tile(rows, size, kind, p.chip, share)
         shape, dtype = (tile.programs, 2, tile.width), partial_dtype(input.dtype)
-        partials = [p.empty(shape, dtype) for _ in range(2)]
-        operands = [
-            grad_reduce.Operand(x, norm, partial)
-            for x, norm, partial in zip((input, residual), norms, partials, strict=True)
-        ]
+        main, second = (each._replace(partial=p.empty(shape, dtype)) for each in (main, second))
         walked = skips.walked(p, skip, rows, layout, dz)
-        grad_reduce.launch_bn_grad_reduce(
-            p, dy, *operands, mask, walked, None, rows, tile, activation
-        )
+        launch_bn_grad_reduce(p, dy, main, second, mask, walked, None, rows, tile, activation)
         if how.training:
-            coefficients = [
-                p.empty((2, rows.channels), kept.saved.dtype) if need else None
-                for need in needs[:2]
-            ]
-        for k in range(2):
-            launch_bn_grad_finalize(p, operands[k], coefficients[k], *vectors[k], rows, tile)
+            wide = kept.saved.dtype
+            main, second = (
+                each._replace(coefficients=p.empty((2, rows.channels), wide) if need else None)
+                for each, need in zip((main, second), needs, strict=False)
+            )
+        for each, wished in zip((main, second), vectors, strict=True):
+            launch_bn_grad_finalize(p, each, each.coefficients, *wished, rows, tile)
     if dz is not None:
         rows, (input, dy, residual) = p.common_rows(layout, input, dz, residual)
         mask, activation = None, parse(None)
+        main, second = main._replace(x=input), second._replace(x=residual)
     if any(needs[:2]):
-        outputs = [
-            grad_apply.Operand(x, *rest)
-            for x, *rest in zip((input, residual), norms, coefficients, gradients, strict=True)
-        ]
         tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, DUAL_SHARE)
-        grad_apply.launch_bn_grad_apply(p, dy, *outputs, mask, None, rows, tile, activation)
+        launch_bn_grad_apply(p, dy, main, second, mask, None, rows, tile, activation)
     dtype, wide = layout.dtype, kept.saved.dtype
     found = (*gradients, *vectors[0], *vectors[1])
     asked = zip(found, (dtype, dtype, wide, wide, wide, wide), strict=True)
-    return tuple(other if tensor is None else tensor for tensor, other in asked)
+    return tuple(dtype if tensor is None else tensor for tensor, dtype in asked)
 
 
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------

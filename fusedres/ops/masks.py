@@ -19,7 +19,8 @@ def has_bits(activation: str | None, save: bool) -> bool:
 def bytes_of(output: Tensor) -> Any:
     """How many bytes the mask of an output has, whose sizes may be symbols."""
     # Past the cache: while shapes are symbols they cannot be hashed.
-    return bits_layout(row_map.__wrapped__(tuple(output.shape), tuple(output.stride())))[1]
+    rows: Any = row_map.__wrapped__(tuple(output.shape), tuple(output.stride()))
+    return bits_layout(rows)[1]
 
 
 def empty_bits(output: Tensor, has_any: bool) -> Tensor:

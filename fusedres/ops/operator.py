@@ -226,7 +226,7 @@ def _packer(takes: tuple, index: Mapping[str, int]) -> Callable[[tuple], tuple]:
 def _filled(takes: tuple, values: Mapping[tuple[int, ...], Any]) -> tuple:
     """The groups with these values, by path."""
     return tuple(
-        type(group)(*[values[k, i] for i in range(len(group))])  # type: ignore[call-arg]
+        type(group)(*[values[k, i] for i in range(len(group))])
         if isinstance(group, tuple)
         else values[(k,)]
         for k, group in enumerate(takes)

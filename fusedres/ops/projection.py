@@ -204,7 +204,7 @@ def _transposed(
     from ..kernels.projection import launch_projection
 
     weight = _cast(p, weight, dy.dtype)
-    steps = weight.stride()[:2]
+    steps = weight.stride(0), weight.stride(1)
     if precision(dy.dtype) == "tf32":
         # sm_90 takes float32 only with a sum's terms next to each other: transposed here, not in every tile.
         across = p.empty((weight.shape[1], weight.shape[0], *weight.shape[2:]), weight.dtype)

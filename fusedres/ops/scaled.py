@@ -83,8 +83,10 @@ def _forward(
 
 def _backward(p: Planner, dy: Tensor, kept: Kept, activation: str | None, needs: Needs) -> tuple:
     """The gradients of input and residual are laid out as the output was."""
-    from ..kernels import grad_apply, grad_reduce
     from ..kernels.finalize import launch_bn_grad_finalize
+    from ..kernels.grad import Operand
+    from ..kernels.grad_apply import launch_bn_grad_apply
+    from ..kernels.grad_reduce import Skip, launch_bn_grad_reduce
     from ..kernels.launch import CROWDED, DUAL_SHARE, GRAD_APPLYING, REDUCING, choose_tile
     from ..kernels.norm import NO_NORM, Norm
 
@@ -99,23 +101,21 @@ def _backward(p: Planner, dy: Tensor, kept: Kept, activation: str | None, needs:
     dtype, dscale = kept.input.dtype, None
     if not needs.scale:
         tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, share)
-        main = grad_apply.Operand(x, norm, gradient=dinput)
-        other = grad_apply.Operand(added, gradient=dresidual)
-        grad_apply.launch_bn_grad_apply(
-            p, dy, main, other, mask, None, rows, tile, parse(activation)
-        )
+        main = Operand(x, norm, gradient=dinput)
+        other = Operand(added, gradient=dresidual)
+        launch_bn_grad_apply(p, dy, main, other, mask, None, rows, tile, parse(activation))
     else:
         dscale = p.like(kept.scale)
         # float32 spills before sm_90 where dx is written by four warps.
         kind = REDUCING if added is None and size < 4 else CROWDED
         tile = choose_tile(rows, size, kind, p.chip, share)
         partial = p.empty((tile.programs, 2, tile.width), partial_dtype(dtype))
-        skip = grad_reduce.Skip(None, None, None, dresidual)
-        grad_reduce.launch_bn_grad_reduce(
-            p, dy, grad_reduce.Operand(x, norm, partial), grad_reduce.Operand(added), mask, skip, dinput, rows, tile,
+        skip = Skip(None, None, None, dresidual)
+        launch_bn_grad_reduce(
+            p, dy, Operand(x, norm, partial), Operand(added), mask, skip, dinput, rows, tile,
             parse(activation),
         )  # fmt: skip
-        summed = grad_reduce.Operand(x, NO_NORM, partial)
+        summed = Operand(x, NO_NORM, partial)
         launch_bn_grad_finalize(p, summed, None, dscale, None, rows, tile)
     asked = zip((dinput, dresidual, dscale), (dtype, dtype, kept.scale.dtype), strict=True)
     return tuple(dtype if tensor is None else tensor for tensor, dtype in asked)

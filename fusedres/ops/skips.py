@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
 def spread(skip: Skip, like: Tensor) -> Tensor:
     """The whole gradient, like `like` in shape, with zeros between the positions that it has."""
-    assert skip.gradient is not None
+    gradient: Any = skip.gradient
     if skip.stride is None:
-        return skip.gradient
-    return _spread_into(
-        torch.zeros_like(like, dtype=skip.gradient.dtype), skip.gradient, skip.stride
-    )
+        return gradient
+    return _spread_into(torch.zeros_like(like, dtype=gradient.dtype), gradient, skip.stride)
 
 
 def _spread_into(full: Tensor, gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -45,8 +43,8 @@ def walked(p: Planner, skip: Skip, rows: RowMap, dx: Tensor, dz: Tensor | None) 
         return Walked(skip.gradient, own, (*dx.shape[2:], *skip.stride, *small[2:]), dz)
     full, stride = skip.gradient, skip.stride
     if stride is not None:
-        small, full = full, p.like(dx, full.dtype)
-        p.do(lambda whole, part: _spread_into(whole.zero_(), part, stride), full, small)
+        visited, full = full, p.like(dx, full.dtype)
+        p.do(lambda whole, part: _spread_into(whole.zero_(), part, stride), full, visited)
     mapped = row_map_of(dx, full)
     wanted = rows.outer, rows.inner, rows.spread, rows.needs_int64
     if mapped is None or wanted != (mapped.outer, mapped.inner, mapped.spread, mapped.needs_int64):
@@ -76,7 +74,7 @@ def _walked_as(rows: RowMap, dx: Tensor, small: Tensor) -> Strides | None:
 
 def added(p: Planner, dy: Tensor, skip: Skip, layout: Tensor) -> Tensor:
     """In a plan: `add`, where no pass reads both."""
-    assert skip.gradient is not None
+    gradient: Any = skip.gradient
     total, stride = p.like(layout, dy.dtype), skip.stride
-    p.do(lambda out, a, b: out.copy_(add(a, Skip(b, stride))), total, dy, skip.gradient)
+    p.do(lambda out, a, b: out.copy_(add(a, Skip(b, stride))), total, dy, gradient)
     return total

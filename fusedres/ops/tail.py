@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, fork
-from ..kernels.private import guard, is_current
 from .norm import BatchNorm, How, Skip
 from .operator import Operator, remember
-from .straight import are_plain, is_quiet
+from .straight import are_plain, guard, is_current, is_quiet
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -65,8 +64,8 @@ class Planned:
 
     def __init__(self, tail: Tail, how: How, inputs: Sequence[Tensor | None]) -> None:
         self.tail, self.how, self.backend = tail, how, dispatch.get_backend()
-        input, residual = inputs[0], inputs[1]
-        assert input is not None
+        input: Any = inputs[0]
+        residual = inputs[1]
         self.device, self.index = input.device, input.get_device()
         self.residual_dtype = None if residual is None else residual.dtype
         self.reads = tuple(k for k in tail.reads(how) if k is not None and inputs[k] is not None)
@@ -265,7 +264,7 @@ _NO_SKIP = Skip()
 fork.takes_gradients(TailFunction)
 _grad_mode = torch.is_grad_enabled
 # The engine's way into Python, past a look for which of two functions is the backward.
-TailFunction._backward_cls.apply = TailFunction.backward  # type: ignore[attr-defined]
+TailFunction._backward_cls.apply = TailFunction.backward
 # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
 _apply: Any = super(torch.autograd.Function, TailFunction).apply
 
@@ -303,7 +302,7 @@ def saved_by(node: Any) -> tuple:
     """What the node of a tail saved: the inputs that its backward reads, and what was kept as the operators give it."""
     planned: Planned = node.planned
     saved = list(node.saved_tensors)
-    inputs = {k: saved.pop(0) for k in planned.reads}
+    inputs: dict[Any, Tensor] = {k: saved.pop(0) for k in planned.reads}
     kept = saved if planned.forward is None else planned.forward.kept_results(saved[0])
     return *(inputs.get(k) for k in planned.tail.reads(planned.how)), *kept
 
