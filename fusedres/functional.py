@@ -151,27 +151,9 @@ def dual_batch_norm_act(
             residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
         ),
     )  # fmt: skip
-    return tail_of_two("dual_batch_norm_act", input, residual, norms, How(training, activation))
-
-
-def tail_of_two(
-    name: str,
-    input: Tensor,
-    residual: Tensor,
-    norms: tuple[BatchNorm, BatchNorm],
-    how: How,
-    moments: Tensor | None = None,
-) -> Tensor:
-    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
-    checked = []
-    for norm, prefix in zip(norms, ("", "residual_"), strict=True):
-        momentum = number(name, f"{prefix}momentum", norm.momentum)
-        checked.append(norm._replace(momentum=momentum, eps=number(name, f"{prefix}eps", norm.eps)))
-    both = (checked[0], checked[1])
-    dual.check_dual(input, residual, both, how, name)
-    if wants_triton(input.is_cuda) and goes_to_kernels(input):
-        return dual.dual_batch_norm_act(input, residual, both, how, moments)
-    return dual.compose(input, residual, both, how)
+    return dual.tail_of_two(
+        "dual_batch_norm_act", input, residual, norms, How(training, activation)
+    )
 
 
 def projection(
@@ -270,7 +252,7 @@ def projection_batch_norm_act(
             residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
         ),
     )  # fmt: skip
-    return tail_of_two(name, input, residual, norms, How(training, activation), moments)
+    return dual.tail_of_two(name, input, residual, norms, How(training, activation), moments)
 
 
 def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu") -> Tensor:

@@ -26,6 +26,15 @@ def spy_on_sites(monkeypatch) -> list[nn.Module]:
 
     for owner, name in ((batch_norm, "call_batch_norm"), (projection, "call_dual_batch_norm")):
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
+    straight_tail = batch_norm.straight_tail
+
+    def spy_on_the_straight_way(norm, *args):
+        output = straight_tail(norm, *args)
+        if output is not None:
+            calls.append(norm)
+        return output
+
+    monkeypatch.setattr(batch_norm, "straight_tail", spy_on_the_straight_way)
     return calls
 
 

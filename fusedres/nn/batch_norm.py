@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..activations import activate, check_activation
 from ..checks import takes
-from ..functional import add_batch_norm_act, batch_norm_act, tail_of_two
+from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
@@ -34,15 +34,15 @@ def straight_tail(
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
     """
-    if not is_quiet():
+    if type(input) is not Tensor or not is_quiet():
         return None
     try:
         own = norm.__dict__
         parameters, buffers = own["_parameters"], own["_buffers"]
         momentum, eps, training = own["momentum"], own["eps"], own["training"]
         tensors = (
-            input, NONE if residual is None else residual, parameters["weight"], parameters["bias"],
-            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"] if training else NONE,
+            input, NONE[1] if residual is None else residual, parameters["weight"], parameters["bias"],
+            buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"] if training else NONE[6],
         )  # fmt: skip
     except (AttributeError, KeyError):  # no BatchNorm of PyTorch's, or a parametrized one
         return None
@@ -76,7 +76,7 @@ def straight_tail(
             tensors[6].add_(1)
         return single.compose(input, residual, one, planned.how)
     found = usual(norm)
-    if found is None or type(input) is not Tensor:
+    if found is None:
         return None
     one, use_batch = found
     return straight(
@@ -203,7 +203,7 @@ def call_dual_batch_norm(
     try:
         norms = (a._replace(batches=None), b._replace(batches=None))
         how = How(use_batch, activation)
-        return tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
+        return dual.tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
     except _REFUSALS:
         for batches in counters:
             batches.sub_(1)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse
-from ..checks import check_batch_norm_act
-from ..dispatch import is_eager
+from ..checks import check_batch_norm_act, number
+from ..dispatch import goes_to_kernels, is_eager, wants_triton
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout, row_map_of
 from ..layouts import like_output
@@ -393,3 +393,23 @@ def dual_batch_norm_act(
         if output is not None:
             return output
     return through_operators(TAIL, input, residual, norms, how, (moments,))
+
+
+def tail_of_two(
+    name: str,
+    input: Tensor,
+    residual: Tensor,
+    norms: tuple[BatchNorm, BatchNorm],
+    how: How,
+    moments: Tensor | None = None,
+) -> Tensor:
+    """`dual_batch_norm_act` as called `name`, with the partial moments of the residual where there are some."""
+    checked = []
+    for norm, prefix in zip(norms, ("", "residual_"), strict=True):
+        momentum = number(name, f"{prefix}momentum", norm.momentum)
+        checked.append(norm._replace(momentum=momentum, eps=number(name, f"{prefix}eps", norm.eps)))
+    both = (checked[0], checked[1])
+    check_dual(input, residual, both, how, name)
+    if wants_triton(input.is_cuda) and goes_to_kernels(input):
+        return dual_batch_norm_act(input, residual, both, how, moments)
+    return compose(input, residual, both, how)

@@ -83,7 +83,8 @@ def _never(*_: Any) -> bool:
 # By what is cheap to ask; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
 ALIKE = 8
-NONE = torch.empty(0)  # in the place of a tensor that there is not: its address is 0
+# Each in its own place, for a tensor that there is not: its address is 0.
+NONE = tuple(torch.empty(0) for _ in range(16))
 
 
 def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
@@ -139,9 +140,11 @@ def straight(
         given += w, b, mean, var, batches
         floats += momentum, eps
     given += more
-    tensors = [NONE if t is None else t for t in given]
+    tensors: list[Any] = [none if t is None else t for t, none in zip(given, NONE, strict=False)]
     planned = find(key, tensors)
     if planned is None:
+        if not all(isinstance(t, Tensor) for t in tensors):
+            return None
         planned = _plan(tail, input, residual, norms, how, more, check)
         planned.check = guard(tensors)
         remember(_planned, key, [planned, *_planned.get(key, ())][:ALIKE])
@@ -241,10 +244,10 @@ class TailFunction(torch.autograd.Function):
             second, stride = fork.take(ctx)
             skip = Skip(second, None if stride is None else tuple(stride))
         planned: Planned = ctx.planned
-        found = None
+        found = saved = None
         if planned.forward is not None and dy is not None and not _grad_mode() and is_quiet():
             second, saved = skip.gradient, ctx.saved_tensors
-            tensors = (dy, NONE if second is None else second, *saved)
+            tensors = (dy, NONE[1] if second is None else second, *saved)
             # Hooks of saved tensors may have given back others.
             for back in planned.backwards.get((ctx.needs_input_grad, skip.stride), ()):
                 if back.check(*tensors):
@@ -254,7 +257,7 @@ class TailFunction(torch.autograd.Function):
             if found is None:
                 found = _straight_back(ctx, tensors, skip)
         if found is None:
-            found = (*_long_back(ctx, dy, skip), None)
+            found = (*_long_back(ctx, dy, skip, saved), None)
         if ctx.fork_source is None:
             return found
         return found[0], fork.hand_over(ctx, 1, found[1]), *found[2:]
@@ -282,13 +285,15 @@ def through_operators(
     return TailFunction.apply(*inputs, (planned, floats, groups))
 
 
-def _long_back(ctx: Any, dy: Tensor | None, skip: Skip) -> Gradients:
+def _long_back(
+    ctx: Any, dy: Tensor | None, skip: Skip, saved: Sequence[Tensor] | None
+) -> Gradients:
     """The backward by the operators, or as a graph."""
     needs = ctx.needs_input_grad[:-1]
     if dy is None and skip.gradient is None:
         return (None,) * len(needs)
     _complete(ctx)
-    return ctx.planned.tail.gradients(ctx, dy, saved_by(ctx), needs, skip)
+    return ctx.planned.tail.gradients(ctx, dy, saved_by(ctx, saved), needs, skip)
 
 
 def _complete(ctx: Any) -> None:
@@ -298,10 +303,13 @@ def _complete(ctx: Any) -> None:
     ctx.bias_dtypes = [None if b is None else b.dtype for b in ctx.biases]
 
 
-def saved_by(node: Any) -> tuple:
-    """What the node of a tail saved: the inputs that its backward reads, and what was kept as the operators give it."""
+def saved_by(node: Any, tensors: Sequence[Tensor] | None = None) -> tuple:
+    """What the node of a tail saved: the inputs that its backward reads, and what was kept as the operators give it.
+
+    tensors: its saved tensors, where they were unpacked already: checkpointing unpacks them once.
+    """
     planned: Planned = node.planned
-    saved = list(node.saved_tensors)
+    saved = list(node.saved_tensors if tensors is None else tensors)
     inputs: dict[Any, Tensor] = {k: saved.pop(0) for k in planned.reads}
     kept = saved if planned.forward is None else planned.forward.kept_results(saved[0])
     return *(inputs.get(k) for k in planned.tail.reads(planned.how)), *kept
@@ -342,7 +350,7 @@ def _plan_back(ctx: Any, tensors: tuple, skip: Skip) -> _Back:
     _complete(ctx)
     tail, needs = planned.tail, ctx.needs_input_grad[:-1]
     dy = tensors[0]
-    groups = tail.backward_groups(ctx, dy, saved_by(ctx), needs, skip)
+    groups = tail.backward_groups(ctx, dy, saved_by(ctx, tensors[2:]), needs, skip)
     plan = tail.backward.plan(groups)
     passes = needs[1] and type(plan.results[1]) is not int
     if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):

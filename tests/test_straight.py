@@ -1,0 +1,478 @@
+"""The straight way of a tail, from the module to the launches: the same launches, and nobody who looks is passed by."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusedres
+from fusedres.benchmarks.compile_only import compile_only
+from fusedres.benchmarks.stub_driver import stub_driver, why_no_stub
+from fusedres.kernels import bind, memory
+from fusedres.nn.batch_norm import call_dual_batch_norm, call_tail
+from fusedres.ops import batch_norm_act, dual, operator, straight, tail
+
+from .helpers import without_plans
+
+SHAPE = (2, 8, 4, 4)
+
+
+def images(n=1, shape=SHAPE, **options):
+    made = [torch.randn(shape, **options).requires_grad_() for _ in range(n)]
+    return made[0] if n == 1 else made
+
+
+# --- the same launches -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    if (why := why_no_stub()) is not None:
+        pytest.skip(why)
+    without_plans(monkeypatch)
+    with stub_driver() as driver, fusedres.backend("triton"):
+        yield driver
+
+
+@pytest.fixture
+def launched(stub, monkeypatch):
+    """Every launch of a bound kernel: (kernel, grid, arguments), each address by when it was first seen."""
+    found, seen, kept = [], {}, []
+    text = bind.Bound.text
+
+    def noted(self, name, pointer, given):
+        said, scope = text(self, name, pointer, given)
+        launch, specs = scope[name], self._values
+
+        def noting(*arguments):
+            values = arguments[-1] if self._is_packed else arguments[len(arguments) - len(specs) :]
+            told = [
+                ("address", seen.setdefault(value, len(seen)))
+                if type(spec) is bind.Pointer
+                else value
+                for spec, value in zip(specs, values, strict=True)
+            ]
+            found.append((self.kept.name, arguments[:3], told))
+            launch(*arguments)
+
+        return said, scope | {name: noting}
+
+    def keeping(make):
+        def made(*arguments):
+            kept.append(make(*arguments))  # so that no address is used twice
+            return kept[-1]
+
+        return made
+
+    monkeypatch.setattr(bind.Bound, "text", noted)
+    monkeypatch.setitem(memory.EMPTY, "cpu", keeping(memory.EMPTY["cpu"]))
+
+    def launches_of(step):
+        found.clear(), seen.clear()
+        step()
+        return list(found)
+
+    return launches_of
+
+
+@pytest.fixture
+def by_the_operators(monkeypatch):
+    """From when it is called, somebody looks."""
+
+    def begin():
+        for module in (batch_norm_act, dual, operator, tail, straight):
+            monkeypatch.setattr(module, "is_quiet", lambda: False)
+        monkeypatch.setattr("fusedres.nn.batch_norm.is_quiet", lambda: False)
+
+    return begin
+
+
+class SixNorms(nn.Module):
+    """BN + ReLU, tails with forks, a projected tail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.norms
+        first = call_tail(a, x, None, "relu")
+        second = call_tail(b, call_tail(c, first, None, "relu"), first, "relu")
+        return call_dual_batch_norm(e, call_tail(d, second, second, None), f, second, "relu")
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_both_ways_launch_the_same(launched, by_the_operators, layout, monkeypatch):
+    """Kernels, grids, numbers and how their tensors hang together; but for the counters, which are counted on the host
+    by the operators' way."""
+    network = SixNorms()
+    x = torch.randn(4, 8, 6, 6).contiguous(memory_format=layout).requires_grad_()
+    gradient = torch.randn_like(network(x))
+
+    def step():
+        network(x).backward(gradient)
+
+    monkeypatch.setattr(tail, "_is_counter", lambda *_: False)
+    launches = []
+    for _ in range(2):
+        without_plans(monkeypatch)
+        step(), step()
+        launches.append(launched(step))
+        by_the_operators()
+    assert launches[0] == launches[1]
+    assert len(launches[0]) == 33
+
+
+@pytest.mark.compiler
+def test_a_call_that_was_met_before_looks_at_no_kernel(launched):
+    """Six launches, past Triton and past `torch.ops`."""
+    module, x = fusedres.nn.BatchNormAct2d(8), images()
+    gradient = torch.randn(SHAPE)
+
+    def step():
+        module(x).backward(gradient)
+
+    step(), step()
+    with pytest.MonkeyPatch.context() as patch:
+        for each in (batch_norm_act.FORWARD, batch_norm_act.BACKWARD):
+            patch.setattr(each, "op", None)
+            patch.setattr(each, "_run", None)
+        assert [name for name, *_ in launched(step)] == [
+            "bn_stats_kernel", "bn_finalize_kernel", "bn_apply_kernel",
+            "bn_grad_reduce_kernel", "bn_grad_finalize_kernel", "bn_grad_apply_kernel",
+        ]  # fmt: skip
+
+
+# --- who looks -------------------------------------------------------------------------------------------------------
+
+# By the operators, or straight? Of each situation: (what is done with a module and its two inputs, ways of the forward,
+# ways of the backward).
+LONG, STRAIGHT = "operators", "straight"
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def plainly(module, x, residual):
+    module(x, residual).sum().backward()
+
+
+def under(context, with_backward=True):
+    def run(module, x, residual):
+        with context():
+            output = module(x, residual)
+            if with_backward:
+                output.sum().backward()
+
+    return run
+
+
+def fake(module, x, residual):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module(mode.from_tensor(x.detach()), mode.from_tensor(residual.detach()))
+
+
+def create_graph(module, x, residual):
+    (gradient,) = torch.autograd.grad(module(x, residual).sum(), x, create_graph=True)
+    gradient.pow(2).sum().backward()
+
+
+def batched_gradients(module, x, residual):
+    output = module(x, residual)
+    torch.autograd.grad(output, x, torch.randn(3, *SHAPE), is_grads_batched=True)
+
+
+def watched_backward(module, x, residual):
+    output = module(x, residual)
+    with Looking():
+        output.sum().backward()
+
+
+def profiled_backward(module, x, residual):
+    output = module(x, residual)
+    with profiler():
+        output.sum().backward()
+
+
+def profiler():
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+def hooked(module, x, residual):
+    handle = module.bn.register_forward_hook(lambda *_: None)
+    try:
+        module(x, residual)
+    finally:
+        handle.remove()
+
+
+def misaligned(module, x, residual):
+    module(torch.randn(x.numel() + 1)[1:].view(SHAPE), residual)
+
+
+def misaligned_gradient(module, x, residual):
+    gradient = torch.randn(x.numel() + 1)[1:].view(SHAPE)
+    torch.autograd.grad(module(x, residual), x, gradient)
+
+
+def cloned_saved_tensors(module, x, residual):
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t.clone(), lambda t: t):
+        module(x, residual).sum().backward()
+
+
+def other_saved_tensors(module, x, residual):
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: t, lambda t: t.as_subclass(Subclass)):
+        module(x, residual).sum().backward()
+
+
+SITUATIONS = {
+    "plainly": (plainly, STRAIGHT, STRAIGHT),
+    "an expanded gradient": (lambda m, x, r: m(x, r).backward(torch.ones(1).expand(SHAPE)), STRAIGHT, STRAIGHT),
+    "no_grad": (under(torch.no_grad, False), STRAIGHT, None),
+    "inference_mode": (
+        lambda m, x, r: under(torch.inference_mode, False)(m, x.detach().clone(), r.detach().clone()), STRAIGHT, None,
+    ),
+    "saved tensors cloned": (cloned_saved_tensors, STRAIGHT, STRAIGHT),
+    "saved tensors of another class": (other_saved_tensors, STRAIGHT, LONG),
+    "checkpoint": (lambda m, x, r: checkpoint(m, x, r, use_reentrant=False).sum().backward(), STRAIGHT, STRAIGHT),
+    "re-entrant checkpoint": (
+        lambda m, x, r: checkpoint(m, x, r, use_reentrant=True).sum().backward(), STRAIGHT, STRAIGHT,
+    ),
+    "residual in another layout": (
+        lambda m, x, r: m(x, r.detach().contiguous(memory_format=torch.channels_last)), STRAIGHT, None,
+    ),
+    "bfloat16 input": (lambda m, x, r: m(x.bfloat16(), r.bfloat16()), STRAIGHT, None),
+    "create_graph": (create_graph, STRAIGHT, LONG),
+    "is_grads_batched": (batched_gradients, STRAIGHT, LONG),
+    "a dispatch mode": (under(Looking), LONG, LONG),
+    "a dispatch mode around the backward": (watched_backward, STRAIGHT, LONG),
+    "FlopCounterMode": (under(lambda: FlopCounterMode(display=False)), LONG, LONG),
+    "a function mode": (under(lambda: torch.device("cpu")), LONG, LONG),
+    "FakeTensorMode": (fake, LONG, None),
+    "make_fx": (lambda m, x, r: make_fx(lambda a, b: m(a, b))(x.detach(), r.detach()), LONG, None),
+    "torch.func.grad": (
+        lambda m, x, r: torch.func.grad(lambda a: m.eval()(a, r).sum())(x.detach()), LONG, None,
+    ),
+    "vmap": (lambda m, x, r: torch.vmap(m.eval())(torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)), LONG, None),
+    "a profiler": (under(profiler), LONG, LONG),
+    "a profiler around the backward": (profiled_backward, STRAIGHT, LONG),
+    "jit.trace": (
+        lambda m, x, r: torch.jit.trace(m.eval(), (x.detach(), r.detach()), check_trace=False), LONG, None,
+    ),
+    "torch.compile": (
+        lambda m, x, r: torch.compile(m, backend="eager", fullgraph=True)(x, r), LONG, None,
+    ),
+    "a subclass": (lambda m, x, r: m(x.detach().as_subclass(Subclass), r.detach()), LONG, None),
+    "a hook on the norm": (hooked, LONG, None),
+    "an input that is not aligned": (misaligned, LONG, None),
+    "a gradient that is not aligned": (misaligned_gradient, STRAIGHT, LONG),
+    "a cumulative average": (
+        lambda m, x, r: (setattr(m.bn, "momentum", None), m(x, r)), STRAIGHT, None,
+    ),
+    "a counter that is gone": (
+        lambda m, x, r: (setattr(m.bn, "num_batches_tracked", None), plainly(m, x, r)), STRAIGHT, STRAIGHT,
+    ),
+    "no affine": (
+        lambda m, x, r: (setattr(m.bn, "weight", None), setattr(m.bn, "bias", None), plainly(m, x, r)),
+        STRAIGHT, STRAIGHT,
+    ),
+    "eval": (lambda m, x, r: plainly(m.eval(), x, r), STRAIGHT, STRAIGHT),
+}  # fmt: skip
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Which way forwards and backwards took: by `Tail.forward` and `.backward`, or by a plan of their own."""
+    taken = {"forward": set(), "backward": set()}
+
+    def count(kind, way, function):
+        def counted(*arguments, **options):
+            result = function(*arguments, **options)
+            if way is LONG or result is not None:
+                taken[kind].add(way)
+            return result
+
+        return counted
+
+    without_plans(monkeypatch)
+    monkeypatch.setattr(tail, "run", count("forward", STRAIGHT, tail.run))
+    monkeypatch.setattr("fusedres.nn.batch_norm.run", tail.run)
+    monkeypatch.setattr(tail, "_straight_back", count("backward", STRAIGHT, tail._straight_back))
+    monkeypatch.setattr(tail, "_long_back", count("backward", LONG, tail._long_back))
+    return taken
+
+
+@pytest.mark.kernels
+@pytest.mark.cpu
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_who_looks_is_not_passed_by(situation, ways, device):
+    """The kernels run either way."""
+    do, forward, backward = SITUATIONS[situation]
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    do(module, *images(2, device=device))
+    assert ways["forward"] == ({STRAIGHT} if forward is STRAIGHT else set())
+    if backward is not None:
+        assert ways["backward"] == {backward}
+
+
+@pytest.mark.compiler
+def test_a_profiler_sees_the_operators_by_their_names():
+    with fusedres.backend("triton"), compile_only(90), profiler() as profile:
+        plainly(fusedres.nn.BatchNormAct2d(8), *images(2))
+    names = {event.name for event in profile.events()}
+    assert {"fusedres::batch_norm_act", "fusedres::batch_norm_act_backward"} <= names
+
+
+# --- what changes between two calls ----------------------------------------------------------------------------------
+
+
+def results(module, x, residual):
+    x, residual = (t.detach().clone().requires_grad_() for t in (x, residual))
+    output = module(x, residual)
+    output.sum().backward()
+    kept = [output.detach(), x.grad, residual.grad]
+    return [*kept, *(b.clone() for b in module.buffers())]
+
+
+CHANGES = {
+    "eps": lambda m: setattr(m, "eps", 0.5),
+    "momentum": lambda m: setattr(m, "momentum", 0.9),
+    "no momentum": lambda m: setattr(m, "momentum", None),
+    "eval": lambda m: m.eval(),
+    "no statistics": lambda m: setattr(m, "track_running_stats", False),
+    "a new weight": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(8.0))),
+    "no bias": lambda m: setattr(m, "bias", None),
+    "a frozen weight": lambda m: m.weight.requires_grad_(False),
+    "weights that are not dense": lambda m: setattr(m.weight, "data", torch.arange(16.0)[::2]),
+    "a counter of another kind": lambda m: setattr(m, "num_batches_tracked", torch.tensor(5, dtype=torch.int32)),
+    "no counter": lambda m: setattr(m, "num_batches_tracked", None),
+    "another forward": lambda m: setattr(m, "forward", lambda t: t * 2),
+    "a hook": lambda m: m.register_forward_hook(lambda *a: a[-1] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_was_changed_is_looked_at_again(change, device):
+    """After two calls of one kind, the third is as that of a module that was never called."""
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    x, residual = images(2, device=device)
+    for _ in range(2):
+        module(x, residual).sum().backward()
+    fresh = copy.deepcopy(module)
+    for each in (module, fresh):
+        CHANGES[change](each.bn)
+    found, expected = (results(each, x, residual) for each in (module, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("vector", ["weight", "bias", "running_mean"])
+def test_a_vector_that_no_longer_fits_is_refused(vector, device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module(x), module(x)
+    getattr(module, vector).data = torch.ones(9, device=device)
+    before = [b.clone() for b in module.buffers()]
+    with pytest.raises(RuntimeError, match=vector):
+        module(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.buffers(), strict=True))
+
+
+@pytest.mark.kernels
+def test_a_rank_that_the_module_does_not_take_is_refused_however_often(device):
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    three = images(shape=(2, 8, 5), device=device)
+    fusedres.nn.BatchNormAct1d(8, device=device)(three)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            module(three)
+
+
+def test_batches_are_counted_once_a_call(device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    for _ in range(3):
+        module(x)
+    module.eval()(x)
+    assert module.num_batches_tracked.item() == 3
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+def test_a_plan_holds_no_tensor(device):
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    x, residual = images(2, device=device)
+    plainly(module, x, residual)
+    held = [weakref.ref(t) for t in (x, residual, *module.parameters(), *module.buffers())]
+    del module, x, residual
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
+
+
+@pytest.mark.kernels
+def test_plans_do_not_fill_the_memory(device, monkeypatch):
+    without_plans(monkeypatch)
+    monkeypatch.setattr(operator, "MOST", 8)
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    for n in range(1, 30):
+        module(images(shape=(n, 8, 2, 2), device=device))
+    kinds = [planned for found in tail._planned.values() for planned in found]
+    assert len(tail._planned) <= 8
+    assert len(kinds) <= 8 * tail.ALIKE
+
+
+@pytest.mark.compiler
+def test_a_driver_that_is_replaced_gets_launches_of_its_own(monkeypatch):
+    without_plans(monkeypatch)
+    module, x = fusedres.nn.BatchNormAct2d(8), images()
+    found = {}
+    with fusedres.backend("triton"):
+        for architecture in (90, 80, 90, 80):
+            with compile_only(architecture) as launches:
+                module(x)
+                found.setdefault(architecture, []).append([each.architecture for each in launches])
+    assert found == {90: [[90] * 3] * 2, 80: [[80] * 3] * 2}
+
+
+@pytest.mark.compiler
+def test_threads_share_plans(stub):
+    """Each of them launches as often as it calls."""
+    modules = [fusedres.nn.BatchNormAct2d(8) for _ in range(3)]
+    before, faults = stub.launches, []
+
+    def work():
+        try:
+            for n in range(20):
+                for module in modules:
+                    module(images(shape=(1 + n % 5, 8, 4, 4))).sum().backward()
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert faults == []
+    assert stub.launches - before == 4 * 20 * 3 * 6
