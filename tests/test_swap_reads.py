@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.swap.guards import compiled
+from fusedres.swap.install import plan_of
 
 from .swap_blocks import fused_copy, images, make
 
@@ -328,9 +330,73 @@ def test_what_was_read_is_read_again(name, monkeypatch):
     block = reads(read)
     fused = fused_copy(block)
     same(fused, block, X)
+    fits = looks(fused)
+    assert fits() in (None, (True, True))
     for each in (fused, block):
         change(each, monkeypatch)
     same(fused, block, X)
+    assert fits() in (None, (False, False))
+
+
+def looks(fused):
+    """Tells whether the guards hold, as they are asked when nothing compiles and when something does; None where
+    nothing is fused."""
+    plan = plan_of(fused)
+    if plan is None:
+        return lambda: None
+    both = [compiled(plan.guards, is_eager) for is_eager in (True, False)]
+    return lambda: tuple(fits(fused) for fits in both)
+
+
+def without_its_weight(norm):
+    weight = norm.weight
+    del norm.weight
+    norm.weight = weight.detach()
+
+
+# of a child, which the fused forward does not call, and whether it fits afterwards
+OF_CHILDREN = {
+    "a hook": (lambda block: block.bn.register_forward_hook(lambda *_: None), False),
+    "a hook before": (lambda block: block.bn.register_forward_pre_hook(lambda *_: None), False),
+    "a hook backward": (lambda block: block.bn.register_full_backward_hook(lambda *_: None), False),
+    "a hook before backward": (
+        lambda block: block.bn.register_full_backward_pre_hook(lambda *_: None), False,
+    ),
+    "a hook on the activation": (lambda block: block.act.register_forward_hook(lambda *_: None), False),
+    "a forward": (lambda block: setattr(block.bn, "forward", lambda x: x), False),
+    "a forward of the activation": (lambda block: setattr(block.act, "forward", lambda x: x), False),
+    "a forward of None": (lambda block: vars(block.bn).update(forward=None), True),
+    "a computed weight": (lambda block: nn.utils.parametrizations.weight_norm(block.bn, dim=None), False),
+    "a weight that is no parameter": (lambda block: without_its_weight(block.bn), False),
+    "no bias": (lambda block: setattr(block.bn, "bias", None), True),
+    "another BatchNorm": (lambda block: setattr(block, "bn", nn.BatchNorm2d(4)), True),
+    "a SyncBatchNorm": (lambda block: setattr(block, "bn", nn.SyncBatchNorm(4)), True),
+    "a class of the user's": (
+        lambda block: setattr(block.bn, "__class__", type("Own", (nn.BatchNorm2d,), {})), False,
+    ),
+    "another activation": (lambda block: setattr(block, "act", nn.Tanh()), False),
+    "no activation": (lambda block: setattr(block, "act", None), False),
+    "none at all": (lambda block: delattr(block, "act"), False),
+    "no BatchNorm": (lambda block: delattr(block, "bn"), False),
+    "one that the instance hides": (lambda block: vars(block).update(act=nn.Tanh()), False),
+    "one that its class hides": (lambda block: setattr(type(block), "act", nn.Tanh()), False),
+    "a convolution that its class hides": (lambda block: setattr(type(block), "conv", nn.Tanh()), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_CHILDREN)
+def test_children_are_looked_at_again(name):
+    change, still_fits = OF_CHILDREN[name]
+    torch.manual_seed(0)
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    fused = fused_copy(type("Own", (HasScale,), {"forward": forward})().double())
+    fits = looks(fused)
+    assert fits() == (True, True)
+    change(fused)
+    assert fits() == (still_fits, still_fits)
 
 
 @pytest.mark.parametrize("name", ["none", "left"])
@@ -354,6 +420,9 @@ def test_a_child_that_something_hides_is_not_called():
     for each in (fused, block):
         vars(each)["act"] = nn.Tanh()
     same(fused, block, X)
+    torch._dynamo.reset()
+    compiled_one = torch.compile(fused, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled_one(X), block(X), rtol=1e-9, atol=1e-11)
 
 
 def test_super_finds_what_a_class_in_between_has_now(monkeypatch):

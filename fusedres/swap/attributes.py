@@ -265,15 +265,20 @@ class Attributes(Reads):
     def guard_children(self) -> None:
         """That no attribute of a module or of its class hides the children that were read, all names at once.
 
-        Under torch.compile the compiler sees to that itself.
+        Under torch.compile, which does not look at a class again, what is read tells.
         """
         for at, names in self._children.items():
             classes = at.cls.__mro__[: at.cls.__mro__.index(nn.Module)]
-            tests = ["{1}.isdisjoint({m}.__dict__)"]
-            tests += [f"{{1}}.isdisjoint({{{i}}}.__dict__)" for i in range(2, 2 + len(classes))]
-            constants = (torch.compiler.is_compiling, frozenset(names), *classes)
+            places = ["{m}.__dict__", *(f"{{{i}}}.__dict__" for i in range(1, 1 + len(classes)))]
+            each = [literal(name) for name in sorted(names)]
+            absent = " and ".join(f"{name} not in {place}" for place in places for name in each)
+            found = " and ".join(
+                f"{reading('{m}', name)} is {{m}}._modules[{literal(name)}]"
+                for name in sorted(names)
+            )
             reason = f"one of {', '.join(sorted(names))} was hidden after it was fused"
-            self.guard(Guard(at.path, f"({{0}}() or {' and '.join(tests)})", constants, reason))
+            constants = (torch.compiler.is_compiling, *classes)
+            self.guard(Guard(at.path, f"({found} if {{0}}() else {absent})", constants, reason))
 
     def children(self, at: ModuleAt) -> list[tuple[str, Any]]:
         """All children by name, with a guard that they stay as many, in that order."""

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import math
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -141,21 +142,49 @@ def code_stays(function: types.FunctionType) -> list[Guard]:
 INLINE: dict[Any, Callable[[Guard], Guard | None]] = {}
 
 
-class _Writer:
-    """Source of tests, with names for the modules and constants in it."""
+# What nn.Module keeps in the `__dict__` of each instance, and the `__dict__` itself.
+_KEPT = re.compile(
+    r"\{m\}\.(__dict__|" + "|".join(n for n in vars(nn.Module()) if n.startswith("_")) + r")\b"
+)
 
-    def __init__(self) -> None:
+
+class _Writer:
+    """Source of tests, with names for the modules and constants in it.
+
+    Args:
+        is_eager: for calls that nothing compiles: what nn.Module keeps is read where it is kept, past the lookup of
+            attributes, which finds in 25 ns (Python 3.11) what a dictionary finds in 12.
+    """
+
+    def __init__(self, is_eager: bool = False) -> None:
         self.lines: list[str] = []
         self.scope: dict[str, Any] = {}
-        self._modules: dict[Path, str] = {(): "self"}
+        self._is_eager = is_eager
+        self._names: dict[tuple[str, Path], str] = {}
         self._constants: dict[int, str] = {}
 
+    def _local(self, what: str, path: Path, value: str) -> str:
+        """A name for what is read of the module at a path: `m0` itself, `d0` its `__dict__`, `c0` its children."""
+        if (what, path) not in self._names:
+            self._names[what, path] = f"{what}{len(self._names)}"
+            self.lines.append(f"{self._names[what, path]} = {value}")
+        return self._names[what, path]
+
     def module(self, path: Path) -> str:
-        if path not in self._modules:
-            above, name = self.module(path[:-1]), f"m{len(self._modules)}"
-            self.lines.append(f"{name} = {above}._modules[{path[-1]!r}]")
-            self._modules[path] = name
-        return self._modules[path]
+        if not path:
+            return "self"
+        return self._local("m", path, f"{self._kept('_modules', path[:-1])}[{path[-1]!r}]")
+
+    def _kept(self, name: str, path: Path) -> str:
+        """What nn.Module keeps under this name."""
+        module = self.module(path)
+        if not self._is_eager:
+            return f"{module}.{name}"
+        state = self._local("d", path, f"{module}.__dict__")
+        if name == "__dict__":
+            return state
+        kept = f"{state}[{name!r}]"
+        return self._local("c", path, kept) if name == "_modules" else kept
 
     def constant(self, value: Any) -> str:
         if value is None or value is True or value is False:
@@ -176,17 +205,25 @@ class _Writer:
     def written(self, guard: Guard) -> str:
         """The test as it stands, with names for its places."""
         # Written out, since a test's own braces are none of str.format's.
-        text = guard.test.replace("{s}", "self")
-        if guard.path is not None:
-            text = text.replace("{m}", self.module(guard.path))
+        text, path = guard.test.replace("{s}", "self"), guard.path
+        if path is not None:
+            text = _KEPT.sub(lambda found: self._kept(found[1], path), text)
+            text = text.replace("{m}", self.module(path))
         for i, value in enumerate(guard.constants):
-            text = text.replace(f"{{{i}}}", self.constant(value))
+            place = f"{{{i}}}"
+            if self._is_eager and value is torch.compiler.is_compiling:
+                text = text.replace(f"{place}()", "False")
+            if self._is_eager and isinstance(value, type) and f"{place}.__dict__" in text:
+                # What this gives shows what becomes of the class.
+                text = text.replace(f"{place}.__dict__", self.constant(vars(value)))
+            text = text.replace(place, self.constant(value))
         return text
 
 
-def compiled(guards: Iterable[Guard]) -> Callable[[nn.Module], bool]:
-    """A function that tells of a module whether all of its guards hold."""
-    writer = _Writer()
+def compiled(guards: Iterable[Guard], is_eager: bool = False) -> Callable[[nn.Module], bool]:
+    """A function that tells of a module whether all of its guards hold; `is_eager`: it is not asked while something
+    is being compiled."""
+    writer = _Writer(is_eager)
     tests = [writer.test(guard) for guard in dict.fromkeys(guards)]
     found = "\n            and ".join(tests) or "True"
     lines = "".join(f"        {line}\n" for line in writer.lines)

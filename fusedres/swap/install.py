@@ -72,7 +72,8 @@ def fused_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
 
 
 def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
-    fused, fits = compile_source(plan.source, plan.imports), compiled(plan.guards)
+    fused = compile_source(plan.source, plan.imports)
+    fits, fits_compiled = compiled(plan.guards, is_eager=True), compiled(plan.guards)
     traced: Any = original.forward
     count, smallest = len(plan.inputs), plan.min_elements
     may_bind = _takes_by_name(traced, plan)
@@ -81,12 +82,13 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     def forward(self, *args, **kwargs):
         if may_bind and (kwargs or len(args) != count):
             args, kwargs = _bind(plan, args, kwargs)
+        is_compiled = torch.compiler.is_compiling()
         if (
             kwargs
             or len(args) != count
             or type(self).forward is not traced
-            or runs_own_forward()
-            or not fits(self)
+            or runs_own_forward(is_compiled)
+            or not (fits_compiled if is_compiled else fits)(self)
             or not _are_plain_tensors(args)
             or (smallest and any(arg.numel() < smallest for arg in args))
         ):
@@ -94,6 +96,11 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
         return fused(self, *args)
 
     return forward
+
+
+_ORPHAN = (
+    "the forward of a fused module was copied without it; call the copy itself, or fuse it anew"
+)
 
 
 class Seat:
@@ -114,24 +121,23 @@ class Seat:
         self._forward: Any = kind.forward if plan is None else fused_forward(kind, plan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(self._caller(), *args, **kwargs)
-
-    def _caller(self) -> Any:
         module = self._module()
         if not torch.compiler.is_compiling():
             # nn.Module's call names itself `self`.
-            caller = sys._getframe(2).f_locals.get("self")
-            if caller is not module and isinstance(caller, nn.Module):
-                if vars(caller).get("forward") is not self:
-                    caller = module
-                elif module is None:
-                    self._module = weakref.ref(caller)
-                module = caller
+            caller = sys._getframe(1).f_locals.get("self")
+            if caller is not module:
+                module = self._owner(module, caller)
         if module is None:
-            raise RuntimeError(
-                "the forward of a fused module was copied without it; call the copy itself, or fuse it anew"
-            )
-        return module
+            raise RuntimeError(_ORPHAN)
+        return self._forward(module, *args, **kwargs)
+
+    def _owner(self, module: Any, caller: Any) -> Any:
+        """The module to run on, where the caller is another one than ours: a clone, which calls this as its own."""
+        if not isinstance(caller, nn.Module) or vars(caller).get("forward") is not self:
+            return module
+        if module is None:
+            self._module = weakref.ref(caller)
+        return caller
 
     # What is asked of a bound method: exporters want its code, libraries its arguments.
 
@@ -168,7 +174,10 @@ class Seat:
 
     def double(self) -> nn.Module:
         """`__prepare_scriptable__` of the module: what TorchScript compiles in its place."""
-        return unfused_double(self._caller(), {})
+        module = self._owner(self._module(), sys._getframe(1).f_locals.get("self"))
+        if module is None:
+            raise RuntimeError(_ORPHAN)
+        return unfused_double(module, {})
 
 
 OWN_FORWARDS.add(Seat)
@@ -215,24 +224,26 @@ def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
 
 def _are_plain_tensors(args: tuple) -> bool:
     # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
-    return all(type(arg) is Tensor or type(arg) is nn.Parameter for arg in args)
+    for arg in args:  # noqa: SIM110 - `all(...)` takes three times as long
+        if type(arg) is not Tensor and type(arg) is not nn.Parameter:
+            return False
+    return True
 
 
-def runs_own_forward() -> bool:
+def runs_own_forward(is_compiled: bool) -> bool:
     """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
     modules wait for each child's call, a TorchFunctionMode for each function's."""
-    return (
-        current_backend() == "off"
-        or torch.jit.is_tracing()
-        or _has_any_global_hook()
-        or _sees_functions()
+    if current_backend() == "off" or _has_any_global_hook():
+        return True
+    if is_compiled:
+        return torch.jit.is_tracing()
+    return torch._C._is_tracing() or (
+        torch._C._len_torch_function_stack() > 0 and _sees_functions()
     )
 
 
 def _sees_functions() -> bool:
     """Whether a TorchFunctionMode waits for the functions of the forward; that of a default device does not."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
-        return False
     modes = torch.overrides._get_current_function_mode_stack()
     return any(type(mode) is not DeviceContext for mode in modes)
 

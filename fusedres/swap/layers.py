@@ -93,7 +93,7 @@ def _stays(owner: Any, name: str) -> Guard:
 
 _NOT_CALLED = (
     "not ({m}._forward_hooks or {m}._forward_pre_hooks or {m}._backward_hooks or {m}._backward_pre_hooks) "
-    "and type({m}.__dict__.get('forward')) in {0}"
+    "and ('forward' not in {m}.__dict__ or type({m}.__dict__['forward']) in {0})"
 )
 # What they compute is told by their class.
 _BY_CLASS = (*CONVOLUTIONS, nn.Sequential, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Mish)
@@ -101,8 +101,8 @@ _BY_CLASS = (*CONVOLUTIONS, nn.Sequential, nn.ReLU, nn.SiLU, nn.Hardswish, nn.Mi
 
 def _usual_norm(guard: Guard) -> Guard:
     test = (
-        f"type({{m}}) in {{1}} and {_NOT_CALLED} and type({{m}}._parameters.get('weight')) is {{2}} "
-        "and type({m}._parameters.get('bias')) is {2}"
+        f"type({{m}}) in {{1}} and {_NOT_CALLED} and type({{m}}._parameters['weight']) is {{2}} "
+        "and type({m}._parameters['bias']) is {2}"
     )
     return Guard(guard.path, test, (OWN_FORWARDS, FUSED_NORMS, nn.Parameter))
 

@@ -17,7 +17,7 @@ from .alias import in_place
 from .guards import digest
 from .match import Match, Sum
 from .nodes import Skipped, operands
-from .source import Imports, resolve, written
+from .source import IS_CHILD, Imports, resolve, written
 from .values import NotTraceable
 
 _FUNCTIONS: dict[tuple[Any, ...], types.FunctionType] = {}
@@ -48,6 +48,13 @@ def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str
     return written(graph)
 
 
+def _child(graph: fx.Graph, path: Any) -> fx.Node:
+    """A read of a child."""
+    node = graph.create_node("get_attr", path)
+    node.meta[IS_CHILD] = True
+    return node
+
+
 def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.Node:
     """Put the call that runs a site in its place; that call."""
     activation = match.activation
@@ -59,16 +66,14 @@ def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.N
             site = graph.call_function(call_function, (*call, residual, activation, match.into))
     elif shortcut is None:
         with graph.inserting_before(match.end):
-            norm = graph.create_node("get_attr", match.norm.target)
+            norm = _child(graph, match.norm.target)
             site = graph.call_function(call_tail, (norm, input, residual, activation, match.into))
     else:
         with graph.inserting_before(match.end):
-            norms = [
-                graph.create_node("get_attr", path) for path in (match.norm.target, shortcut.norm)
-            ]
+            norms = [_child(graph, path) for path in (match.norm.target, shortcut.norm)]
             convolution, source = None, now.get(shortcut.source, shortcut.source)
             if shortcut.convolution is not None:
-                convolution = graph.create_node("get_attr", shortcut.convolution)
+                convolution = _child(graph, shortcut.convolution)
             site = graph.call_function(
                 call_projected_tail,
                 (norms[0], input, norms[1], convolution, source, activation, match.into),
@@ -86,7 +91,7 @@ def _replace_pair(
     """The sum and what follows it as one call; what stands for each now."""
     summands = [now.get(node, node) for node in operands(before) or ()]
     with graph.inserting_before(match.end):
-        norm = graph.create_node("get_attr", match.norm.target)
+        norm = _child(graph, match.norm.target)
         pair = graph.call_function(call_add_batch_norm, (norm, *summands, match.activation))
         total, output = (graph.call_function(operator.getitem, (pair, k)) for k in (0, 1))
     match.end.replace_all_uses_with(output)

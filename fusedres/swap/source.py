@@ -31,7 +31,9 @@ _IN_PLACE = {
     operator.ifloordiv: "//=", operator.imod: "%=", operator.ipow: "**=", operator.iand: "&=", operator.ior: "|=",
     operator.ixor: "^=", operator.imatmul: "@=",
 }  # fmt: skip
-_OUR_NAMES = re.compile(r"[av]\d+|self")
+_OUR_NAMES = re.compile(r"[av]\d+|self|children")
+# In the `meta` of a get_attr node: what it reads is a child.
+IS_CHILD = "fusedres.is_child"
 
 
 def source_of(graph: fx.Graph) -> str:
@@ -49,7 +51,11 @@ def written(graph: fx.Graph) -> tuple[str, Imports]:
 
 
 class _Writer:
-    """Inputs are a0, a1, ..., values v0, v1, ...; globals have the names of what they are."""
+    """Inputs are a0, a1, ..., values v0, v1, ...; globals have the names of what they are.
+
+    Children are read where nn.Module keeps them: as an attribute, which is looked for everywhere else first, each costs
+    0.5 us (Python 3.11). That nothing hides them is a guard.
+    """
 
     def __init__(self) -> None:
         self._names: dict[fx.Node, str] = {}
@@ -72,6 +78,8 @@ class _Writer:
                 ]
                 lines += [f"del {', '.join(gone)}"] if gone else []
         head = ", ".join(["self", *(self._names[node] for node in inputs)])
+        if any(line.find("children[") >= 0 for line in lines):
+            lines.insert(0, "children = self._modules")
         body = "".join(f"    {line}\n" for line in lines)
         imports = tuple((name, *where) for name, where in sorted(self._imports.items()))
         return f"def forward({head}):\n{body}", imports
@@ -81,9 +89,10 @@ class _Writer:
             return [f"return {self._value(node.args[0])}"]
         name = self._names[node] = f"v{len(self._names)}"
         if node.op == "get_attr":
-            return [f"{name} = {_attribute(str(node.target))}"]
+            read = _child if node.meta.get(IS_CHILD) else _attribute
+            return [f"{name} = {read(str(node.target))}"]
         if node.op == "call_module":
-            return [f"{name} = {_attribute(str(node.target))}({self._arguments(node)})"]
+            return [f"{name} = {_child(str(node.target))}({self._arguments(node)})"]
         if node.op == "call_method":
             first, *rest = node.args
             call = self._arguments(node, rest)
@@ -153,12 +162,16 @@ class _Writer:
         return name
 
 
+def _child(path: str) -> str:
+    return "children" + "._modules".join(f"[{part!r}]" for part in path.split("."))
+
+
 def _attribute(path: str) -> str:
-    text = "self"
-    for part in path.split("."):
-        is_name = part.isidentifier() and part.isascii() and not keyword.iskeyword(part)
-        text = f"{text}.{part}" if is_name else f"getattr({text}, {part!r})"
-    return text
+    """What a module that is a child, or `self`, has under a name."""
+    owner, _, name = path.rpartition(".")
+    text = _child(owner) if owner else "self"
+    is_name = name.isidentifier() and name.isascii() and not keyword.iskeyword(name)
+    return f"{text}.{name}" if is_name else f"getattr({text}, {name!r})"
 
 
 def import_of(value: Any) -> tuple[str, str] | None:
