@@ -42,6 +42,7 @@ def load_dz(
     outer,
     inner,
     columns,
+    step,
     spread,
     tiles_inner,
     dy_stride,
@@ -77,7 +78,7 @@ def load_dz(
         b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, columns, tiles_inner, bits_stride,
+            i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)

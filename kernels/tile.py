@@ -127,12 +127,19 @@ def sum_groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(columns, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
-    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0."""
-    o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
-        OFFSET
-    )
-    return o_column, o_column < columns
+def tile_columns(columns, step, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0.
+
+    step: columns of a program, where these are fewer than its tile has room for (and divide `columns`); else None.
+    """
+    o = tl.arange(0, BLOCK_CHANNELS).to(OFFSET)
+    if step is None:
+        o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + o
+        m_column = o_column < columns
+    else:
+        o_column = tl.program_id(0).to(OFFSET) * step + o
+        m_column = o < step
+    return o_column, m_column
 
 
 @triton.jit
