@@ -66,6 +66,27 @@ def _forward(
     has_bits = save and activation is not None and is_piecewise(activation)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
     bias, residual_bias = dense(bias), dense(residual_bias)
+    size, offset = input.element_size(), k.offset[rows.needs_int64]
+    whole = (
+        k.whole(rows, size, k.FORWARD, k.chip()) if training and residual_moments is None else None
+    )
+    if whole is not None:
+        buffers = mean, var, residual_mean, residual_var
+        mean, var, residual_mean, residual_var = map(dense, buffers)
+        norm = k.residual_norm(
+            dense(residual_weight),
+            residual_bias,
+            residual_mean,
+            residual_var,
+            residual_saved,
+            residual_eps,
+        )
+        k.forward(
+            input, residual, dense(weight), bias, mean, var, saved, norm, output, bits if has_bits else None,
+            rows, bits_stride, pack_channels, whole, momentum, eps, residual_momentum, *parse(activation), offset,
+        )  # fmt: skip
+        operators._write_back(buffers, (mean, var, residual_mean, residual_var))
+        return output, saved, residual_saved, bits
     if training:
         operators._statistics(k, input, rows, bias, saved, (mean, var), momentum, eps)
         alone = row_map_of(output, residual) or rows
@@ -82,8 +103,8 @@ def _forward(
         input, residual, dense(weight), None if training else bias,
         None if training else dense(mean), None if training else dense(var),
         saved if keeps else None, norm, output, bits if has_bits else None,
-        rows, bits_stride, pack_channels, k.tile(rows, input.element_size(), k.APPLYING, k.chip(), k.DUAL_SHARE),
-        eps, *parse(activation), k.dtype[wide], k.offset[rows.needs_int64],
+        rows, bits_stride, pack_channels, k.tile(rows, size, k.APPLYING, k.chip(), k.DUAL_SHARE),
+        eps, *parse(activation), k.dtype[wide], offset,
     )  # fmt: skip
     return output, saved, residual_saved, bits
 
@@ -115,6 +136,20 @@ def _backward(
     weight, residual_weight = operators._dense(weight), operators._dense(residual_weight)
     both: list[Tensor | None] = [None, None]
     dz = torch.empty_like(dx) if skip is not None and any(needs[:2]) else None
+    whole = k.whole(rows, size, k.BACKWARD, chip) if training and any(needs[:2]) else None
+    if whole is not None:
+        given = (needs[2], bias_dtype is not None, needs[3], residual_bias_dtype is not None)
+        dweight, dbias, dresidual_weight, dresidual_bias = (
+            vector if wanted else None for vector, wanted in zip(vectors, given, strict=True)
+        )
+        k.backward(
+            dy, input, mask, weight, saved, dweight, dbias, dx if needs[0] else None, dresidual if needs[1] else None,
+            residual, residual_weight, residual_saved, dresidual_weight, dresidual_bias, None,
+            operators._skip(k, rows, dx, skip, skip_stride, dz), rows, bits_stride, pack_channels, whole,
+            *parse(activation), k.dtype[saved.dtype], offset,
+        )  # fmt: skip
+        none = dx.new_empty(0)
+        return (dx if needs[0] else none, dresidual if needs[1] else none, *vectors)
     if reduces:
         kind, share = (
             (k.REDUCING, k.DUAL_SHARE) if skip_stride is None else (k.CROWDED, 2 * k.DUAL_SHARE)

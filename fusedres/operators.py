@@ -78,8 +78,10 @@ def _kernels() -> SimpleNamespace:
 
         from .kernels import (
             apply,
+            backward,
             chip,
             finalize,
+            forward,
             grad_apply,
             grad_reduce,
             launch,
@@ -89,6 +91,8 @@ def _kernels() -> SimpleNamespace:
         )
 
         _loaded = SimpleNamespace(
+            forward=forward.launch_bn_forward,
+            backward=backward.launch_bn_backward,
             stats=stats.launch_bn_stats,
             finalize=finalize.launch_bn_finalize,
             apply=apply.launch_bn_apply,
@@ -103,6 +107,9 @@ def _kernels() -> SimpleNamespace:
             grad_weight_tile=launch.choose_grad_weight,
             chip=chip.current_chip,
             tile=launch.choose_tile,
+            whole=launch.choose_whole,
+            FORWARD=launch.FORWARD,
+            BACKWARD=launch.BACKWARD,
             DUAL_SHARE=launch.DUAL_SHARE,
             STATISTICS=launch.STATISTICS,
             REDUCING=launch.REDUCING,
@@ -187,6 +194,15 @@ def _batch_norm_act(
     has_bits = _needs_bits(residual, activation, save)
     bits = input.new_empty((n_bytes if has_bits else 0,), dtype=torch.uint8)
     size = input.element_size()
+    whole = k.whole(rows, size, k.FORWARD, chip) if training else None
+    if whole is not None:
+        mean, var = map(_dense, buffers)
+        k.forward(
+            input, residual, weight, bias, mean, var, saved, None, output, bits if has_bits else None,
+            rows, bits_stride, pack_channels, whole, momentum, eps, 0.0, *activations.parse(activation), offset,
+        )  # fmt: skip
+        _write_back(buffers, (mean, var))
+        return output, saved, bits
     if training:
         _statistics(k, input, rows, bias, saved, buffers, momentum, eps)
     k.apply(
@@ -231,9 +247,14 @@ def _statistics(
         k.finalize(partial, first, bias, saved, mean, var, rows, which, tile, momentum, eps)
     else:
         k.finalize(known, None, bias, saved, mean, var, None, 0, None, momentum, eps)
-    for buffer, updated in zip(buffers, (mean, var), strict=True):
-        if buffer is not None and updated is not None and updated is not buffer:
-            buffer.copy_(updated)
+    _write_back(buffers, (mean, var))
+
+
+def _write_back(buffers: Buffers, updated: Buffers) -> None:
+    """Into buffers that the kernels were given dense copies of."""
+    for buffer, dense in zip(buffers, updated, strict=True):
+        if buffer is not None and dense is not None and dense is not buffer:
+            buffer.copy_(dense)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -304,6 +325,15 @@ def _batch_norm_act_backward(
     else:
         writes_residual = need_residual
         dresidual = torch.empty_like(dx, dtype=residual_dtype) if need_residual else dx.new_empty(0)
+    whole = k.whole(rows, size, k.BACKWARD, chip) if training and need_input else None
+    if whole is not None:
+        k.backward(
+            dy, input, mask, weight, saved, dweight if need_weight else None, None if bias_dtype is None else dbias,
+            dx, dresidual if writes_residual else None, residual, None, None, None, None, addend,
+            _skip(k, rows, dx, skip, skip_stride, dz), rows, bits_stride, pack_channels, whole,
+            *activations.parse(activation), k.dtype[wide], offset,
+        )  # fmt: skip
+        return dx, dresidual, dweight, dbias
     coefficients = None
     # With running statistics dx waits for no sum: the pass that reduces writes everything.
     is_whole = reduces and not training and skip is None and addend is None

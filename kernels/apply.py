@@ -167,7 +167,7 @@ class ResidualNorm(NamedTuple):
     eps: float
 
 
-_NO_NORM = ResidualNorm(None, None, None, None, None, 0.0)
+NO_NORM = ResidualNorm(None, None, None, None, None, 0.0)
 
 
 def launch_bn_apply(
@@ -192,7 +192,7 @@ def launch_bn_apply(
     offset: tl.dtype,
 ) -> None:
     """y (and bits) <- x; rows.strides are those of y, x and, where there is one, the residual."""
-    norm = residual_norm or _NO_NORM
+    norm = residual_norm or NO_NORM
     start(
         bn_apply_kernel,
         tile.grid,

@@ -143,6 +143,45 @@ def tile_columns(columns, step, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constex
 
 
 @triton.jit
+def channel_step(spread, CHANNELS: tl.constexpr, SECTOR: tl.constexpr):
+    """Columns of a program that has whole channels of a flat walk, in whole sectors, which the compiler learns; None
+    where there is no flat walk."""
+    if CHANNELS == 0:
+        step = None
+    else:
+        step = CHANNELS * spread // SECTOR * SECTOR
+    return step
+
+
+@triton.jit
+def own_channels(o_column, m_column, channels, CHANNELS: tl.constexpr):
+    """(c, mask) of the channels of this program: its columns, or CHANNELS of a flat walk."""
+    if CHANNELS == 0:
+        o_channel, m_channel = o_column, m_column
+    else:
+        o_channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+    return o_channel, m_channel
+
+
+@triton.jit
+def of_channels(b_value, spread, CHANNELS: tl.constexpr, SPREAD: tl.constexpr):
+    """[columns] -> [SPREAD, CHANNELS]: the columns of each channel that a program of a flat walk has, then zeros."""
+    o_within = tl.arange(0, SPREAD)
+    o_column = o_within[:, None] + tl.arange(0, CHANNELS)[None, :] * spread
+    o_column = tl.reshape(tl.minimum(o_column, b_value.shape[0] - 1), (SPREAD * CHANNELS,))
+    b = tl.reshape(tl.gather(b_value, o_column, 0), (SPREAD, CHANNELS))
+    return tl.where((o_within < spread)[:, None], b, 0.0)
+
+
+@triton.jit
+def to_columns(b_value, o_column, spread, CHANNELS: tl.constexpr):
+    """[CHANNELS] -> [columns] of a program of a flat walk; those beyond its channels get the last one's."""
+    o = tl.arange(0, o_column.shape[0]) // spread
+    return tl.gather(b_value, tl.minimum(o, CHANNELS - 1), 0)
+
+
+@triton.jit
 def column_offsets(o_column, stride, spread):
     """Offsets of columns, by the third stride, or the third and the fourth (channel, within): see `layout.Strides`."""
     if len(stride) == 3:
