@@ -54,6 +54,7 @@ ALONE = Pass(16384, 8, 4, 1, half=6)  # reads one tensor
 APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
+REGISTERS = 65536  # of a multiprocessor
 FLAT_COLUMNS = 256  # of a tile of a flat walk
 FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 columns
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
@@ -65,7 +66,8 @@ class Tile:
 
     whole: tiles that have all their rows; even: all blocks have all their columns. group: rows of a column that a
     thread of a reducing pass holds, in runs of `run`. slots: channels that the columns of a block may belong to, in a
-    flat walk; else 0. width: partial sums of a kind that a row program leaves, in all blocks.
+    flat walk; else 0. width: partial sums of a kind that a row program leaves, in all blocks. registers: the most of a
+    thread, where the compiler is told; else 0.
     """
 
     block_outer: int
@@ -83,12 +85,14 @@ class Tile:
     run: int
     slots: int
     width: int
+    registers: int = 0
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
         """The tile as keyword arguments of a launch. Contraction into fused multiply-adds is asked for by name, since
         Triton's default for it changes from 3.9 to 3.10."""
-        return {
+        told = {"maxnreg": self.registers} if self.registers else {}
+        return told | {
             "BLOCK_OUTER": self.block_outer,
             "BLOCK_INNER": self.block_inner,
             "BLOCK_CHANNELS": self.block_channels,
@@ -213,7 +217,18 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         run=run,
         slots=slots,
         width=channel_blocks * slots if slots else rows.columns,
+        registers=_registers(rows, kind, chip, warps, programs_at_once // chip.multiprocessors),
     )  # fmt: skip
+
+
+def _registers(rows: RowMap, kind: Pass, chip: Chip, warps: int, programs: int) -> int:
+    """As many as let the programs be resident; 0 where the compiler finds a good number itself.
+
+    On sm_100 it aims at 40 for the gradients of planes, with room for 80, and spills two of a second gradient's.
+    """
+    if kind is not GRAD_APPLYING or rows.channels_fastest or chip.architecture < 100:
+        return 0
+    return REGISTERS // (chip.warp_size * warps * programs) // 8 * 8
 
 
 # --- one launch for a whole direction -------------------------------------------------------------------------------
