@@ -49,17 +49,22 @@ class Counted:
         with in_triton() if part == PRODUCTS else contextlib.nullcontext():
             return jobs_of(step, CHIP)
 
+    def more(self, part: str, batch: int = BATCH, image: int = IMAGE) -> set[Job]:
+        """The kernels that another size needs and the first one did not."""
+        return set(self.jobs(part, batch, image)) - set(self.jobs(part))
+
     def added(self, part: str, batch: int = BATCH, image: int = IMAGE) -> int:
-        """How many kernels another size needs that the first one did not."""
-        return len(set(self.jobs(part, batch, image)) - set(self.jobs(part)))
+        """How many these are."""
+        return len(self.more(part, batch, image))
 
     def rows(self, part: str, times: bool) -> Iterator[Row]:
         jobs = self.jobs(part)
         by_kernel = Counter(job.kernel for job in jobs)
         images = {image: self.added(part, image=image) for image in OTHER_IMAGES}
         yield self._row(part, "kernels", len(jobs), _listed(by_kernel))
-        batch = self.added(part, batch=OTHER_BATCH)
-        yield self._row(part, "kernels_added_by_batch", batch, f"{OTHER_BATCH} images")
+        batch = Counter(job.kernel for job in self.more(part, batch=OTHER_BATCH))
+        note = f"{OTHER_BATCH} images; {_listed(dict(sorted(batch.items())))}"
+        yield self._row(part, "kernels_added_by_batch", batch.total(), note)
         named = {f"{image}x{image}": more for image, more in images.items()}
         yield self._row(part, "kernels_added_by_image", max(images.values()), _listed(named))
         if times:

@@ -79,10 +79,16 @@ def measure(target: Target) -> Iterator[list[Row]]:
     Raises:
         Faulty: the interpreter saw an access that is wrong.
     """
+    from fusedres.kernels.launch import passes
+
     ptx, counts = (importlib.import_module(name) for name in (PACKAGE, f"{PACKAGE}.counts"))
     torch.manual_seed(0)
     unwatched = {"check_shared": False, "check_global": False}  # twice as fast; the tests watch
-    with fusedres.backend("triton"), ptx.emulated(target.architecture, **unwatched) as launches:
+    with (
+        fusedres.backend("triton"),
+        passes("three"),  # as a large batch has them
+        ptx.emulated(target.architecture, **unwatched) as launches,
+    ):
         _run(target.site)
     kernels: dict[str, list] = {}
     for launch in launches:

@@ -30,6 +30,76 @@ from .tile import (
 )
 
 
+@triton.jit
+def apply_tiles(
+    p_x,
+    p_residual,
+    p_y,
+    p_bits,
+    norm,
+    residual_norm,
+    x_stride,
+    residual_stride,
+    y_stride,
+    bits_stride,
+    o_column,
+    m_column,
+    outer,
+    inner,
+    columns,
+    step,
+    spread,
+    tiles_inner,
+    tiles,
+    i_program,
+    programs,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    WHOLE_BYTES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """y (and bits) <- x, the tiles of a program; norm: what `load_norm` gives; residual_norm likewise, or None."""
+    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
+    b_mean, b_mean_low, b_scale, b_bias = norm
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    if residual_norm is not None:
+        b_mean, b_mean_low, b_rscale, b_bias = residual_norm
+        b_rhigh, b_rlow = fold(b_mean, b_mean_low, b_rscale, b_bias)
+    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
+        i_tile = tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_column[None, :]
+        o_y = tile_offsets(o_outer, o_inner, o_column, y_stride, spread)
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_y)
+        b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
+        b_z = normalize(b_x, b_scale, b_high, b_low)
+        if p_residual is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_y)
+            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
+            if residual_norm is not None:
+                b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+            b_z += b_residual
+        b_y = activate(b_z, ACTIVATION, SLOPE)
+        tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
+        if p_bits is not None:
+            o_byte, m_byte = byte_tile(
+                i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
+                PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+            )  # fmt: skip
+            m_bit = passes(b_z, ACTIVATION)
+            if not WHOLE_BYTES:
+                m_bit &= m
+            b_byte = pack(m_bit, PACK_CHANNELS)
+            tl.store(p_bits + o_byte, b_byte, mask=m_byte)
+
+
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_apply_kernel(
     p_x,
@@ -75,47 +145,22 @@ def bn_apply_kernel(
     inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
-    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_mean_low, b_scale, b_bias = load_norm(
+    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
+    norm = load_norm(
         p_running_mean, p_running_var, p_saved, p_weight, p_bias,
         o_column, m_column, channels, spread, i_program, eps, ACC,
     )  # fmt: skip
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    residual_norm = None
     if NORMALIZE_RESIDUAL:
-        b_mean, b_mean_low, b_rscale, b_bias = load_norm(
+        residual_norm = load_norm(
             p_residual_running_mean, p_residual_running_var, p_residual_saved, p_residual_weight, p_residual_bias,
             o_column, m_column, channels, spread, i_program, residual_eps, ACC,
         )  # fmt: skip
-        b_rhigh, b_rlow = fold(b_mean, b_mean_low, b_rscale, b_bias)
-
-    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        i_tile = tiles - 1 - i
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        m = m_row[:, None] & m_column[None, :]
-        o_y = tile_offsets(o_outer, o_inner, o_column, y_stride, spread)
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_y)
-        b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
-        b_z = normalize(b_x, b_scale, b_high, b_low)
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_y)
-            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
-            if NORMALIZE_RESIDUAL:
-                b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
-            b_z += b_residual
-        b_y = activate(b_z, ACTIVATION, SLOPE)
-        tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
-        if p_bits is not None:
-            o_byte, m_byte = byte_tile(
-                i_tile, outer, inner, columns, tiles_inner, bits_stride,
-                PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-            )  # fmt: skip
-            m_bit = passes(b_z, ACTIVATION)
-            if not WHOLE_BYTES:
-                m_bit &= m
-            b_byte = pack(m_bit, PACK_CHANNELS)
-            tl.store(p_bits + o_byte, b_byte, mask=m_byte)
+    apply_tiles(
+        p_x, p_residual, p_y, p_bits, norm, residual_norm, x_stride, residual_stride, y_stride, bits_stride,
+        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        ACTIVATION, SLOPE, PACK_CHANNELS, WHOLE_BYTES, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+    )  # fmt: skip
 
 
 def launch_bn_apply(

@@ -67,6 +67,53 @@ def _partial_offsets(
     return o, m
 
 
+@triton.jit
+def finish_moments(
+    moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
+    o_channel, m_channel, channels, momentum, eps,
+):  # fmt: skip
+    """(mean, mean_low, invstd, bias) [channels], which are left in saved [4, C]; the running statistics move from their
+    old values. moments: (count, mean, M2) in float64, the mean relative to b_first.
+    """
+    ACC: tl.constexpr = p_saved.dtype.element_ty
+    b_n, b_offset, b_m2 = moments
+    b_exact = b_first + b_offset
+    b_mean = b_exact.to(ACC)
+    # What the two roundings took off (Knuth's two-sum, then the cast); nothing where the mean is not finite.
+    b_back = b_exact - b_first
+    b_low = (b_first - (b_exact - b_back)) + (b_offset - b_back) + (b_exact - b_mean.to(tl.float64))
+    b_low = tl.where(tl.abs(b_mean) < float("inf"), b_low, 0.0).to(ACC)
+    b_var = b_m2 / tl.maximum(b_n, 1.0)
+    b_invstd = inverse_std(b_var.to(ACC), eps, ACC)
+    tl.store(p_saved + o_channel, b_mean, mask=m_channel)
+    tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
+    tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
+    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
+    if p_running_mean is not None:
+        b_momentum = tl.full(o_channel.shape, momentum, tl.float64)
+        b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
+        tl.store(
+            p_running_mean + o_channel,
+            b_new.to(ACC).to(p_running_mean.dtype.element_ty),
+            mask=m_channel,
+        )
+        b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
+        tl.store(
+            p_running_var + o_channel,
+            b_new.to(ACC).to(p_running_var.dtype.element_ty),
+            mask=m_channel,
+        )
+    return b_mean, b_low, b_invstd, b_bias
+
+
+@triton.jit
+def count_batch(p_batches):
+    """One batch more, where there is a counter; by the first program."""
+    if p_batches is not None and tl.program_id(0) == 0:
+        tl.store(p_batches, tl.load(p_batches) + 1)
+
+
 @triton.jit(do_not_specialize=ANY_SIZE)
 def bn_finalize_kernel(
     p_partial,
@@ -103,16 +150,15 @@ def bn_finalize_kernel(
     m_channel = o_channel < channels
     # Several threads hold a channel, and one of them stores it: all have read before the merge, whose barriers come
     # between.
-    if p_running_mean is not None:
-        b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
-        b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
+    b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
+    b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
     o, m = _partial_offsets(
         o_channel, m_channel, programs, spread, width, each, slots, 3, COLUMNS, BLOCK_PARTIALS
     )
     b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
     b_mean = tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64)
     b_m2 = tl.load(p_partial + 2 * width + o, mask=m, other=0.0).to(tl.float64)
-    b_n, b_offset, b_m2 = merge(b_count, b_mean, b_m2)
+    moments = merge(b_count, b_mean, b_m2)
 
     if p_x is not None:
         b_pivot = load_pivot(
@@ -122,36 +168,11 @@ def bn_finalize_kernel(
         b_first = b_pivot.to(tl.float64)
     else:
         b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
-    b_exact = b_first + b_offset
-    b_mean = b_exact.to(ACC)
-    # What the two roundings took off (Knuth's two-sum, then the cast); nothing where the mean is not finite.
-    b_back = b_exact - b_first
-    b_low = (b_first - (b_exact - b_back)) + (b_offset - b_back) + (b_exact - b_mean.to(tl.float64))
-    b_low = tl.where(tl.abs(b_mean) < float("inf"), b_low, 0.0).to(ACC)
-    b_var = b_m2 / tl.maximum(b_n, 1.0)
-    b_invstd = inverse_std(b_var.to(ACC), eps, ACC)
-    tl.store(p_saved + o_channel, b_mean, mask=m_channel)
-    tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
-    tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
-    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
-    tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
-
-    if p_running_mean is not None:
-        b_momentum = tl.full([BLOCK_CHANNELS], momentum, tl.float64)
-        b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
-        tl.store(
-            p_running_mean + o_channel,
-            b_new.to(ACC).to(p_running_mean.dtype.element_ty),
-            mask=m_channel,
-        )
-        b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
-        tl.store(
-            p_running_var + o_channel,
-            b_new.to(ACC).to(p_running_var.dtype.element_ty),
-            mask=m_channel,
-        )
-    if p_batches is not None and tl.program_id(0) == 0:
-        tl.store(p_batches, tl.load(p_batches) + 1)
+    finish_moments(
+        moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
+        o_channel, m_channel, channels, momentum, eps,
+    )  # fmt: skip
+    count_batch(p_batches)
 
 
 class Running(NamedTuple):
@@ -197,6 +218,28 @@ def launch_bn_finalize(
     )
 
 
+@triton.jit
+def finish_sums(
+    b_dz, b_dzx, b_invstd, p_weight, p_dweight, p_dbias, o_channel, m_channel, inverse_count,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """(slope, level) [channels] of dx = scale * dz + slope * (x - mean) + level, of the two sums in float64; dweight
+    and dbias are written.
+    """
+    if p_dweight is not None:
+        tl.store(
+            p_dweight + o_channel,
+            (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty),
+            mask=m_channel,
+        )
+    if p_dbias is not None:
+        tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
+    b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+    b_share = b_scale * tl.full(o_channel.shape, inverse_count, tl.float64)
+    b_slope = -(b_share * b_invstd) * (b_dzx * b_invstd)
+    return b_slope.to(ACC), -(b_share * b_dz).to(ACC)
+
+
 @triton.jit(do_not_specialize=ANY_SIZE)
 def bn_grad_finalize_kernel(
     p_partial,
@@ -233,20 +276,21 @@ def bn_grad_finalize_kernel(
         b_invstd = tl.full([BLOCK_CHANNELS], 1.0, ACC)
     else:
         b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-    if p_dweight is not None:
-        tl.store(
-            p_dweight + o_channel,
-            (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty),
-            mask=m_channel,
-        )
-    if p_dbias is not None:
-        tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
+    b_slope, b_level = finish_sums(
+        b_dz,
+        b_dzx,
+        b_invstd,
+        p_weight,
+        p_dweight,
+        p_dbias,
+        o_channel,
+        m_channel,
+        inverse_count,
+        ACC,
+    )
     if p_coefficients is not None:
-        b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-        b_share = b_scale * tl.full([BLOCK_CHANNELS], inverse_count, tl.float64)
-        b_slope = -(b_share * b_invstd) * (b_dzx * b_invstd)
-        tl.store(p_coefficients + o_channel, b_slope.to(ACC), mask=m_channel)
-        tl.store(p_coefficients + channels + o_channel, -(b_share * b_dz).to(ACC), mask=m_channel)
+        tl.store(p_coefficients + o_channel, b_slope, mask=m_channel)
+        tl.store(p_coefficients + channels + o_channel, b_level, mask=m_channel)
 
 
 def launch_bn_grad_finalize(

@@ -17,14 +17,16 @@ from .tile import load_tile, tile_offsets, widen
 
 
 class Operand(NamedTuple):
-    """A tensor that gets a gradient, x or the residual, and its BatchNorm. partial [programs, 2, width]: its sums;
-    coefficients [2, C]: what those came to."""
+    """A tensor that gets a gradient, x or the residual, and its BatchNorm, whose vectors [C] do. partial [programs, 2,
+    width]: its sums; coefficients [2, C]: what those came to."""
 
     x: Any = None
     norm: Norm = NO_NORM
     partial: Any = None
     coefficients: Tensor | None = None
     gradient: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
 
 
 @triton.jit
@@ -57,6 +59,7 @@ def load_dz(
     outer,
     inner,
     columns,
+    step,
     spread,
     tiles_inner,
     dy_stride,
@@ -92,7 +95,7 @@ def load_dz(
         b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, columns, tiles_inner, bits_stride,
+            i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)

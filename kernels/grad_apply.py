@@ -42,6 +42,118 @@ def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
     return fma(b_dz, b_scale[None, :] + b_zero, b_low[None, :] + b_zero) + b_part
 
 
+@triton.jit
+def grad_apply_tiles(
+    p_dy,
+    p_x,
+    p_bits,
+    p_dx,
+    p_dresidual,
+    p_residual,
+    p_addend,
+    norm,
+    residual_norm,
+    coefficients,
+    residual_coefficients,
+    dy_stride,
+    x_stride,
+    residual_stride,
+    addend_stride,
+    bits_stride,
+    out_stride,
+    o_column,
+    m_column,
+    outer,
+    inner,
+    columns,
+    step,
+    spread,
+    tiles_inner,
+    tiles,
+    i_program,
+    programs,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dx and dresidual (each where given) <- dy, x, the tiles of a program. norm: what `load_norm` gives; coefficients:
+    (slope, level) of the columns, or None. The same of the residual.
+    """
+    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
+    b_mean, b_mean_low, b_scale, b_bias = norm
+    b_rmean, b_rmean_low, b_rscale, b_rbias = residual_norm
+    if coefficients is not None:
+        b_slope = coefficients[0]
+        b_slope_high, b_slope_low = fold(b_mean, b_mean_low, b_slope, coefficients[1])
+    if residual_coefficients is not None:
+        b_rslope = residual_coefficients[0]
+        b_rslope_high, b_rslope_low = fold(b_rmean, b_rmean_low, b_rslope, residual_coefficients[1])
+    # z is computed again where there is no mask of it, and the residual is part of it.
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
+
+    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
+        i_tile = tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = m_row[:, None] & m_column[None, :]
+        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
+        if coefficients is not None or AGAIN:
+            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
+            b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
+        if IN_Z or residual_coefficients is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
+            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
+        if AGAIN:
+            b_z = normalize(b_x, b_scale, b_high, b_low)
+            if IN_Z:
+                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+        else:
+            b_z = None
+        b_dz = load_dz(
+            p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, step, spread, tiles_inner, dy_stride, None, None, bits_stride,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
+        )  # fmt: skip
+        if p_dx is not None:
+            if coefficients is not None:
+                b_dx = _grad_input(b_dz, b_x, b_scale, b_slope, b_slope_high, b_slope_low)
+            else:
+                b_dx = b_scale[None, :] * b_dz
+            if p_addend is not None:
+                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread, o_out)
+                b_dx += widen(tl.load(p_addend + o_addend, mask=m, other=0.0), ACC)
+            tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        if p_dresidual is not None:
+            if residual_coefficients is not None:
+                b_dx = _grad_input(
+                    b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
+                )
+            else:
+                b_dx = b_rscale[None, :] * b_dz
+            tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load_coefficients(p_coefficients, o_channel, m_channel, channels, ACC: tl.constexpr):
+    """(slope, level), or None where there are none."""
+    if p_coefficients is None:
+        coefficients = None
+    else:
+        b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
+        b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+        coefficients = (b_slope, b_level)
+    return coefficients
+
+
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_apply_kernel(
     p_dy,
@@ -85,71 +197,26 @@ def bn_grad_apply_kernel(
     inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
-    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_mean_low, b_scale, b_bias = load_norm(
+    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
+    norm = load_norm(
         None, None, p_saved, p_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
-    b_rmean, b_rmean_low, b_rscale, b_rbias = load_norm(
+    residual_norm = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
-    o_channel = o_column // spread
-    if p_coefficients is not None:
-        b_slope = load_vector(p_coefficients, o_channel, m_column, 0.0, ACC)
-        b_level = load_vector(p_coefficients + channels, o_channel, m_column, 0.0, ACC)
-        b_slope_high, b_slope_low = fold(b_mean, b_mean_low, b_slope, b_level)
-    if p_residual_coefficients is not None:
-        b_rslope = load_vector(p_residual_coefficients, o_channel, m_column, 0.0, ACC)
-        b_rlevel = load_vector(p_residual_coefficients + channels, o_channel, m_column, 0.0, ACC)
-        b_rslope_high, b_rslope_low = fold(b_rmean, b_rmean_low, b_rslope, b_rlevel)
-    # z is computed again where there is no mask of it, and the residual is part of it.
-    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
-    IN_Z: tl.constexpr = p_residual is not None and AGAIN
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
-    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
-
-    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        i_tile = tiles - 1 - i
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        m = m_row[:, None] & m_column[None, :]
-        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
-        if p_coefficients is not None or AGAIN:
-            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
-            b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
-        if IN_Z or p_residual_coefficients is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
-        if AGAIN:
-            b_z = normalize(b_x, b_scale, b_high, b_low)
-            if IN_Z:
-                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
-        else:
-            b_z = None
-        b_dz = load_dz(
-            p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, spread, tiles_inner, dy_stride, None, None, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
-        )  # fmt: skip
-        if p_dx is not None:
-            if p_coefficients is not None:
-                b_dx = _grad_input(b_dz, b_x, b_scale, b_slope, b_slope_high, b_slope_low)
-            else:
-                b_dx = b_scale[None, :] * b_dz
-            if p_addend is not None:
-                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread, o_out)
-                b_dx += widen(tl.load(p_addend + o_addend, mask=m, other=0.0), ACC)
-            tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
-        if p_dresidual is not None:
-            if p_residual_coefficients is not None:
-                b_dx = _grad_input(
-                    b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
-                )
-            else:
-                b_dx = b_rscale[None, :] * b_dz
-            tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
+    coefficients = _load_coefficients(p_coefficients, o_column // spread, m_column, channels, ACC)
+    residual_coefficients = _load_coefficients(
+        p_residual_coefficients, o_column // spread, m_column, channels, ACC
+    )
+    grad_apply_tiles(
+        p_dy, p_x, p_bits, p_dx, p_dresidual, p_residual, p_addend,
+        norm, residual_norm, coefficients, residual_coefficients,
+        dy_stride, x_stride, residual_stride, addend_stride, bits_stride, out_stride,
+        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+    )  # fmt: skip
 
 
 def launch_bn_grad_apply(

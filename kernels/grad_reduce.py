@@ -93,7 +93,7 @@ def _times_centered(b_dz, b_x, b_mean, ALIKE: tl.constexpr):
 
 
 @triton.jit
-def _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.constexpr):
+def off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.constexpr):
     """sum(dz * (x - mean - mean_low)) of sum(dz * (x - mean)) and sum(dz): the mean's second part once a program.
 
     It is read here: through the loop it would take registers.
@@ -102,6 +102,108 @@ def _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.con
         b_mean_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
         b_dot -= tl.where(tl.abs(b_sum) < float("inf"), b_sum * b_mean_low, 0.0)
     return b_dot
+
+
+@triton.jit
+def grad_sums(
+    p_dy,
+    p_skip,
+    p_x,
+    p_bits,
+    p_residual,
+    p_residual_saved,
+    p_dz,
+    p_dx,
+    norm,
+    residual_norm,
+    dy_stride,
+    skip_stride,
+    skip_place,
+    x_stride,
+    residual_stride,
+    out_stride,
+    bits_stride,
+    o_column,
+    m_column,
+    outer,
+    inner,
+    columns,
+    step,
+    spread,
+    tiles_inner,
+    tiles,
+    i_program,
+    programs,
+    FLAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    ALIKE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    PACK_CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """sum(dz), sum(dz * (x - mean)), sum(dz * (residual - its mean)) of the tiles of a program, each as (value, low)
+    [groups of rows, columns], the last 0 where the residual has no BatchNorm. norm: what `load_norm` gives.
+    """
+    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
+    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
+    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
+    b_mean, b_mean_low, b_scale, b_bias = norm
+    b_rmean, b_rmean_low, b_rscale, b_rbias = residual_norm
+    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
+    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
+
+    b_sum = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_dot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_sum_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
+    # has sums of its own too.
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
+    b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
+    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
+        o_outer, o_inner, m_row = tile_rows(
+            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+        )
+        m = tl.broadcast_to(m_row[:, None], [ROWS, BLOCK_CHANNELS])
+        if not EVEN:
+            m &= m_column[None, :]
+        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
+        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
+        b_x = load_tile(p_x, o_x, m, ACC)
+        if IN_Z or p_residual_saved is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
+            b_residual = load_tile(p_residual, o_residual, m, ACC)
+        if AGAIN:
+            b_z = normalize(b_x, b_scale, b_high, b_low)
+            if IN_Z:
+                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+        else:
+            b_z = None
+        b_dz = load_dz(
+            p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
+            outer, inner, columns, step, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
+            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
+        )  # fmt: skip
+        if p_dz is not None:
+            tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
+        if p_dx is not None:
+            tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
+        b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, RUN, COMPENSATED)
+        b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
+        b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, RUN, COMPENSATED)
+        if p_residual_saved is not None:
+            b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
+            b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
+    return (b_sum, b_sum_low), (b_dot, b_dot_low), (b_rdot, b_rdot_low)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
@@ -154,79 +256,35 @@ def bn_grad_reduce_kernel(
     """partial [programs, 2, width]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a
     BatchNorm.
     """
-    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
-    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     inner = row_vectors(inner, ROW_VECTORS)
     i_program = tl.program_id(1)
     columns = channels * spread
-    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_mean, b_mean_low, b_scale, b_bias = load_norm(
+    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
+    norm = load_norm(
         None, None, p_saved, p_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
-    b_rmean, b_rmean_low, b_rscale, b_rbias = load_norm(
+    residual_norm = load_norm(
         None, None, p_residual_saved, p_residual_weight, None,
         o_column, m_column, channels, spread, i_program, 0.0, ACC,
     )  # fmt: skip
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
-    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
-
-    b_sum = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    b_dot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    b_sum_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
-    # has sums of its own too.
-    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
-    IN_Z: tl.constexpr = p_residual is not None and AGAIN
-    if p_residual_saved is not None:
-        b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-        b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        m = tl.broadcast_to(m_row[:, None], [ROWS, BLOCK_CHANNELS])
-        if not EVEN:
-            m &= m_column[None, :]
-        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
-        b_x = load_tile(p_x, o_x, m, ACC)
-        if IN_Z or p_residual_saved is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            b_residual = load_tile(p_residual, o_residual, m, ACC)
-        if AGAIN:
-            b_z = normalize(b_x, b_scale, b_high, b_low)
-            if IN_Z:
-                b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
-        else:
-            b_z = None
-        b_dz = load_dz(
-            p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
-        )  # fmt: skip
-        if p_dz is not None:
-            tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
-        if p_dx is not None:
-            tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
-        b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, RUN, COMPENSATED)
-        b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
-        b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, RUN, COMPENSATED)
-        if p_residual_saved is not None:
-            b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
-            b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
+    b_sum, b_dot, b_rdot = grad_sums(
+        p_dy, p_skip, p_x, p_bits, p_residual, p_residual_saved, p_dz, p_dx, norm, residual_norm,
+        dy_stride, skip_stride, skip_place, x_stride, residual_stride, out_stride, bits_stride,
+        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        FLAT, GROUP, RUN, ALIKE, EVEN, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+    )  # fmt: skip
 
     o_channel = o_column // spread
-    b_sum = sum_rows(b_sum, b_sum_low)
-    b_dot = sum_rows(b_dot, b_dot_low)
-    b_dot = _off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_column, ACC)
+    b_sum = sum_rows(b_sum[0], b_sum[1])
+    b_dot = sum_rows(b_dot[0], b_dot[1])
+    b_dot = off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_column, ACC)
     p_row = p_partial + i_program * 2 * width
     store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
     store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
     if p_residual_saved is not None:
-        b_dot = sum_rows(b_rdot, b_rdot_low)
-        b_dot = _off_mean(b_dot, b_sum, p_residual_saved, channels, o_channel, m_column, ACC)
+        b_dot = sum_rows(b_rdot[0], b_rdot[1])
+        b_dot = off_mean(b_dot, b_sum, p_residual_saved, channels, o_channel, m_column, ACC)
         p_row = p_residual_partial + i_program * 2 * width
         store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
         store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)

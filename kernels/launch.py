@@ -7,6 +7,9 @@ programs a multiprocessor, tiles of 1024 rows of a plane and of 64 columns of a 
 """
 
 import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -51,6 +54,7 @@ ALONE = Pass(16384, 8, 4, 1, half=6)  # reads one tensor
 APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
+REGISTERS = 65536  # of a multiprocessor
 FLAT_COLUMNS = 256  # of a tile of a flat walk
 FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 columns
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
@@ -62,7 +66,8 @@ class Tile:
 
     whole: tiles that have all their rows; even: all blocks have all their columns. group: rows of a column that a
     thread of a reducing pass holds, in runs of `run`. slots: channels that the columns of a block may belong to, in a
-    flat walk; else 0. width: partial sums of a kind that a row program leaves, in all blocks.
+    flat walk; else 0. width: partial sums of a kind that a row program leaves, in all blocks. registers: the most of a
+    thread, where the compiler is told; else 0.
     """
 
     block_outer: int
@@ -80,12 +85,14 @@ class Tile:
     run: int
     slots: int
     width: int
+    registers: int = 0
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
         """The tile as keyword arguments of a launch. Contraction into fused multiply-adds is asked for by name, since
         Triton's default for it changes from 3.9 to 3.10."""
-        return {
+        told = {"maxnreg": self.registers} if self.registers else {}
+        return told | {
             "BLOCK_OUTER": self.block_outer,
             "BLOCK_INNER": self.block_inner,
             "BLOCK_CHANNELS": self.block_channels,
@@ -97,6 +104,11 @@ class Tile:
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.programs
+
+    def kept(self, spread: int) -> dict[str, int]:
+        """What a program that has all rows keeps of a flat walk, as keyword arguments: its channels, and the columns
+        that it has room for in each."""
+        return {"CHANNELS": self.slots, "SPREAD": _power_of_two(spread)}
 
     def groups(self, are_vectors: bool) -> dict[str, int]:
         """The rows that a thread holds, as keyword arguments; none where its values are loaded one by one."""
@@ -205,7 +217,135 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         run=run,
         slots=slots,
         width=channel_blocks * slots if slots else rows.columns,
+        registers=_registers(rows, kind, chip, warps, programs_at_once // chip.multiprocessors),
     )  # fmt: skip
+
+
+def _registers(rows: RowMap, kind: Pass, chip: Chip, warps: int, programs: int) -> int:
+    """As many as let the programs be resident; 0 where the compiler finds a good number itself.
+
+    On sm_100 it aims at 40 for the gradients of planes, with room for 80, and spills two of a second gradient's.
+    """
+    if kind is not GRAD_APPLYING or rows.channels_fastest or chip.architecture < 100:
+        return 0
+    return REGISTERS // (chip.warp_size * warps * programs) // 8 * 8
+
+
+# --- one launch for a whole direction -------------------------------------------------------------------------------
+
+# Where a program may have all rows of its channels: at most so many bytes of a tensor, if at least this share of the
+# multiprocessors has a program. A launch takes 2 to 3 us of its own, so three in place of one take 5 us more. A program
+# that is alone on a multiprocessor gets 50 KB/us (40 KiB in flight, 0.7 us), while a launch over a whole H200 gets 36
+# KB/us for each (4.8 TB/s / 132). The backward of BN+ReLU walks five tensors: of D bytes each and with a share f of the
+# multiprocessors busy that is 5 D / 50 us in one launch and 5 D f / 36 us in three, 6.6 - 1.8 us at 64 KiB and 1/5
+# (2,048 rows of a sector), and 1.6 us at most at 16 KiB. A model: not timed yet.
+SMALL = ((64 << 10, 0.2), (16 << 10, 0.0))
+# Of a tensor: the second walk finds it and its gradient in the last-level cache (50 MB), and beyond it launches are a
+# small part of the time.
+SMALL_IN_ALL = 16 << 20
+SECTOR = 32  # bytes that the memory moves at a time: a program's channels are whole ones
+MOST_KEPT = 1024  # columns of a flat walk that a program has room for
+FORWARD = Pass(16384, 8, 1, 3, half=1)
+BACKWARD = Pass(8192, 8, 1, 3, half=1)
+
+PASSES = ("by size", "one", "three")
+_passes = "by size"
+
+
+on_change: set[Callable[[], None]] = set()  # to be told that tiles are chosen otherwise
+
+
+@contextmanager
+def passes(how: str) -> Iterator[None]:
+    """Within it, all directions are "one" launch (where there is a tile for it), or "three": for tests and timings."""
+    if how not in PASSES:
+        raise ValueError(f"passes: {how!r}, expected one of {', '.join(map(repr, PASSES))}")
+    before = _passes
+    _choose(how)
+    try:
+        yield
+    finally:
+        _choose(before)
+
+
+def _choose(how: str) -> None:
+    global _passes
+    if how != _passes:
+        _passes = how
+        for told in on_change:
+            told()
+
+
+def choose_whole(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Tile | None:
+    """The tile of a direction in one launch, in which a program has all rows of its channels; None: three launches."""
+    if _passes == "three":
+        return None
+    tile = _whole_tile(rows, element_size, kind, chip)
+    if tile is None or _passes == "one":
+        return tile
+    return tile if _is_small(rows, element_size, tile, chip) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_small(rows: RowMap, element_size: int, tile: Tile, chip: Chip) -> bool:
+    in_all = rows.values * rows.channels * element_size
+    share = tile.channel_blocks / chip.multiprocessors
+    return in_all <= SMALL_IN_ALL and any(
+        in_all <= most * tile.channel_blocks and share >= least for most, least in SMALL
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Tile | None:
+    elements = kind.tile_bytes // element_size
+    sector = SECTOR // element_size
+    slots = 0
+    if rows.spread > 1:
+        # Whole bytes of the mask, too.
+        slots = max(sector, BITS) // math.gcd(max(sector, BITS), rows.spread)
+        while 2 * slots * rows.spread <= FLAT_COLUMNS and rows.channels % (2 * slots) == 0:
+            slots *= 2
+        block_channels = _power_of_two(slots * rows.spread)
+        if rows.channels % slots or block_channels > MOST_KEPT:
+            return None
+        block_inner, block_outer = max(1, elements // block_channels), 1
+    else:
+        if rows.channels_fastest:
+            least = max(sector, BITS)
+        else:
+            least = sector // math.gcd(sector, rows.inner)
+            if (
+                rows.inner % VECTOR
+            ):  # values are loaded one by one: each address takes registers of its own
+                elements //= 4
+        block_channels = min(_power_of_two(rows.columns), least)
+        block_inner = _whole_inner(rows.inner, rows.outer, elements // block_channels)
+        block_outer = elements // (block_channels * block_inner) if rows.outer > 1 else 1
+    channel_blocks = rows.channels // slots if slots else _ceil(rows.columns, block_channels)
+    tiles_inner = _ceil(rows.inner, block_inner)
+    group, run = _rows_a_thread(
+        rows, block_outer * block_inner, block_channels, element_size, chip.warp_size * kind.warps
+    )
+    return Tile(
+        block_outer, block_inner, block_channels, kind.warps, kind.stages,
+        tiles_inner, tiles_inner * _ceil(rows.outer, block_outer), 1, channel_blocks,
+        whole=(rows.inner // block_inner) * (rows.outer // block_outer),
+        even=not slots and rows.columns % block_channels == 0,
+        group=group,
+        run=run,
+        slots=slots,
+        width=rows.channels,
+    )  # fmt: skip
+
+
+def _whole_inner(inner: int, outer: int, most: int) -> int:
+    """The longest power of two that pads the inner rows by at most a third, whatever that leaves of a tile: one kernel
+    for all batches, of few tiles."""
+    if outer == 1:
+        return most
+    candidates = [1 << k for k in range(3, most.bit_length())]
+    good = [b for b in candidates if 3 * _ceil(inner, b) * b <= 4 * inner]
+    return max(good) if good else min(candidates, key=lambda b: (_ceil(inner, b) * b, -b))
 
 
 @dataclass(frozen=True)

@@ -76,52 +76,38 @@ def _add_group(
     return b_total, b_total_low, b_m2, b_m2_low
 
 
-@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
-def bn_stats_kernel(
+@triton.jit
+def group_moments(
     p_x,
     p_residual,
     p_sum,
-    p_partial,
+    b_pivot,
     x_stride,
     residual_stride,
     sum_stride,
+    o_column,
+    m_column,
     outer,
     inner,
-    channels,
     spread,
     whole,
+    i_program,
     programs,
-    width,
-    slots,
-    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """partial [programs, 3, width]: count, mean relative to the pivot, M2; sum <- x + residual, where there is one.
-
-    whole: tiles without a partial row; EVEN: no partial block of columns either.
-    """
-    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
+    """(count, mean, M2) [groups of rows, columns] of a program's tiles, for `merge`; means relative to the pivot."""
+    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
     COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
     AXIS: tl.constexpr = 0 if RUN == 1 else 1  # the groups'
-    inner = row_vectors(inner, ROW_VECTORS)
-    i_program = tl.program_id(1)
-    columns = channels * spread
-    o_column, m_column = tile_columns(columns, BLOCK_CHANNELS, OFFSET)
-    b_pivot = load_pivot(
-        p_x, p_residual, p_sum, o_column - o_column % spread, m_column, outer, inner, spread, x_stride,
-        residual_stride, ACC, OFFSET,
-    )  # fmt: skip
-
     b_total = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_m2 = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_total_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
@@ -183,7 +169,57 @@ def bn_stats_kernel(
         b_m2 = b_m2.to(tl.float64) + b_m2_low.to(tl.float64)
         b_counts = b_counts.to(tl.float64)
     b_inverse = 1.0 / tl.maximum(b_count, 1.0).to(b_total.dtype)
-    b_n, b_mean, b_m2 = merge(b_counts, b_total * b_inverse[:, None], b_m2)
+    return b_counts, b_total * b_inverse[:, None], b_m2
+
+
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
+def bn_stats_kernel(
+    p_x,
+    p_residual,
+    p_sum,
+    p_partial,
+    x_stride,
+    residual_stride,
+    sum_stride,
+    outer,
+    inner,
+    channels,
+    spread,
+    whole,
+    programs,
+    width,
+    slots,
+    FLAT: tl.constexpr,
+    ONE_OUTER: tl.constexpr,
+    EVEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    RUN: tl.constexpr,
+    ROW_VECTORS: tl.constexpr,
+    BLOCK_OUTER: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """partial [programs, 3, width]: count, mean relative to the pivot, M2; sum <- x + residual, where there is one.
+
+    whole: tiles without a partial row; EVEN: no partial block of columns either.
+    """
+    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
+    inner = row_vectors(inner, ROW_VECTORS)
+    i_program = tl.program_id(1)
+    columns = channels * spread
+    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
+    b_pivot = load_pivot(
+        p_x, p_residual, p_sum, o_column - o_column % spread, m_column, outer, inner, spread, x_stride,
+        residual_stride, ACC, OFFSET,
+    )  # fmt: skip
+    b_count, b_mean, b_m2 = group_moments(
+        p_x, p_residual, p_sum, b_pivot, x_stride, residual_stride, sum_stride, o_column, m_column,
+        outer, inner, spread, whole, i_program, programs,
+        ACC, ONE_OUTER, EVEN, GROUP, RUN, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+    )  # fmt: skip
+    b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
     p_row = p_partial + i_program * 3 * width
     if FLAT:  # the columns of a channel together
         for i_slot in range(slots):

@@ -136,12 +136,58 @@ def sum_groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(columns, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
-    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0."""
-    o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS).to(
-        OFFSET
-    )
-    return o_column, o_column < columns
+def tile_columns(columns, step, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0.
+
+    step: columns of a program, where these are fewer than its tile has room for (and divide `columns`); else None.
+    """
+    o = tl.arange(0, BLOCK_CHANNELS).to(OFFSET)
+    if step is None:
+        o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + o
+        m_column = o_column < columns
+    else:
+        o_column = tl.program_id(0).to(OFFSET) * step + o
+        m_column = o < step
+    return o_column, m_column
+
+
+@triton.jit
+def channel_step(spread, CHANNELS: tl.constexpr, SECTOR: tl.constexpr):
+    """Columns of a program that has whole channels of a flat walk, in whole sectors, which the compiler learns; None
+    where there is no flat walk."""
+    if CHANNELS == 0:
+        step = None
+    else:
+        step = CHANNELS * spread // SECTOR * SECTOR
+    return step
+
+
+@triton.jit
+def own_channels(o_column, m_column, channels, CHANNELS: tl.constexpr):
+    """(c, mask) of the channels of this program: its columns, or CHANNELS of a flat walk."""
+    if CHANNELS == 0:
+        o_channel, m_channel = o_column, m_column
+    else:
+        o_channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+        m_channel = o_channel < channels
+    return o_channel, m_channel
+
+
+@triton.jit
+def of_channels(b_value, spread, CHANNELS: tl.constexpr, SPREAD: tl.constexpr):
+    """[columns] -> [SPREAD, CHANNELS]: the columns of each channel that a program of a flat walk has, then zeros."""
+    o_within = tl.arange(0, SPREAD)
+    o_column = o_within[:, None] + tl.arange(0, CHANNELS)[None, :] * spread
+    o_column = tl.reshape(tl.minimum(o_column, b_value.shape[0] - 1), (SPREAD * CHANNELS,))
+    b = tl.reshape(tl.gather(b_value, o_column, 0), (SPREAD, CHANNELS))
+    return tl.where((o_within < spread)[:, None], b, 0.0)
+
+
+@triton.jit
+def to_columns(b_value, o_column, spread, CHANNELS: tl.constexpr):
+    """[CHANNELS] -> [columns] of a program of a flat walk; those beyond its channels get the last one's."""
+    o = tl.arange(0, o_column.shape[0]) // spread
+    return tl.gather(b_value, tl.minimum(o, CHANNELS - 1), 0)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ on the backend.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 import zlib
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "cpu: its tensors are on the CPU (under --backend triton where there is no GPU, and ptx)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
+        "by_size: shapes decide in how many launches a direction is; else tests have three, whose tensors are small",
     ):
         config.addinivalue_line("markers", line)
     if config.getoption("--backend") == "triton":
@@ -98,6 +100,10 @@ def backend(request: pytest.FixtureRequest):
     name = request.config.getoption("--backend")
     with ExitStack() as stack:
         stack.enter_context(fusedres.backend("triton" if name == "ptx" else name))
+        if importlib.util.find_spec("triton") and not request.node.get_closest_marker("by_size"):
+            from fusedres.kernels.launch import passes
+
+            stack.enter_context(passes("three"))
         if name != "aten":  # all kernels are tested, those too that the library is faster than
             from fusedres.ops.projection import in_triton
 

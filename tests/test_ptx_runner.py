@@ -69,6 +69,16 @@ def test_values(text):
     assert run(f"{text}; {STORE}").b[0] == VALUES[text]
 
 
+def test_a_conversion_reads_the_lower_half_of_a_wider_register():
+    text = "add.s64 %rd6, %rd3, 4294967292; cvt.s64.s32 %rd7, %rd6; cvt.u32.u64 %r9, %rd7;"
+    assert torch.equal(run(f"{text} {STORE}").b, 4 * LANE - 4)
+
+
+def test_another_width_than_an_instruction_has_is_not_known():
+    with pytest.raises(Unknown, match="%rd3 is no register for u32"):
+        run(f"add.s32 %r9, %r2, %rd3; {STORE}")
+
+
 SHUFFLES = {
     "bfly.b32 %r9, %r2, 5, 31": LANE ^ 5,
     "up.b32 %r9, %r2, 2, 0": torch.where(LANE % 32 < 2, LANE, LANE - 2),

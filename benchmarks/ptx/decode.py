@@ -254,6 +254,14 @@ class _Decoder:
             raise Unknown(f"{len(operands)} operands, not {1 + len(known.of)}")
         kinds = (known.to, *known.of)
         slots = [self._operand(text, kind) for text, kind in zip(operands, kinds, strict=True)]
+        for k, (text, kind) in enumerate(zip(operands, kinds, strict=True)):
+            found = self._register(text)
+            if found is None or found[1] == width(kind):
+                continue
+            if k == 0 or parts[0] != "cvt" or found[1] < width(kind):
+                raise Unknown(f"{text} is no register for {kind}")
+            wide, slots[k] = slots[k], self._temporary()  # a conversion reads the lower half of it
+            self._emit("cvt_u32_u64", [slots[k], wide])
         self._emit(name.replace(".", "_"), slots)
 
     def _barrier(self, parts: list[str], operands: list[str]) -> None:

@@ -67,6 +67,9 @@ def _forward(
     p: Planner, input: Tensor, residual: Tensor | None, norm: BatchNorm, how: How, save: bool
 ) -> tuple:
     from ..kernels.apply import launch_bn_apply
+    from ..kernels.forward import launch_bn_forward
+    from ..kernels.launch import FORWARD as FORWARD_PASS
+    from ..kernels.launch import choose_whole
 
     output = p.like(like_output(input))
     if residual is None:
@@ -78,13 +81,37 @@ def _forward(
         saved = p.keep((4, rows.channels), accumulate_dtype(input.dtype))
     if residual is not None and has_bits(how.activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
+    whole = choose_whole(rows, input.element_size(), FORWARD_PASS, p.chip) if how.training else None
+    wide = accumulate_dtype(input.dtype)
+    results = output, wide if saved is None else saved, torch.uint8 if bits is None else bits
+    if whole is not None and saved is not None:
+        launch_bn_forward(
+            p,
+            input,
+            residual,
+            [as_trained(norm, saved)],
+            output,
+            bits,
+            rows,
+            whole,
+            parse(how.activation),
+        )
+        return results
     if how.training and saved is not None:
         statistics(p, input, rows, norm, saved)
     launch_bn_apply(
         p, input, residual, as_applied(norm, how, saved), None, output, bits, rows, parse(how.activation)
     )  # fmt: skip
-    wide = accumulate_dtype(input.dtype)
-    return output, wide if saved is None else saved, torch.uint8 if bits is None else bits
+    return results
+
+
+def as_trained(norm: BatchNorm, saved: Tensor) -> tuple[Any, Any]:
+    """A BatchNorm as the forward in one launch takes it, and what that moves."""
+    from ..kernels.finalize import Running
+    from ..kernels.norm import Norm
+
+    running = Running(norm.running_mean, norm.running_var, norm.batches, norm.momentum)
+    return Norm(norm.weight, norm.bias, saved=saved, eps=norm.eps), running
 
 
 def as_applied(norm: BatchNorm, how: How, saved: Tensor | None) -> Any:
@@ -126,17 +153,20 @@ def _backward(
     p: Planner, dy: Tensor, kept: Kept, bits: Tensor, how: How, needs: Needs, skip: Skip,
     residual: Tensor | None, addend: Tensor | None,
 ) -> tuple:  # fmt: skip
+    from ..kernels.backward import launch_bn_backward
     from ..kernels.finalize import launch_bn_grad_finalize
     from ..kernels.grad import Operand
     from ..kernels.grad_apply import launch_bn_grad_apply
     from ..kernels.grad_reduce import Skip as Second
     from ..kernels.grad_reduce import launch_bn_grad_reduce
+    from ..kernels.launch import BACKWARD as BACKWARD_PASS
     from ..kernels.launch import (
         CROWDED,
         DUAL_SHARE,
         GRAD_APPLYING,
         REDUCING,
         choose_tile,
+        choose_whole,
     )
     from ..kernels.norm import Norm
 
@@ -171,6 +201,16 @@ def _backward(
         writes_residual = needs.residual
         dresidual = p.like(layout, needs.residual_dtype) if needs.residual else None
     written = dresidual if writes_residual else None
+    asked = (dx, dresidual, dweight, dbias), (*[input.dtype] * 2, *[saved.dtype] * 2)
+    results = tuple(dtype if t is None else t for t, dtype in zip(*asked, strict=True))
+    whole = (
+        choose_whole(rows, size, BACKWARD_PASS, p.chip) if how.training and needs.input else None
+    )
+    if whole is not None:
+        main = Operand(input, norm, gradient=dx, dweight=dweight, dbias=dbias)
+        other, walked = Operand(residual, gradient=written), skips.walked(p, skip, rows, layout, dz)
+        launch_bn_backward(p, dy, main, other, mask, addend, walked, rows, whole, activation)
+        return results
     coefficients = None
     # With running statistics dx waits for no sum: the pass that reduces writes everything.
     is_whole = reduces and not how.training and not has_skip and addend is None
@@ -199,8 +239,7 @@ def _backward(
         tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, share)
         other = Operand(residual, gradient=written)
         launch_bn_grad_apply(p, dy, main, other, mask, addend, rows, tile, activation)
-    asked = zip((dx, dresidual, dweight, dbias), (*[input.dtype] * 2, *[saved.dtype] * 2), strict=True)  # fmt: skip
-    return tuple(dtype if tensor is None else tensor for tensor, dtype in asked)
+    return results
 
 
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------

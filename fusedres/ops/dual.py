@@ -65,6 +65,9 @@ def _forward(
     moments: Tensor | None,
 ) -> tuple:  # fmt: skip
     from ..kernels.apply import launch_bn_apply
+    from ..kernels.forward import launch_bn_forward
+    from ..kernels.launch import FORWARD as FORWARD_PASS
+    from ..kernels.launch import choose_whole
 
     output = p.like(like_output(input))
     rows, (input, residual) = p.common_rows(output, input, residual)
@@ -75,6 +78,17 @@ def _forward(
     bits = None
     if has_bits(how.activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
+    kept = [wide if saved is None else saved for saved in both]
+    results = (output, *kept, torch.uint8 if bits is None else bits)
+    whole = None
+    if how.training and moments is None:
+        whole = choose_whole(rows, input.element_size(), FORWARD_PASS, p.chip)
+    if whole is not None:
+        norms = [single.as_trained(*each) for each in zip((norm, other), both, strict=True)]
+        launch_bn_forward(
+            p, input, residual, norms, output, bits, rows, whole, parse(how.activation)
+        )
+        return results
     if how.training:
         single.statistics(p, input, rows, norm, both[0])
         alone = row_map_of(output, residual) or rows
@@ -83,8 +97,7 @@ def _forward(
         p, input, residual, single.as_applied(norm, how, both[0]), single.as_applied(other, how, both[1]),
         output, bits, rows, parse(how.activation),
     )  # fmt: skip
-    kept = [wide if saved is None else saved for saved in both]
-    return output, *kept, torch.uint8 if bits is None else bits
+    return results
 
 
 # --- backward ----------------------------------------------------------------------------------------------------
@@ -100,11 +113,20 @@ def _backward(
     wanted: Wanted,
     skip: Skip,
 ) -> tuple:
+    from ..kernels.backward import launch_bn_backward
     from ..kernels.finalize import launch_bn_grad_finalize
     from ..kernels.grad import Operand
     from ..kernels.grad_apply import launch_bn_grad_apply
     from ..kernels.grad_reduce import launch_bn_grad_reduce
-    from ..kernels.launch import CROWDED, DUAL_SHARE, GRAD_APPLYING, REDUCING, choose_tile
+    from ..kernels.launch import BACKWARD as BACKWARD_PASS
+    from ..kernels.launch import (
+        CROWDED,
+        DUAL_SHARE,
+        GRAD_APPLYING,
+        REDUCING,
+        choose_tile,
+        choose_whole,
+    )
     from ..kernels.norm import Norm
 
     size, needs, dtypes = kept.input.element_size(), wanted.needs, wanted[1:]
@@ -126,9 +148,23 @@ def _backward(
     has_skip = skip.gradient is not None
     dz = p.like(layout) if has_skip and any(needs[:2]) else None
     main, second = (
-        Operand(x, Norm(k.weight, saved=k.saved), gradient=gradient)
-        for x, k, gradient in zip((input, residual), (kept, other), gradients, strict=True)
+        Operand(x, Norm(k.weight, saved=k.saved), None, None, gradient, *wished)
+        for x, k, gradient, wished in zip(
+            (input, residual), (kept, other), gradients, vectors, strict=True
+        )
     )
+    dtype, wide = layout.dtype, kept.saved.dtype
+    found = zip(
+        (*gradients, *vectors[0], *vectors[1]), (dtype, dtype, wide, wide, wide, wide), strict=True
+    )
+    results = tuple(other if tensor is None else tensor for tensor, other in found)
+    whole = None
+    if how.training and any(needs[:2]):
+        whole = choose_whole(rows, size, BACKWARD_PASS, p.chip)
+    if whole is not None:
+        walked = skips.walked(p, skip, rows, layout, dz)
+        launch_bn_backward(p, dy, main, second, mask, None, walked, rows, whole, activation)
+        return results
     if reduces:
         kind, share = (REDUCING, DUAL_SHARE) if skip.stride is None else (CROWDED, 2 * DUAL_SHARE)
         tile = choose_tile(rows, size, kind, p.chip, share)
@@ -151,10 +187,7 @@ def _backward(
     if any(needs[:2]):
         tile = choose_tile(rows, size, GRAD_APPLYING, p.chip, DUAL_SHARE)
         launch_bn_grad_apply(p, dy, main, second, mask, None, rows, tile, activation)
-    dtype, wide = layout.dtype, kept.saved.dtype
-    found = (*gradients, *vectors[0], *vectors[1])
-    asked = zip(found, (dtype, dtype, wide, wide, wide, wide), strict=True)
-    return tuple(dtype if tensor is None else tensor for tensor, dtype in asked)
+    return results
 
 
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ LIBRARY = torch.library.Library("fusedres", "DEF")
 MOST = 4096  # plans: shapes that keep changing must not fill the memory
 _plans: dict[tuple, Any] = {}
 _filling = threading.Lock()
+caches: list[Callable[[], dict]] = [lambda: _plans]  # of plans, or of what holds some
+
+
+def forget() -> None:
+    """Empty all caches: plans are made anew."""
+    for cache in caches:
+        cache().clear()
 
 
 def remember(plans: dict, key: Any, plan: Any) -> None:
@@ -161,8 +168,11 @@ class Operator:
 
     def plan(self, groups: tuple, tensors: Sequence[Tensor | None] | None = None) -> Any:
         """The plan of a call with these groups; `tensors`: instead of those in them."""
+        from ..kernels import launch
         from ..kernels.bind import Given
         from ..kernels.plan import Planner
+
+        launch.on_change.add(forget)
 
         if self.recipe is None:
             raise RuntimeError(f"fusedres::{self.name} has no kernels; please report it")

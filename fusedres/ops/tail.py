@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import dispatch, fork
 from .norm import BatchNorm, How, Skip
-from .operator import Operator, remember
+from .operator import Operator, caches, remember
 from .straight import are_plain, guard, is_current, is_quiet
 
 Gradients = tuple[Tensor | None, ...]
@@ -82,6 +82,7 @@ def _never(*_: Any) -> bool:
 
 # By what is cheap to ask; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
+caches.append(lambda: _planned)
 ALIKE = 8
 # Each in its own place, for a tensor that there is not: its address is 0.
 NONE = tuple(torch.empty(0) for _ in range(16))
