@@ -100,6 +100,20 @@ def test_what_it_cannot_join_it_calls(name, monkeypatch):
     assert calls == []
 
 
+class Doubled(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+@pytest.mark.once
+def test_a_bias_may_be_computed():
+    plain, joined = pair(bias=True)
+    for model in (plain, joined):
+        nn.utils.parametrize.register_parametrization(model.shortcut[0], "bias", Doubled())
+    x = images(*SHAPES[2])
+    torch.testing.assert_close(joined(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.once
 def test_its_state_is_that_of_torchvisions_shortcut():
     shortcut = torchvision.models.resnet18().layer2[0].downsample

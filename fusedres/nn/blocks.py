@@ -221,7 +221,7 @@ class _PreActivation(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, in_channels, ...] -> [N, channels * expansion, ...], strided."""
-        _, activated = _begin(self.bn1, self.activation, None, x)
+        _, activated = _begin(self._modules["bn1"], self.activation, None, x)
         f, skip = self.branch(activated, x)
         return skip + f
 
@@ -357,7 +357,7 @@ def run_units(units: Iterable[Any], x: Tensor) -> Tensor:
     f = None  # of x + f, where the addition is still to come
     for unit in _flat(units):
         if isinstance(unit, _PreActivation) and _is_own(unit, _PreActivation):
-            x, activated = _begin(unit.bn1, unit.activation, f, x)
+            x, activated = _begin(unit._modules["bn1"], unit.activation, f, x)
             f, x = unit.branch(activated, x)
         elif isinstance(unit, BATCH_NORM_ACTS) and _is_own(unit, BatchNormAct2d):
             x, f = _begin(unit._modules["bn"], unit.activation, f, x)[1], None

@@ -13,6 +13,7 @@ from .batch_norm import call_dual_batch_norm, plain_call
 from .norms import FUSED_NORMS, parts_inside, why_called, why_not_fused
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ONES = ((1,), (1, 1), (1, 1, 1))
 
 
 def why_not_projection(convolution: nn.Module | None) -> str | None:
@@ -26,7 +27,7 @@ def why_not_projection(convolution: nn.Module | None) -> str | None:
         return "its _conv_forward was replaced on the instance"
     if type(child._parameters.get("weight")) is not nn.Parameter:
         return "its weight is not a plain Parameter"
-    if any(size != 1 for size in child.kernel_size):
+    if child.kernel_size not in _ONES and any(size != 1 for size in child.kernel_size):
         return f"its kernel is {'x'.join(map(str, child.kernel_size))}"
     if child.groups != 1:
         return f"it has {child.groups} groups"
@@ -45,9 +46,14 @@ def call_projection(
     """
     if torch.compiler.is_compiling():
         return convolution(input), None
-    if why_not_projection(convolution) is not None or input.dim() != convolution.weight.dim():
+    if why_not_projection(convolution) is not None:
         return convolution(input), None
-    weight, bias = convolution.weight, convolution.bias
+    # From the dictionary, as `norms.begin`: an attribute costs 0.5 us. A bias may be computed.
+    parameters = convolution._parameters
+    weight = parameters["weight"]
+    bias = parameters["bias"] if "bias" in parameters else convolution.bias  # noqa: SIM401
+    if input.dim() != weight.dim():
+        return convolution(input), None
     if (dtype := _autocast_dtype(input)) is not None:
         # What autocast does to a convolution's arguments; the weight is cast where it is used.
         input = input.to(dtype)
@@ -59,6 +65,8 @@ def call_projection(
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = input.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
@@ -77,7 +85,7 @@ def call_projected_tail(
     """`activation(norm(input) + shortcut_norm(convolution(shortcut)))`; a convolution of None has been run already."""
     moments = None
     if convolution is not None:
-        wanted = shortcut_norm.training or shortcut_norm.running_mean is None
+        wanted = shortcut_norm.training or shortcut_norm._buffers.get("running_mean") is None
         shortcut, moments = call_projection(convolution, shortcut, wanted)
     return call_dual_batch_norm(norm, input, shortcut_norm, shortcut, activation, into, moments)
 
@@ -144,7 +152,7 @@ class Projection(nn.Sequential):
         Where a child has hooks, was replaced or converted (SyncBatchNorm), the modules are called one by one.
         """
         check_activation("Projection.join", activation)
-        children: Any = list(self)
+        children: Any = [*self._modules.values()]
         if (
             len(children) != 2
             or torch.jit.is_tracing()
