@@ -20,6 +20,7 @@ FLOORS = (
         "layouts",
         "fork",
         "ops",
+        "projection",
         "functional",
     ),
     ("nn",),
@@ -116,6 +117,23 @@ def test_every_room_has_a_floor():
 )
 def test_an_arrow_upwards_is_found(module, line):
     assert _faults(module, line)
+
+
+MOST_ARGUMENTS = 10
+
+
+def test_few_arguments_below_the_public_functions():
+    """What belongs together travels as one value. A kernel's arguments are the machine's."""
+    long = [
+        f"{name}.{node.name}"
+        for name, path in _files().items()
+        if name.startswith(("fusedres.ops.", "fusedres.kernels.", "fusedres.swap."))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        and not any("jit" in ast.unparse(each) for each in node.decorator_list)
+        and len(node.args.args) + len(node.args.kwonlyargs) > MOST_ARGUMENTS
+    ]
+    assert long == []
 
 
 def test_no_bare_assert_outside_the_tests():
