@@ -27,6 +27,7 @@ from fusedres.functional import (
 )
 from fusedres.kernels import bind
 from fusedres.kernels.apply import bn_apply_kernel
+from fusedres.kernels.launch import passes
 from fusedres.ops.projection import in_triton
 
 from .helpers import without_plans
@@ -181,6 +182,11 @@ def projected():
         projection(x, weight, stride=2).sum().backward()
 
 
+def in_one_launch():
+    with passes("one"):
+        one(torch.bfloat16, torch.channels_last, True)
+
+
 CALLS = {
     "float32": functools.partial(one, torch.float32, torch.contiguous_format, False),
     "float32-residual": functools.partial(one, torch.float32, torch.contiguous_format, True),
@@ -190,6 +196,7 @@ CALLS = {
     "dual": dual,
     "preactivation": preactivation,
     "projection": projected,
+    "one launch": in_one_launch,
 }
 
 

@@ -48,8 +48,8 @@ def stub(monkeypatch):
 @pytest.fixture
 def launched(stub, monkeypatch):
     """Every launch of a bound kernel: (kernel, grid, arguments), each address by when it was first seen."""
-    found, seen, kept = [], {}, []
-    text = bind.Bound.text
+    found, seen, arena = [], {}, torch.empty(1 << 22, dtype=torch.uint8)
+    text, used = bind.Bound.text, [0]
 
     def noted(self, name, pointer, given):
         said, scope = text(self, name, pointer, given)
@@ -68,15 +68,14 @@ def launched(stub, monkeypatch):
 
         return said, scope | {name: noting}
 
-    def keeping(make):
-        def made(*arguments):
-            kept.append(make(*arguments))  # so that no address is used twice
-            return kept[-1]
-
-        return made
+    def empty(shape, stride, dtype):  # no address is used twice
+        size = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        start, used[0] = used[0], used[0] + -(-size * dtype.itemsize // 64) * 64
+        made = torch.empty(0, dtype=dtype)
+        return made.set_(arena.untyped_storage(), start // dtype.itemsize, shape, stride)
 
     monkeypatch.setattr(bind.Bound, "text", noted)
-    monkeypatch.setitem(memory.EMPTY, "cpu", keeping(memory.EMPTY["cpu"]))
+    monkeypatch.setitem(memory.EMPTY, "cpu", empty)
 
     def launches_of(step):
         found.clear(), seen.clear()
@@ -155,12 +154,45 @@ def test_a_call_that_was_met_before_looks_at_no_kernel(launched):
         ]  # fmt: skip
 
 
+@pytest.mark.compiler
+@pytest.mark.parametrize("level", ["launcher", "run", "triton"])
+def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, level):
+    """Triton's C function, its launcher, or its own start."""
+    monkeypatch.setattr(bind, "LEVEL", level)
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8), images(2)
+    counts = []
+    for _ in range(3):
+        before = stub.launches
+        plainly(module, x, residual)
+        counts.append(stub.launches - before)
+    assert counts == [6, 6, 6]
+
+
+@pytest.mark.compiler
+def test_what_a_call_allocates(stub, monkeypatch):
+    """The result, what is kept, what is gone afterwards; four gradients and what is gone afterwards."""
+    made, empty = [], memory.EMPTY["cpu"]
+    monkeypatch.setitem(memory.EMPTY, "cpu", lambda *look: made.append(look) or empty(*look))
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8), images(2)
+    for _ in range(2):
+        output = module(x, residual)
+        output.backward(torch.ones(SHAPE))
+    made.clear()
+    output = module(x, residual)
+    forward = len(made)
+    output.backward(torch.ones(SHAPE))
+    assert (forward, len(made)) == (3, 3 + 5)
+
+
 # --- who looks -------------------------------------------------------------------------------------------------------
 
 # By the operators, or straight? Of each situation: (what is done with a module and its two inputs, ways of the forward,
 # ways of the backward).
 LONG, STRAIGHT = "operators", "straight"
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning"),
+]
 
 
 class Subclass(torch.Tensor):
