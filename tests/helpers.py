@@ -299,6 +299,7 @@ def without_plans(monkeypatch):
 
     monkeypatch.setattr(operator, "_plans", {})
     monkeypatch.setattr(tail, "_planned", {})
+    monkeypatch.setattr(tail, "_kinds", {})
 
 
 def force_int64(monkeypatch):

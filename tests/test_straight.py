@@ -306,6 +306,9 @@ SITUATIONS = {
     "torch.func.grad": (
         lambda m, x, r: torch.func.grad(lambda a: m.eval()(a, r).sum())(x.detach()), LONG, None,
     ),
+    "plain tensors within torch.func": (
+        lambda m, x, r: torch.func.grad(lambda a: (a * m.eval()(x, r)).sum())(torch.ones(())), LONG, None,
+    ),
     "vmap": (lambda m, x, r: torch.vmap(m.eval())(torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)), LONG, None),
     "a profiler": (under(profiler), LONG, LONG),
     "a profiler around the backward": (profiled_backward, STRAIGHT, LONG),
@@ -460,6 +463,17 @@ def test_a_plan_holds_no_tensor(device):
     del module, x, residual
     gc.collect()
     assert [reference() for reference in held] == [None] * len(held)
+
+
+@pytest.mark.kernels
+def test_modules_that_are_new_at_each_call_share_plans(device, monkeypatch):
+    """DataParallel's replicas are."""
+    without_plans(monkeypatch)
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    plainly(module, x, residual)
+    monkeypatch.setattr(operator.Operator, "plan", None)
+    for _ in range(3):
+        plainly(copy.deepcopy(module), x, residual)
 
 
 @pytest.mark.kernels

@@ -81,7 +81,7 @@ def straight_tail(
     one, use_batch = found
     return straight(
         single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
-        lambda: _fits(norm, input, residual, activation, into),
+        lambda: _fits(norm, input, residual, activation, into), key[1:],
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def _straight_pair(
 
     how = How(use_batch, activation)
     key = (id(norm), id(other), type(norm), type(other), into, how, torch.is_grad_enabled())
-    return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits)
+    return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
 
 
 def call_tail(

@@ -32,11 +32,12 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
         check = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         if check(*tensors) is True:
             return check
-    known = [_look(t) for t in tensors]
-    return lambda *others: [_look(t) for t in others] == known
+    known = [look(t) for t in tensors]
+    return lambda *others: [look(t) for t in others] == known
 
 
-def _look(t: Any) -> tuple:
+def look(t: Any) -> tuple:
+    """What `guard` compares, of one tensor."""
     if not isinstance(t, Tensor):
         return (type(t),)
     included = torch._C._dispatch_tls_local_include_set().raw_repr()

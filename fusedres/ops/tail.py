@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import dispatch, fork
 from .norm import BatchNorm, How, Skip
 from .operator import Operator, caches, remember
-from .straight import are_plain, guard, is_current, is_quiet
+from .straight import are_plain, guard, is_current, is_quiet, look
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -80,9 +80,11 @@ def _never(*_: Any) -> bool:
     return False
 
 
-# By what is cheap to ask; of each key the kinds of call that were met last.
+# By what is cheap to ask, as whose call it is; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
-caches.append(lambda: _planned)
+# By all that counts: for whoever calls it first, as DataParallel's replicas do, which are new at each step.
+_kinds: dict[tuple, Planned] = {}
+caches.extend((lambda: _planned, lambda: _kinds))
 ALIKE = 8
 # Each in its own place, for a tensor that there is not: its address is 0.
 NONE = tuple(torch.empty(0) for _ in range(16))
@@ -129,11 +131,12 @@ def straight(
     how: How,
     more: tuple[Tensor | None, ...] = (),
     check: Callable[[], bool] | None = None,
+    kind: tuple | None = None,
 ) -> Tensor | None:
     """The call, past `torch.ops`; None where it has to go through the operators. The caller has asked `is_quiet`.
 
     key: what calls that look alike have in common. check: whether the caller has nothing against this one; asked once
-    for all calls of this key that look alike.
+    for all calls that look alike and are of one `kind`, which is the key if it says nothing of who calls.
     """
     given: list[Tensor | None] = [input, residual]
     floats: list[float] = []
@@ -146,8 +149,12 @@ def straight(
     if planned is None:
         if not all(isinstance(t, Tensor) for t in tensors):
             return None
-        planned = _plan(tail, input, residual, norms, how, more, check)
-        planned.check = guard(tensors)
+        alike = (tail, dispatch.get_backend(), how, kind or key, *[look(t) for t in tensors])
+        planned = _kinds.get(alike)
+        if planned is None:
+            planned = _plan(tail, input, residual, norms, how, more, check)
+            planned.check = guard(tensors)
+            remember(_kinds, alike, planned)
         remember(_planned, key, [planned, *_planned.get(key, ())][:ALIKE])
     if planned.composed:
         if how.training:
