@@ -85,6 +85,7 @@ def _kernels() -> SimpleNamespace:
             grad_apply,
             grad_reduce,
             launch,
+            merging,
             projection,
             projection_grad_weight,
             stats,
@@ -94,6 +95,9 @@ def _kernels() -> SimpleNamespace:
             forward=forward.launch_bn_forward,
             backward=backward.launch_bn_backward,
             stats=stats.launch_bn_stats,
+            stats_finalize=merging.launch_bn_stats_finalize,
+            counters=merging.counters,
+            last_merges=launch.last_merges,
             finalize=finalize.launch_bn_finalize,
             apply=apply.launch_bn_apply,
             residual_norm=apply.ResidualNorm,
@@ -242,9 +246,16 @@ def _statistics(
         tile = k.tile(rows, x.element_size(), k.STATISTICS, k.chip())
         partial = x.new_empty((tile.programs, 3, tile.width), dtype=_partial_dtype(x.dtype))
         residual, total = added
-        k.stats(x, residual, total, partial, rows, tile, k.offset[rows.needs_int64])
-        first, which = (x, 1) if total is None else (total, 0)
-        k.finalize(partial, first, bias, saved, mean, var, rows, which, tile, momentum, eps)
+        offset = k.offset[rows.needs_int64]
+        if total is None and k.last_merges(rows, tile):
+            done = k.counters(x.device, tile.channel_blocks)
+            k.stats_finalize(
+                x, partial, done, bias, saved, mean, var, rows, tile, momentum, eps, offset
+            )
+        else:
+            k.stats(x, residual, total, partial, rows, tile, offset)
+            first, which = (x, 1) if total is None else (total, 0)
+            k.finalize(partial, first, bias, saved, mean, var, rows, which, tile, momentum, eps)
     else:
         k.finalize(known, None, bias, saved, mean, var, None, 0, None, momentum, eps)
     _write_back(buffers, (mean, var))
