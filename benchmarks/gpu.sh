@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in at most nine minutes on one: benchmarks/gpu.sh OUTDIR
 #
-# The test suite over the Triton kernels, the ResNet-50 step and the operators at batch 256 beside every peer, and
-# compute-sanitizer where it is installed. OUTDIR holds what benchmarks/results/ wants: README.md (the page), results.json
+# The test suite over the Triton kernels, the ResNet-50 step and the operators at batch 256 beside every peer, a stress of
+# the order between programs, and compute-sanitizer where it is installed. OUTDIR holds what benchmarks/results/ wants: README.md (the page), results.json
 # and results.csv (the rows), the plots, and log.txt (everything that was printed, with the verdict of each part last).
 #
 # It needs a Python (named by PYTHON, else python3) with torch, triton, torchvision, timm, pytest, pytest-benchmark and
@@ -108,6 +108,8 @@ part "model: ResNet-50 step, batch 256" 150 "${bench[@]}" --quick --level model 
 part "operators, batch 256, without torch.compile" 60 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 50 \
     --provider "eager, in place" --provider fusedres --provider attorch --provider "apex groupbn" --provider inplace_abn
 part "tests" 190 bash -c "tests $shares 160"
+# Nothing but a GPU can show that the last program sees what the others left; see kernels/merging.py.
+part "statistics in one launch, order" 15 "$python" -m fusedres.benchmarks.ordering --device "$device"
 part "operators, batch 256, beside torch.compile" 55 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 40
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -35,7 +35,8 @@ def _share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _options(partials: int) -> dict[str, int]:
+def merging_options(partials: int) -> dict[str, int]:
+    """How many partials and channels a program merges at a time."""
     block = next((n for n in ROOM if n >= partials), triton.next_power_of_2(partials))
     channels = max(1, min(BLOCK_CHANNELS, MOST_VALUES // block))
     warps = max(4, min(16, block * channels // 128))  # 4 values a thread, where 16 warps do
@@ -48,7 +49,7 @@ def _options(partials: int) -> dict[str, int]:
 
 
 @triton.jit
-def _partial_offsets(
+def partial_offsets(
     o_channel, m_channel, programs, spread, width, each, slots,
     KINDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +153,7 @@ def bn_finalize_kernel(
     # between.
     b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
     b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
-    o, m = _partial_offsets(
+    o, m = partial_offsets(
         o_channel, m_channel, programs, spread, width, each, slots, 3, COLUMNS, BLOCK_PARTIALS
     )
     b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
@@ -206,7 +207,7 @@ def launch_bn_finalize(
     if rows is not None:
         spread, walk = rows.spread, (rows.strides[partial.which], rows.outer, rows.inner)
     each, columns, slots = _share(spread, partial.tile)
-    options = _options(programs * each)
+    options = merging_options(programs * each)
     p.start(
         bn_finalize_kernel,
         (-(-channels // options["BLOCK_CHANNELS"]),),
@@ -266,7 +267,7 @@ def bn_grad_finalize_kernel(
     """
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < channels
-    o, m = _partial_offsets(
+    o, m = partial_offsets(
         o_channel, m_channel, programs, spread, width, each, slots, 2, COLUMNS, BLOCK_PARTIALS
     )
     b_dz = tl.sum(tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64), axis=0)
@@ -305,7 +306,7 @@ def launch_bn_grad_finalize(
     """coefficients [2, C], dweight [C], dbias [C] (each where given) <- of.partial [P, 2, width] of such a walk."""
     programs, _, width = of.partial.shape
     each, columns, slots = _share(rows.spread, tile)
-    options = _options(programs * each)
+    options = merging_options(programs * each)
     p.start(
         bn_grad_finalize_kernel,
         (-(-rows.channels // options["BLOCK_CHANNELS"]),),

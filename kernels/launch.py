@@ -248,6 +248,19 @@ MOST_KEPT = 1024  # columns of a flat walk that a program has room for
 FORWARD = Pass(16384, 8, 1, 3, half=1)
 BACKWARD = Pass(8192, 8, 1, 3, half=1)
 
+# Whether the last program of the statistics takes the final step too (`merging`), where its partials are few and of one
+# column a channel. Off until benchmarks/ordering.py has passed on a GPU: no other place can show that its order holds.
+LAST_MERGES = False
+FEW_PARTIALS = 128
+
+
+def last_merges(x: Tensor, rows: RowMap, chip: Chip) -> bool:
+    """Whether the statistics of x, walked so, take one launch."""
+    if not LAST_MERGES or rows.spread > 1:
+        return False
+    return choose_tile(rows, x.element_size(), STATISTICS, chip).programs <= FEW_PARTIALS
+
+
 PASSES = ("by size", "one", "three")
 _passes = "by size"
 

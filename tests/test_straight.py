@@ -155,6 +155,28 @@ def test_a_call_that_was_met_before_looks_at_no_kernel(launched):
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("kind", ["gradient", "input"])
+def test_another_layout_is_another_launch(launched, monkeypatch, kind):
+    """Of the input, or of the gradient alone; met after others, it is launched as if it were the first."""
+    module, x = fusedres.nn.BatchNormAct2d(8), images()
+    last = {"memory_format": torch.channels_last}
+    layouts = {"gradient": ({}, last), "input": (last, last)}[kind]
+
+    def step(layout, of_gradient):
+        input = x.detach().contiguous(**layout).requires_grad_()
+        module(input).backward(torch.ones(SHAPE).contiguous(**of_gradient))
+
+    for _ in range(2):
+        step({}, {})
+    step(*layouts)
+    found = launched(lambda: step(*layouts))
+    without_plans(monkeypatch)
+    step(*layouts)
+    assert found == launched(lambda: step(*layouts))
+    assert found != launched(lambda: (step({}, {}), step({}, {})))[-6:]
+
+
+@pytest.mark.compiler
 @pytest.mark.parametrize("level", ["launcher", "run", "triton"])
 def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, level):
     """Triton's C function, its launcher, or its own start."""

@@ -133,8 +133,14 @@ def statistics(
     residual goes (rows.strides[0]): the moments are those of the sum.
     """
     from ..kernels.finalize import Partial, Running, launch_bn_finalize
+    from ..kernels.launch import last_merges
+    from ..kernels.merging import launch_bn_stats_finalize
     from ..kernels.stats import launch_bn_stats
 
+    running = Running(norm.running_mean, norm.running_var, norm.batches, norm.momentum)
+    if known is None and added is None and last_merges(x, rows, p.chip):
+        launch_bn_stats_finalize(p, x, norm.bias, saved, running, norm.eps, rows)
+        return
     if known is not None:
         partial = Partial(known)
     else:
@@ -142,7 +148,6 @@ def statistics(
         values, tile = launch_bn_stats(p, x, residual, total, rows)
         first, which = (x, 1) if total is None else (total, 0)
         partial = Partial(values, first, rows, which, tile)
-    running = Running(norm.running_mean, norm.running_var, norm.batches, norm.momentum)
     launch_bn_finalize(p, partial, norm.bias, saved, running, norm.eps)
 
 
