@@ -56,10 +56,12 @@ class Bound:
         self.kept = compiled  # when it goes, its code is unloaded
         self._launch, self._grid, self._between = launch, grid, between
         self._values, self._is_packed = values, is_packed
-        text, scope = self.text("launch", "p[{}]", "f[{}]")
-        self._go: Callable[..., None] = eval(f"lambda stream, p, f: {text}", scope)
+        self._go: Callable[..., None] | None = None
 
     def __call__(self, stream: int, pointers: Sequence[int], floats: Sequence[float]) -> None:
+        if self._go is None:
+            text, scope = self.text("launch", "p[{}]", "f[{}]")
+            self._go = eval(f"lambda stream, p, f: {text}", scope)
         self._go(stream, pointers, floats)
 
     def text(self, name: str, pointer: str, given: str) -> tuple[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .bind import is_watched
-from .chip import INTERPRETED, current_chip
+from .chip import current_chip
 from .layout import RowMap, bits_layout, row_map_of
 from .memory import EMPTY, empty_strided
 from .start import Launch
@@ -219,6 +219,7 @@ class Plan:
         first_kept = given + len(alone)
         self._apart = tuple(r for r in results if type(r) is not int or r < first_kept)
         self._written: Callable[[Sequence[Tensor], tuple[float, ...]], tuple | None] | None = None
+        self._bound: list[Any] = []  # the launches that are in it
 
     def call(
         self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...], device: torch.device
@@ -252,8 +253,9 @@ class Plan:
         scratch = [m.empty(device) for m in self.scratch]
         everything = (*parts, *alone, *self.parts(kept), *scratch)
         self._start(everything, floats)
-        if self.launches_only and not INTERPRETED and all(each.bound for each in self.launches):
-            self._written = write(self, device)
+        bound = [each.bound for each in self.launches]
+        if self.launches_only and all(bound) and bound != self._bound:
+            self._bound, self._written = bound, write(self, device)
         found = [everything[r] if type(r) is int else None for r in self._apart]
         return (*found, kept) if self.kept else tuple(found)
 

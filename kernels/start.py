@@ -32,8 +32,8 @@ class Launch:
     """
 
     __slots__ = (
-        "_active", "_compiled", "_values", "bound", "caches", "constants", "floats", "grid", "integers", "kernel",
-        "options", "slots",
+        "_active", "_compiled", "_values", "_was_tried", "bound", "caches", "constants", "floats", "grid", "integers",
+        "kernel", "options", "slots",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,7 @@ class Launch:
         self.caches: Any = None
         self._values: tuple = ()
         self.bound: Bound | None = None
+        self._was_tried = False
 
     def on(self, slots: tuple[int | None, ...]) -> "Launch":
         """The same on other tensors of a call."""
@@ -81,6 +82,13 @@ class Launch:
         if self._compiled is not None and self._active is active and self.is_there(device):
             compiled = self._compiled
             stream = active.get_current_stream(device)
+            if (
+                not self._was_tried
+            ):  # at the second start: binding takes longer than a start, and some come once
+                self._was_tried = True
+                x, y, z = (*self.grid, 1, 1)[:3]
+                given = self.slots, self.integers, self.floats, self._values
+                self.bound = bind(compiled, (x, y, z), *given)
             if self.bound is not None:
                 self.bound(stream, [0 if t is None else t.data_ptr() for t in tensors], floats)
                 return
@@ -97,10 +105,7 @@ class Launch:
         known = self.constants | self.options
         self._values = tuple(known[name] for name in names)
         self._active, self.caches = active, self.kernel.device_caches[device]
-        self._compiled = compiled
-        x, y, z = (*self.grid, 1, 1)[:3]
-        grid = (x, y, z)
-        self.bound = bind(compiled, grid, self.slots, self.integers, self.floats, self._values)
+        self._compiled, self.bound, self._was_tried = compiled, None, False
 
     def is_there(self, device: int) -> bool:
         """Whether Triton still has what it compiled for this launch."""

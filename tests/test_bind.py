@@ -25,7 +25,7 @@ from fusedres.functional import (
     dual_batch_norm_act,
     projection,
 )
-from fusedres.kernels import bind
+from fusedres.kernels import bind, launch
 from fusedres.kernels.apply import bn_apply_kernel
 from fusedres.kernels.launch import passes
 from fusedres.ops.projection import in_triton
@@ -187,6 +187,12 @@ def in_one_launch():
         one(torch.bfloat16, torch.channels_last, True)
 
 
+def with_the_final_step():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "LAST_MERGES", True)
+        one(torch.bfloat16, torch.channels_last, True)
+
+
 CALLS = {
     "float32": functools.partial(one, torch.float32, torch.contiguous_format, False),
     "float32-residual": functools.partial(one, torch.float32, torch.contiguous_format, True),
@@ -197,6 +203,7 @@ CALLS = {
     "preactivation": preactivation,
     "projection": projected,
     "one launch": in_one_launch,
+    "the final step too": with_the_final_step,
 }
 
 

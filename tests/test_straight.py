@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,7 +128,8 @@ def test_both_ways_launch_the_same(launched, by_the_operators, layout, monkeypat
     launches = []
     for _ in range(2):
         without_plans(monkeypatch)
-        step(), step()
+        for _ in range(3):
+            step()
         launches.append(launched(step))
         by_the_operators()
     assert launches[0] == launches[1]
@@ -143,7 +145,8 @@ def test_a_call_that_was_met_before_looks_at_no_kernel(launched):
     def step():
         module(x).backward(gradient)
 
-    step(), step()
+    for _ in range(3):
+        step()
     with pytest.MonkeyPatch.context() as patch:
         for each in (batch_norm_act.FORWARD, batch_norm_act.BACKWARD):
             patch.setattr(each, "op", None)
@@ -166,12 +169,14 @@ def test_another_layout_is_another_launch(launched, monkeypatch, kind):
         input = x.detach().contiguous(**layout).requires_grad_()
         module(input).backward(torch.ones(SHAPE).contiguous(**of_gradient))
 
-    for _ in range(2):
-        step({}, {})
-    step(*layouts)
+    def thrice(*layouts):
+        for _ in range(3):
+            step(*layouts)
+
+    thrice({}, {}), thrice(*layouts)
     found = launched(lambda: step(*layouts))
     without_plans(monkeypatch)
-    step(*layouts)
+    thrice(*layouts)
     assert found == launched(lambda: step(*layouts))
     assert found != launched(lambda: (step({}, {}), step({}, {})))[-6:]
 
@@ -196,7 +201,7 @@ def test_what_a_call_allocates(stub, monkeypatch):
     made, empty = [], memory.EMPTY["cpu"]
     monkeypatch.setitem(memory.EMPTY, "cpu", lambda *look: made.append(look) or empty(*look))
     module, (x, residual) = fusedres.nn.BatchNormAct2d(8), images(2)
-    for _ in range(2):
+    for _ in range(3):
         output = module(x, residual)
         output.backward(torch.ones(SHAPE))
     made.clear()
@@ -223,6 +228,11 @@ class Subclass(torch.Tensor):
 
 class Looking(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class Asking(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
 
@@ -322,7 +332,8 @@ SITUATIONS = {
     "a dispatch mode": (under(Looking), LONG, LONG),
     "a dispatch mode around the backward": (watched_backward, STRAIGHT, LONG),
     "FlopCounterMode": (under(lambda: FlopCounterMode(display=False)), LONG, LONG),
-    "a function mode": (under(lambda: torch.device("cpu")), LONG, LONG),
+    "a function mode": (under(Asking), LONG, LONG),
+    "a device for new tensors": (under(lambda: torch.device("cpu")), STRAIGHT, STRAIGHT),
     "FakeTensorMode": (fake, LONG, None),
     "make_fx": (lambda m, x, r: make_fx(lambda a, b: m(a, b))(x.detach(), r.detach()), LONG, None),
     "torch.func.grad": (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 TensorGuards: Any
 try:
@@ -63,12 +64,18 @@ def is_quiet() -> bool:
     return not (
         _compiling()
         or _modes()
-        or _functions()
+        or (_functions() and _are_functions_seen())
         or _transforms()
         or _profiling()
         or _tracing() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def _are_functions_seen() -> bool:
+    """Whether a function mode is on that sees more than which device new tensors are made on."""
+    modes = (torch._C._get_function_stack_at(k) for k in range(_functions()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def is_current(index: int) -> bool:
