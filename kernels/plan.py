@@ -247,11 +247,10 @@ class Plan:
         self, tensors: Sequence[Tensor], floats: tuple[float, ...], device: torch.device
     ) -> tuple:
         """As `launch`, each kernel as Triton starts it."""
-        parts = [tensors[k] for k in range(len(tensors))]
         alone = [m.empty(device) for m in self.alone]
         kept = empty_strided((size_of(self.kept),), (1,), torch.uint8, device)
         scratch = [m.empty(device) for m in self.scratch]
-        everything = (*parts, *alone, *self.parts(kept), *scratch)
+        everything = (*tensors, *alone, *self.parts(kept), *scratch)
         self._start(everything, floats)
         bound = [each.bound for each in self.launches]
         if self.launches_only and all(bound) and bound != self._bound:
