@@ -356,6 +356,9 @@ class _Library(torch.autograd.Function):
 
 fork.takes_part(Projection)
 fork.takes_part(_Library)
+# As `tail` calls its own: past what only a transform asks.
+_apply_library: Any = super(torch.autograd.Function, _Library).apply
+_Library._backward_cls.apply = _Library.backward
 
 
 def _remember(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]):
@@ -370,7 +373,7 @@ def _visited_gradient(
 ) -> tuple[Tensor, list[int] | None]:
     """The gradient of the input at the positions that the stride visits, and that stride (None: it visits all)."""
     ones, weight = [1] * len(stride), weight.transpose(0, 1)
-    visited = stride if stride != ones else None
+    visited = stride if max(stride) > 1 else None
     if in_triton:
         return FORWARD(dy, weight, None, ones, False)[0], visited
     return _convolve(dy, weight, None, ones), visited
@@ -407,7 +410,7 @@ def project(
         output, partial = Projection.apply(input, weight, bias, list(stride), moments)
         return output, partial if moments else None
     if max(stride) > 1 and is_eager() and fork.source_of(input) is not None:
-        return _Library.apply(input, weight, bias, list(stride)), None
+        return _apply_library(input, weight, bias, stride), None
     return _convolve(input, weight, bias, stride), None
 
 
