@@ -89,7 +89,7 @@ def _forward(
             p,
             input,
             residual,
-            [as_trained(norm, saved)],
+            [as_trained(p, norm, saved)],
             output,
             bits,
             rows,
@@ -105,13 +105,22 @@ def _forward(
     return results
 
 
-def as_trained(norm: BatchNorm, saved: Tensor) -> tuple[Any, Any]:
+def as_trained(p: Planner, norm: BatchNorm, saved: Tensor) -> tuple[Any, Any]:
     """A BatchNorm as the forward in one launch takes it, and what that moves."""
-    from ..kernels.finalize import Running
     from ..kernels.norm import Norm
 
-    running = Running(norm.running_mean, norm.running_var, norm.batches, norm.momentum)
-    return Norm(norm.weight, norm.bias, saved=saved, eps=norm.eps), running
+    return Norm(norm.weight, norm.bias, saved=saved, eps=norm.eps), running_of(p, norm)
+
+
+def running_of(p: Planner, norm: BatchNorm) -> Any:
+    """What a batch moves. Where somebody else counts the batches there is a counter that nobody reads: the kernels are
+    the same then."""
+    from ..kernels.finalize import Running
+
+    batches = norm.batches
+    if batches is None and norm.running_mean is not None:
+        batches = p.empty((), torch.int64)
+    return Running(norm.running_mean, norm.running_var, batches, norm.momentum)
 
 
 def as_applied(norm: BatchNorm, how: How, saved: Tensor | None) -> Any:
@@ -132,12 +141,12 @@ def statistics(
     known: the partial moments that whatever wrote x has left. added: a residual (rows.strides[2]), and where x +
     residual goes (rows.strides[0]): the moments are those of the sum.
     """
-    from ..kernels.finalize import Partial, Running, launch_bn_finalize
+    from ..kernels.finalize import Partial, launch_bn_finalize
     from ..kernels.launch import last_merges
     from ..kernels.merging import launch_bn_stats_finalize
     from ..kernels.stats import launch_bn_stats
 
-    running = Running(norm.running_mean, norm.running_var, norm.batches, norm.momentum)
+    running = running_of(p, norm)
     if known is None and added is None and last_merges(x, rows, p.chip):
         launch_bn_stats_finalize(p, x, norm.bias, saved, running, norm.eps, rows)
         return

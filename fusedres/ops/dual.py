@@ -84,7 +84,7 @@ def _forward(
     if how.training and moments is None:
         whole = choose_whole(rows, input.element_size(), FORWARD_PASS, p.chip)
     if whole is not None:
-        norms = [single.as_trained(*each) for each in zip((norm, other), both, strict=True)]
+        norms = [single.as_trained(p, *each) for each in zip((norm, other), both, strict=True)]
         launch_bn_forward(
             p, input, residual, norms, output, bits, rows, whole, parse(how.activation)
         )
