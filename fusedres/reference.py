@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .activations import activate
 
+_level = torch._C._functorch.maybe_current_level
 _BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
@@ -32,7 +33,8 @@ def batch_norm_act(
     input and the output, as for the same three calls in a ResNet.
     """
     output = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    in_place = not _is_transformed()
+    # Under torch.func an in-place result may be too small for its operand (vmap over the residual alone).
+    in_place = _level() is None
     if residual is not None:
         if in_place:
             output.add_(residual)
@@ -72,8 +74,3 @@ def _batch_norm(input, running_mean, running_var, weight, bias, training, moment
 
 def _are_mixed(*tensors: Tensor | None) -> bool:
     return len({tensor.dtype for tensor in tensors if tensor is not None}) > 1
-
-
-def _is_transformed() -> bool:
-    """Under torch.func an in-place result may be too small for its operand (vmap over the residual alone)."""
-    return torch._C._functorch.maybe_current_level() is not None

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
 from ..activations import activate, check_activation
 from ..checks import takes
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
-from ..ops.norm import BatchNorm, How
+from ..ops.norm import How
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
@@ -71,10 +72,12 @@ def straight_tail(
         weight, bias = tensors[2], tensors[3]
         if not planned.composed:
             return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
-        one = BatchNorm(weight, bias, tensors[4], tensors[5], momentum, eps)
         if training:
             tensors[6].add_(1)
-        return single.compose(input, residual, one, planned.how)
+        return reference.batch_norm_act(
+            input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
+            residual=residual, activation=activation,
+        )  # fmt: skip
     found = usual(norm)
     if found is None:
         return None
