@@ -3,8 +3,8 @@
 Four passes over memory, a kernel and a launcher each (`stats`, `apply`, `grad_reduce`, `grad_apply`), and the small
 steps between them (`finalize`); where maps are small, a direction in one launch (`forward`, `backward`). What is
 shared: `tile` (the index map), `moments`, `activation`, `bits`; and on the host `chip` (what the device is), `layout`
-(what the strides are), `launch` (which tile it gets), `plan` (what a call allocates and launches, decided once), `start`
-and `bind` (a kernel on its way to the driver), `memory`.
+(what the strides are), `launch` (which tile it gets), `plan` (what a call allocates and launches, decided once),
+`start` and `bind` (a kernel on its way to the driver), `memory`.
 """
 
 if __name__ != "fusedres.kernels":

@@ -110,9 +110,11 @@ def finish_moments(
 
 @triton.jit
 def count_batch(p_batches):
-    """One batch more, where there is a counter; by the first program."""
+    """One batch more, where there is a counter; by the first program. Every warp loads, and one thread stores."""
     if p_batches is not None and tl.program_id(0) == 0:
-        tl.store(p_batches, tl.load(p_batches) + 1)
+        i_batches = tl.load(p_batches)
+        tl.debug_barrier()
+        tl.store(p_batches, i_batches + 1)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)

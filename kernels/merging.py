@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chip import current_chip
 from .dtypes import partial_dtype
-from .finalize import Running, finish_moments, merging_options, partial_offsets
+from .finalize import Running, count_batch, finish_moments, merging_options, partial_offsets
 from .launch import REGISTERS, STATISTICS, Tile, choose_tile, is_aligned
 from .layout import RowMap
 from .moments import load_pivot, merge, store_sums
@@ -126,8 +126,7 @@ def bn_stats_finalize_kernel(
                 p_x, p_partial, p_bias, p_saved, p_running_mean, p_running_var, x_stride, o_channel,
                 outer, inner, channels, programs, width, momentum, eps, BLOCK_PARTIALS,
             )  # fmt: skip
-        if tl.program_id(0) == 0 and p_batches is not None:
-            tl.store(p_batches, tl.load(p_batches) + 1)
+        count_batch(p_batches)
 
 
 def launch_bn_stats_finalize(

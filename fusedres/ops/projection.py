@@ -410,7 +410,7 @@ def project(
         output, partial = Projection.apply(input, weight, bias, list(stride), moments)
         return output, partial if moments else None
     if max(stride) > 1 and is_eager() and fork.source_of(input) is not None:
-        return _apply_library(input, weight, bias, stride), None
+        return _apply_library(input, weight, bias, list(stride)), None
     return _convolve(input, weight, bias, stride), None
 
 
