@@ -31,7 +31,8 @@ class Statistics:
         from fusedres.kernels.layout import row_map_of
 
         rows = row_map_of(x, x)
-        assert rows is not None
+        if rows is None:
+            raise RuntimeError(f"no index map for strides {x.stride()}")
         self.x, self.rows = x, rows
         self.tile = launch.choose_tile(
             rows, x.element_size(), launch.STATISTICS, chip.current_chip()
