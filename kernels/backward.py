@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chip import current_chip
 from .finalize import finish_sums
 from .grad_apply import grad_apply_tiles
 from .grad_reduce import NO_SKIP, Skip, grad_sums, off_mean
@@ -32,6 +33,8 @@ from .tile import (
     tile_columns,
     to_columns,
 )
+
+MOST_REGISTERS = 248  # of a thread; 8 warps of them fill a multiprocessor
 
 
 @triton.jit
@@ -259,5 +262,14 @@ def launch_bn_backward(
             "ROW_VECTORS": rows.row_vectors,
             "OFFSET": offset,
         },
-        tile.options,
+        tile.options | _registers(skip.gradient is not None and residual_saved is not None),
     )
+
+
+def _registers(is_crowded: bool) -> dict[str, int]:
+    """All that one program may have, where it holds four tensors: ptxas aims at two programs' 128, and spills (sm_90,
+    float32). AMD's compiler is not told."""
+    chip = current_chip()
+    if not is_crowded or chip.backend != "cuda":
+        return {}
+    return {"maxnreg": MOST_REGISTERS}
