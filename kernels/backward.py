@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .chip import Chip
 from .finalize import finish_sums
 from .grad import Operand
 from .grad_apply import grad_apply_tiles
@@ -34,6 +35,8 @@ from .tile import (
     tile_columns,
     to_columns,
 )
+
+MOST_REGISTERS = 248  # of a thread; 8 warps of them fill a multiprocessor
 
 
 @triton.jit
@@ -235,5 +238,11 @@ def launch_bn_backward(
             "ROW_VECTORS": rows.row_vectors,
             **arithmetic(main.x.dtype, rows),
         },
-        tile.options,
+        tile.options | _registers(p.chip, skip.gradient is not None and residual.norm.saved is not None),
     )  # fmt: skip
+
+
+def _registers(chip: Chip, is_crowded: bool) -> dict[str, int]:
+    """All that one program may have, where it holds four tensors: ptxas aims at two programs' 128, and spills (sm_90,
+    float32). AMD's compiler is not told."""
+    return {"maxnreg": MOST_REGISTERS} if is_crowded and chip.backend == "cuda" else {}

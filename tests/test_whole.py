@@ -343,7 +343,12 @@ PLACES = {
     "planes": ("contiguous_format", (2, 512, 28, 28)),
     "planes without vectors": ("contiguous_format", (4, 512, 7, 7)),
 }
-QUICK = {("bn_add_relu", "bfloat16", 90), ("bn_bn_add_relu", "bfloat16", 90), ("bn_relu", "float32", 80)}  # fmt: skip
+QUICK = {
+    ("bn_add_relu", "bfloat16", 90),
+    ("bn_bn_add_relu", "bfloat16", 90),
+    ("bn_relu", "float32", 80),
+    ("bn_bn_add_relu_fork", "float32", 90),
+}
 
 
 @pytest.mark.compiler
