@@ -6,7 +6,7 @@ Nothing here is fused. Autograd, double backward, forward mode and vmap are PyTo
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .activations import activate
 
@@ -33,13 +33,18 @@ def batch_norm_act(
     input and the output, as for the same three calls in a ResNet.
     """
     output = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return finish(output, residual, activation)
+
+
+def finish(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """`act(output + residual)`, in place on an output that nothing else has seen."""
     # Under torch.func an in-place result may be too small for its operand (vmap over the residual alone).
     in_place = _level() is None
     if residual is not None:
-        if in_place:
+        if in_place and (type(residual) is type(output) or type(residual) is nn.Parameter):
             output.add_(residual)
-        else:
-            output = (output + residual).to(input.dtype)
+        else:  # of a subclass the sum is one too
+            output = (output + residual).to(output.dtype)
     return activate(output, activation, in_place)
 
 

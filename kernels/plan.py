@@ -262,16 +262,20 @@ class Plan:
         for step in self.steps:
             step.start(tensors, floats)
 
-    def kept_results(self, kept: Tensor) -> list[Tensor]:
+    def kept_results(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The results behind the first, which are all kept, as `call` returns them."""
-        parts, first = self.parts(kept), self.given + len(self.alone)
+        first = self.given + len(self.alone)
         return [
-            parts[r - first] if type(r) is int else kept.new_empty(0, dtype=r)
+            parts[r - first] if type(r) is int else parts[0].new_empty(0, dtype=r)
             for r in self.results[1:]
         ]
 
     def parts(self, kept: Tensor) -> list[Tensor]:
         """What is kept, as tensors."""
+        if (
+            kept.storage_offset() % APART
+        ):  # a hook of saved tensors put it there, to which it is bytes
+            kept = kept.clone()
         return [m.within(kept) for m in self.kept]
 
     def of_parts(

@@ -87,8 +87,8 @@ class Launch:
             ):  # at the second start: binding takes longer than a start, and some come once
                 self._was_tried = True
                 x, y, z = (*self.grid, 1, 1)[:3]
-                given = self.slots, self.integers, self.floats, self._values
-                self.bound = bind(compiled, (x, y, z), *given)
+                numbers = self.integers, self.floats, self._values
+                self.bound = bind(compiled, (x, y, z), self.slots, *numbers)
             if self.bound is not None:
                 self.bound(stream, [0 if t is None else t.data_ptr() for t in tensors], floats)
                 return

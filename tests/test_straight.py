@@ -484,6 +484,127 @@ def test_batches_are_counted_once_a_call(device):
     assert module.num_batches_tracked.item() == 3
 
 
+# --- two that are one ------------------------------------------------------------------------------------------------
+
+
+def gradients(function, inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    output = function(*leaves)
+    gradient = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
+    return torch.autograd.grad(output, leaves, gradient)
+
+
+def own_residual(module, x, _):
+    module(x, x).sum().backward()
+
+
+def own_gradient(module, x, residual):
+    output = module(x, residual)
+    output.backward(x.detach())
+
+
+@pytest.mark.parametrize("first", [own_residual, own_gradient])
+@pytest.mark.parametrize("activation", ["silu", "relu", None])
+def test_a_call_with_one_tensor_twice_says_nothing_of_the_next(
+    first, activation, device, monkeypatch
+):
+    without_plans(monkeypatch)
+    module = fusedres.nn.BatchNormAct2d(8, activation=activation, device=device)
+    x, residual = images(2, device=device)
+    expected = gradients(module, (x, residual))
+    without_plans(monkeypatch)
+    first(module, *images(2, device=device))
+    found = gradients(module, (x, residual))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_two_batchnorms_of_one_tensor_say_nothing_of_the_next(device, monkeypatch):
+    without_plans(monkeypatch)
+    norms = [nn.BatchNorm2d(8, device=device) for _ in range(2)]
+    x, residual, other = images(3, device=device)
+
+    def tail_of(a, b):
+        return call_dual_batch_norm(norms[0], a, norms[1], b, "relu")
+
+    expected = gradients(tail_of, (x, residual))
+    without_plans(monkeypatch)
+    tail_of(other, other).sum().backward()
+    found = gradients(tail_of, (x, residual))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_batchnorm_on_both_sides_moves_its_statistics_in_order(device):
+    norm = nn.BatchNorm2d(8, device=device)
+    expected, (x, residual) = copy.deepcopy(norm), images(2, device=device)
+    call_dual_batch_norm(norm, x, norm, residual, "relu")
+    expected(x), expected(residual)
+    torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.kernels
+def test_what_is_met_first_with_an_odd_address_is_planned_for_even_ones(device, monkeypatch):
+    without_plans(monkeypatch)
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    misaligned(module, *images(2, device=device))
+    assert [planned.forward for planned in tail._kinds.values()] == []
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (lambda m, x: m(inferred(x), x), RuntimeError, "Inference tensors"),
+        (lambda m, x: (m.bn.running_mean.requires_grad_(), m(x)), RuntimeError, "running_mean"),
+        (lambda m, x: (delattr(m.bn, "running_mean"), m(x)), AttributeError, "running_mean"),
+        (lambda m, x: (delattr(m.bn, "num_batches_tracked"), m(x)), AttributeError, "num_batches"),
+        (lambda m, x: (setattr(m, "activation", []), m(x)), ValueError, "unknown activation"),
+        (lambda m, x: (setattr(m.bn, "num_batches_tracked", torch.tensor(True)), m(x)), RuntimeError, "Bool|bool"),
+    ],
+)  # fmt: skip
+def test_what_pytorch_refuses_leaves_the_statistics_alone(spoil, error, said, device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module(x)
+    before = module.bn.running_var.clone()
+    with pytest.raises(error, match=said):
+        spoil(module, x)
+    assert torch.equal(module.bn.running_var, before)
+
+
+def inferred(x):
+    with torch.inference_mode():
+        return torch.randn_like(x)
+
+
+def test_a_counter_of_one_value_is_counted(device):
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    module.bn.num_batches_tracked = torch.zeros(1, dtype=torch.long, device=device)
+    for _ in range(2):
+        module(images(device=device))
+    assert module.bn.num_batches_tracked.tolist() == [2]
+
+
+def test_a_residual_of_a_subclass_gives_one(device):
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    assert type(module(x, residual.detach().as_subclass(Subclass))) is Subclass
+
+
+def test_saved_tensors_may_come_back_from_anywhere(device):
+    """To hooks, what is kept is bytes."""
+
+    def at_an_odd_place(t):
+        room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:]
+        return room.copy_(t.flatten()).view(t.shape)
+
+    module = fusedres.nn.BatchNormAct2d(8, device=device)
+    inputs = [t.detach() for t in images(2, device=device)]
+    expected = gradients(module, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(at_an_odd_place, lambda t: t):
+        found = gradients(module, inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 

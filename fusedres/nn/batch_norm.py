@@ -37,6 +37,8 @@ def straight_tail(
     """
     if type(input) is not Tensor or not is_quiet():
         return None
+    if activation is not None and type(activation) is not str:
+        return None
     try:
         own = norm.__dict__
         parameters, buffers = own["_parameters"], own["_buffers"]

@@ -126,6 +126,8 @@ def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
     """
     # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
     buffers, parameters = norm._buffers, norm._parameters
+    if "running_mean" not in buffers or "running_var" not in buffers:
+        norm.running_mean, norm.running_var  # noqa: B018  # whose error is PyTorch's
     running_mean, running_var = buffers["running_mean"], buffers["running_var"]
     if "weight" in buffers:
         weight, bias = buffers["weight"], buffers["bias"]
@@ -137,7 +139,7 @@ def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
         use_batch = True
         if not norm.track_running_stats:
             running_mean = running_var = None
-        elif (batches := buffers["num_batches_tracked"]) is not None and momentum is None:
+        elif (batches := norm.num_batches_tracked) is not None and momentum is None:
             momentum = 1.0 / (batches + 1)  # this batch included
     else:
         use_batch = running_mean is None and running_var is None

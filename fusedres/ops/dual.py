@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse
 from ..checks import check_batch_norm_act, number
 from ..dispatch import goes_to_kernels, is_eager, wants_triton
@@ -197,8 +198,10 @@ def compose(
     input: Tensor, residual: Tensor, norms: tuple[BatchNorm, BatchNorm], how: How
 ) -> Tensor:
     """The composition, with the add and the activation in place on the first BatchNorm's output."""
-    other = single.compose(residual, None, norms[1], How(how.training, None))
-    return single.compose(input, other, norms[0], how)
+    alone = How(how.training, None)
+    output = single.compose(input, None, norms[0], alone)
+    other = single.compose(residual, None, norms[1], alone)
+    return reference.finish(output, other, how.activation)
 
 
 def plain_forward(

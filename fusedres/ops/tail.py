@@ -82,7 +82,7 @@ def _never(*_: Any) -> bool:
 
 # By what is cheap to ask, as whose call it is; of each key the kinds of call that were met last.
 _planned: dict[tuple, list[Planned]] = {}
-# By all that counts: for whoever calls it first, as DataParallel's replicas do, which are new at each step.
+# By all that counts: for a module that calls for the first time, as one does that is a copy for one step.
 _kinds: dict[tuple, Planned] = {}
 caches.extend((lambda: _planned, lambda: _kinds))
 ALIKE = 8
@@ -109,17 +109,18 @@ def run(
     plan = planned.forward
     if plan is None:
         return None
+    if not planned.counts and planned.how.training:
+        if not _are_ready(tensors, planned.index):
+            return None
+        for k in range(6, len(tensors), 5):
+            if tensors[k] is not NONE[k]:
+                tensors[k].add_(1)
     made = plan.launch(tensors, floats)
     if made is None:
-        if not _are_ready(tensors, planned):
+        if not _are_ready(tensors, planned.index):
             return None
         made = plan.start(tensors, floats, planned.device)
-    output = _apply(*inputs, (planned, floats, made)) if planned.saves else made[0]
-    if not planned.counts and planned.how.training:
-        for batches in tensors[6::5]:
-            if batches.dim() == 0:
-                batches.add_(1)
-    return output
+    return _apply(*inputs, (planned, floats, made)) if planned.saves else made[0]
 
 
 def straight(
@@ -149,13 +150,18 @@ def straight(
     if planned is None:
         if not all(isinstance(t, Tensor) for t in tensors):
             return None
-        alike = (tail, dispatch.get_backend(), how, kind or key, *[look(t) for t in tensors])
+        ids = [id(t) for t in tensors]
+        same = tuple([ids.index(each) for each in ids])  # which of them are one tensor
+        alike = (tail, dispatch.get_backend(), how, kind or key, same, *[look(t) for t in tensors])
         planned = _kinds.get(alike)
         if planned is None:
             planned = _plan(tail, input, residual, norms, how, more, check)
+            if planned.forward is not None and not _are_ready(tensors, planned.index):
+                return None  # it was planned for addresses as these are
             planned.check = guard(tensors)
             remember(_kinds, alike, planned)
-        remember(_planned, key, [planned, *_planned.get(key, ())][:ALIKE])
+        known = [each for each in _planned.get(key, ()) if each is not planned]
+        remember(_planned, key, [planned, *known][:ALIKE])
     if planned.composed:
         if how.training:
             _count(norms)
@@ -191,6 +197,7 @@ def _plan(
         return planned
     if (
         not is_ours
+        or _is_refused(_inputs(input, residual, norms), norms)
         or input.numel() == 0
         or input.layout is not torch.strided
         or not are_plain(everything)
@@ -214,9 +221,20 @@ def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
     )
 
 
-def _are_ready(tensors: Sequence[Tensor], planned: Planned) -> bool:
+def _are_ready(tensors: Sequence[Tensor], index: int) -> bool:
     """Whether a plan may be started: all addresses aligned, on the current device."""
-    return reduce(or_, [t.data_ptr() for t in tensors]) & 15 == 0 and is_current(planned.index)
+    return reduce(or_, [t.data_ptr() for t in tensors]) & 15 == 0 and is_current(index)
+
+
+def _is_refused(inputs: Sequence[Tensor | None], norms: tuple[BatchNorm, ...]) -> bool:
+    """Whether autograd has something to say of this call: PyTorch's own is to say it, before anything is done."""
+    if not torch.is_grad_enabled():
+        return False
+    saves = any(t is not None and t.requires_grad for t in inputs)
+    statistics = (t for n in norms for t in (n.running_mean, n.running_var) if t is not None)
+    return any(t.requires_grad for t in statistics) or (
+        saves and any(t is not None and t.is_inference() for t in inputs)
+    )
 
 
 class TailFunction(torch.autograd.Function):
@@ -285,6 +303,8 @@ def through_operators(
 ) -> Tensor:  # fmt: skip
     """The same call in eager mode, by the operators."""
     inputs = _inputs(input, residual, norms)
+    if _is_refused(inputs, norms):
+        return tail.compose(input, residual, norms, how)
     planned = Planned(tail, how, inputs)
     groups = (input, residual, *norms, how, planned.saves, *more)
     if not planned.saves:
@@ -318,9 +338,17 @@ def saved_by(node: Any, tensors: Sequence[Tensor] | None = None) -> tuple:
     """
     planned: Planned = node.planned
     saved = list(node.saved_tensors if tensors is None else tensors)
-    inputs: dict[Any, Tensor] = {k: saved.pop(0) for k in planned.reads}
-    kept = saved if planned.forward is None else planned.forward.kept_results(saved[0])
-    return *(inputs.get(k) for k in planned.tail.reads(planned.how)), *kept
+    n = len(planned.reads)
+    kept = saved[n:]
+    if planned.forward is not None:
+        kept = planned.forward.kept_results(planned.forward.parts(kept[0]))
+    return *_in_order(planned, saved[:n]), *kept
+
+
+def _in_order(planned: Planned, saved: Sequence[Tensor]) -> list[Tensor | None]:
+    """The saved inputs as `Tail.reads` names them, None for one that there was not."""
+    inputs: dict[Any, Tensor] = dict(zip(planned.reads, saved, strict=True))
+    return [inputs.get(k) for k in planned.tail.reads(planned.how)]
 
 
 class _Back:
@@ -340,11 +368,13 @@ def _straight_back(ctx: Any, tensors: tuple, skip: Skip) -> Gradients | None:
     """
     planned: Planned = ctx.planned
     key = (ctx.needs_input_grad, skip.stride)
+    if not are_plain(tensors) or not _are_ready(tensors, planned.index):
+        return None
     back = next((each for each in planned.backwards.get(key, ()) if each.check(*tensors)), None)
     if back is None:
         back = _plan_back(ctx, tensors, skip)
         remember(planned.backwards, key, [back, *planned.backwards.get(key, ())][:ALIKE])
-    if back.plan is None or not _are_ready(tensors, planned):
+    if back.plan is None:
         return None
     parts = planned.forward.parts(tensors[-1])
     return back.plan.start((*tensors, *parts), (), planned.device)
@@ -353,30 +383,28 @@ def _straight_back(ctx: Any, tensors: tuple, skip: Skip) -> Gradients | None:
 def _plan_back(ctx: Any, tensors: tuple, skip: Skip) -> _Back:
     """What runs backwards like this one."""
     back, planned = _Back(guard(tensors)), ctx.planned
-    if not are_plain(tensors):
-        return back
     _complete(ctx)
     tail, needs = planned.tail, ctx.needs_input_grad[:-1]
-    dy = tensors[0]
-    groups = tail.backward_groups(ctx, dy, saved_by(ctx, tensors[2:]), needs, skip)
+    # Stand-ins, since two of the tensors may be one, as x is where it is its own residual, and the next time not.
+    stand_ins = [
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors
+    ]
+    dy, second, *saved, block = stand_ins
+    parts = planned.forward.parts(block)
+    if skip.gradient is not None:
+        skip = Skip(second, skip.stride)
+    kept = planned.forward.kept_results(parts)
+    groups = tail.backward_groups(ctx, dy, (*_in_order(planned, saved), *kept), needs, skip)
     plan = tail.backward.plan(groups)
     passes = needs[1] and type(plan.results[1]) is not int
     if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):
         return back
-    forward = planned.forward
-    sources = [*tensors, *forward.parts(tensors[-1])]
-    places = [_place(t, sources) for t in tail.backward.tensors_of(groups)]
+    sources = {id(t): k for k, t in enumerate((*stand_ins, *parts))}
+    # The place of what there is none of is never looked at.
+    places = [sources.get(id(t), 0) for t in tail.backward.tensors_of(groups)]
     results = [*plan.results, torch.uint8]  # and none for what was said of the call
     if passes:  # dy itself is the residual's gradient
         results[1] = 0
     n = len(tensors)
-    back.plan = plan.of_parts(places, n, n - 1, forward.kept, tuple(results))
+    back.plan = plan.of_parts(places, n, n - 1, planned.forward.kept, tuple(results))
     return back
-
-
-def _place(tensor: Tensor | None, sources: list[Tensor]) -> int:
-    """Where a tensor stands among the sources; the place of one of nothing is never looked at."""
-    if tensor is None or tensor.numel() == 0:
-        return 0
-    at = tensor.data_ptr(), tensor.dtype, tensor.shape
-    return next(k for k, t in enumerate(sources) if (t.data_ptr(), t.dtype, t.shape) == at)
