@@ -53,6 +53,11 @@ def current_chip() -> Chip:
 _chips: dict[tuple[int, int], tuple[object, Chip]] = {}
 
 
+def forget() -> None:
+    """Ask the drivers again: one may be of another chip than before."""
+    _chips.clear()
+
+
 def _chip_of(active, device: int) -> Chip:
     target = active.get_current_target()
     properties = active.utils.get_device_properties(device)

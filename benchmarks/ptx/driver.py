@@ -23,6 +23,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fusedres.kernels import chip
+
 from ..compile_only import MULTIPROCESSORS, SHARED_MEMORY
 from .build import library
 from .decode import Program, decode
@@ -245,6 +247,7 @@ def emulated(architecture: int, **options: Any) -> Iterator[list[Launch]]:
     machine = _emulator(architecture)
     before = driver._active, machine.options, machine.launches
     machine.options, machine.launches = Options(**options), []
+    chip.forget()
     with knobs.cache.scope(), knobs.runtime.scope():
         # Triton 3.6 keeps kernels without asking for the hook: what it keeps here must not be found elsewhere.
         knobs.cache.dir = f"{knobs.cache.dir}/ptx-only"
@@ -254,3 +257,4 @@ def emulated(architecture: int, **options: Any) -> Iterator[list[Launch]]:
             yield machine.launches
         finally:
             driver._active, machine.options, machine.launches = before
+            chip.forget()
