@@ -37,7 +37,7 @@ ALLOWED = {
     (CALL, ATEN): 1.0, (CHAIN, ATEN): 1.0, (RESNET18, ATEN): 1.0, (RESNET50, ATEN): 1.0,
     (CALL, TRITON): 1.0, (CHAIN, TRITON): 1.0, (RESNET18, TRITON): 1.1, (RESNET50, TRITON): 1.1,
 }  # fmt: skip
-SECONDS, QUICK_SECONDS = 5.0, 1.0  # for one kind of step, everyone's turns together
+SECONDS, QUICK_SECONDS = 12.0, 1.0  # for one kind of step, everyone's turns together
 
 
 @dataclass(frozen=True)
