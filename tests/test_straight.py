@@ -429,10 +429,10 @@ CHANGES = {
     "no momentum": lambda m: setattr(m, "momentum", None),
     "eval": lambda m: m.eval(),
     "no statistics": lambda m: setattr(m, "track_running_stats", False),
-    "a new weight": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(8.0))),
+    "a new weight": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(8.0).to(m.running_mean.device))),
     "no bias": lambda m: setattr(m, "bias", None),
     "a frozen weight": lambda m: m.weight.requires_grad_(False),
-    "weights that are not dense": lambda m: setattr(m.weight, "data", torch.arange(16.0)[::2]),
+    "weights that are not dense": lambda m: setattr(m.weight, "data", torch.arange(16.0).to(m.running_mean.device)[::2]),
     "a counter of another kind": lambda m: setattr(m, "num_batches_tracked", torch.tensor(5, dtype=torch.int32)),
     "no counter": lambda m: setattr(m, "num_batches_tracked", None),
     "another forward": lambda m: setattr(m, "forward", lambda t: t * 2),
@@ -542,6 +542,7 @@ def test_one_batchnorm_on_both_sides_moves_its_statistics_in_order(device):
 
 
 @pytest.mark.kernels
+@pytest.mark.cpu
 def test_what_is_met_first_with_an_odd_address_is_planned_for_even_ones(device, monkeypatch):
     without_plans(monkeypatch)
     module = fusedres.nn.BatchNormAct2d(8, device=device)
