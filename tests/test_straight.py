@@ -432,7 +432,7 @@ CHANGES = {
     "a new weight": lambda m: setattr(m, "weight", nn.Parameter(torch.arange(8.0).to(m.running_mean.device))),
     "no bias": lambda m: setattr(m, "bias", None),
     "a frozen weight": lambda m: m.weight.requires_grad_(False),
-    "weights that are not dense": lambda m: setattr(m.weight, "data", torch.arange(16.0).to(m.running_mean.device)[::2]),
+    "weights that are not dense": lambda m: setattr(m.weight, "data", torch.arange(16.0).to(m.weight)[::2]),
     "a counter of another kind": lambda m: setattr(m, "num_batches_tracked", torch.tensor(5, dtype=torch.int32)),
     "no counter": lambda m: setattr(m, "num_batches_tracked", None),
     "another forward": lambda m: setattr(m, "forward", lambda t: t * 2),
