@@ -279,7 +279,9 @@ def test_copies_and_traces_compute_the_same(net, copied, device):
     torch.testing.assert_close({n: found[n] for n in names}, {n: expected[n] for n in names})
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 @pytest.mark.parametrize("net", NETS)
 def test_trace_in_eval(net, device):
     module, x = drawn(NETS[net](), device).eval(), images(2, 4, 5, 4, device=device)

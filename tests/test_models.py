@@ -195,7 +195,9 @@ def test_features_are_extracted_by_name(name):
 
 
 @pytest.mark.once
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 @pytest.mark.parametrize("case", NARROW)
 def test_trace_in_eval(case):
     net, x = narrow(case).eval(), torch.randn(2, 2, 12, 10)

@@ -165,7 +165,9 @@ def test_functional_call(device):
     torch.testing.assert_close(found, torch.relu(expected))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 def test_trace_in_eval(device):
     module, _, shape = pair(device=device)
     x = torch.randn(shape, dtype=torch.float64, device=device)

@@ -218,6 +218,10 @@ def test_what_a_call_allocates(stub, monkeypatch):
 LONG, STRAIGHT = "operators", "straight"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning"),  # PyTorch 2.11's
+    pytest.mark.filterwarnings(
+        "ignore:.*should not be instantiated:DeprecationWarning"
+    ),  # while it compiles
     pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning"),
 ]
 
