@@ -23,6 +23,7 @@ from fusedres.benchmarks.stub_driver import stub_driver, why_no_stub
 from fusedres.kernels import bind, memory
 from fusedres.nn.batch_norm import call_dual_batch_norm, call_tail
 from fusedres.ops import batch_norm_act, dual, operator, straight, tail
+from fusedres.ops.norm import BatchNorm, How
 
 from .helpers import without_plans
 
@@ -537,10 +538,16 @@ def test_two_batchnorms_of_one_tensor_say_nothing_of_the_next(device, monkeypatc
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_one_batchnorm_on_both_sides_moves_its_statistics_in_order(device):
+@pytest.mark.parametrize("as_operator", [False, True])
+def test_one_batchnorm_on_both_sides_moves_its_statistics_in_order(as_operator, device):
     norm = nn.BatchNorm2d(8, device=device)
     expected, (x, residual) = copy.deepcopy(norm), images(2, device=device)
-    call_dual_batch_norm(norm, x, norm, residual, "relu")
+    if as_operator:
+        own = BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        groups = (x.detach(), residual.detach(), own, own, How(True, "relu"), True, None)
+        dual.FORWARD.op(*dual.FORWARD.flat(groups))
+    else:
+        call_dual_batch_norm(norm, x, norm, residual, "relu")
     expected(x), expected(residual)
     torch.testing.assert_close(norm.running_mean, expected.running_mean, rtol=1e-5, atol=1e-6)
 

@@ -126,9 +126,10 @@ def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
     """
     # From the dictionaries, not by attribute: nn.Module looks in three of them, five times a call.
     buffers, parameters = norm._buffers, norm._parameters
-    if "running_mean" not in buffers or "running_var" not in buffers:
-        norm.running_mean, norm.running_var  # noqa: B018  # whose error is PyTorch's
-    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    try:
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # PyTorch's own error, where they are gone
+        running_mean, running_var = norm.running_mean, norm.running_var
     if "weight" in buffers:
         weight, bias = buffers["weight"], buffers["bias"]
         return BatchNorm(weight, bias, running_mean, running_var, 0.0, norm.eps), False

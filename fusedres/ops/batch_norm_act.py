@@ -37,7 +37,7 @@ from ..layouts import like_output
 from . import skips
 from .graph import bias_in_graph, graph_gradients, normalized_graph, per_channel
 from .masks import empty_bits, has_bits, pack, unpack
-from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved
+from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
 from .straight import is_quiet
 from .tail import Gradients, Tail, straight, through_operators
@@ -384,10 +384,14 @@ def empty_bias_gradient(saved: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
-NORM: Any = BatchNorm("weight", "bias", "running_mean", "running_var", "momentum", "eps", None)  # type: ignore[arg-type]
-_HOW: Any = How("training", "activation")  # type: ignore[arg-type]
-_KEPT: Any = Kept("input", "weight", "saved")  # type: ignore[arg-type]
-_NEEDS: Any = Needs("need_input", "need_residual", "need_weight", "bias_dtype", "residual_dtype")  # type: ignore[arg-type]
+NORM: Any = names(
+    BatchNorm, "weight", "bias", "running_mean", "running_var", "momentum", "eps", None
+)
+_HOW: Any = names(How, "training", "activation")
+_KEPT: Any = names(Kept, "input", "weight", "saved")
+_NEEDS: Any = names(
+    Needs, "need_input", "need_residual", "need_weight", "bias_dtype", "residual_dtype"
+)
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
@@ -400,7 +404,7 @@ FORWARD = Operator(
 )
 BACKWARD = Operator(
     BACKWARD_SCHEMA,
-    ("dy", _KEPT, "bits", _HOW, _NEEDS, Skip("skip", "skip_stride"), "residual", "addend"),  # type: ignore[arg-type]
+    ("dy", _KEPT, "bits", _HOW, _NEEDS, names(Skip, "skip", "skip_stride"), "residual", "addend"),
     recipe=_backward,
     plain=plain_backward,
     fake=fake_backward,

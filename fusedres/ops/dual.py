@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..activations import activate, gradient, is_piecewise, keep_passing, parse
+from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..checks import check_batch_norm_act, number
 from ..dispatch import goes_to_kernels, is_eager, wants_triton
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
@@ -26,8 +26,8 @@ from ..layouts import like_output
 from . import batch_norm_act as single
 from . import skips
 from .graph import bias_in_graph, graph_gradients, normalized_graph
-from .masks import empty_bits, has_bits, unpack
-from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved
+from .masks import empty_bits, has_bits, pack, unpack
+from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
 from .straight import is_quiet
 from .tail import Gradients, Tail, straight, through_operators
@@ -207,11 +207,17 @@ def compose(
 def plain_forward(
     input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, how: How, save: bool, moments: Tensor | None
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    normalized, residual_saved, _ = single.plain_forward(
-        residual, None, other, How(how.training, None), save
-    )
-    output, saved, bits = single.plain_forward(input, normalized, norm, how, save)
-    return output, saved, residual_saved.to(accumulate_dtype(input.dtype)), bits
+    # In this order: the two may be one, whose running statistics move twice.
+    alone = How(how.training, None)
+    output, saved, _ = single.plain_forward(input, None, norm, alone, save)
+    normalized, residual_saved, _ = single.plain_forward(residual, None, other, alone, save)
+    output.add_(normalized)
+    bits = empty_bits(input, False)
+    if has_bits(how.activation, save):
+        mask = like_output(input, torch.bool)
+        bits = pack(mask.copy_(passes(output, how.activation)))
+    output = activate(output, how.activation, in_place=True)
+    return output, saved, residual_saved.to(saved.dtype), bits
 
 
 def plain_backward(
@@ -263,14 +269,15 @@ def _fake_backward(
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
-_OTHER: Any = BatchNorm(
-    "residual_weight", "residual_bias", "residual_running_mean", "residual_running_var",  # type: ignore[arg-type]
-    "residual_momentum", "residual_eps", None,  # type: ignore[arg-type]
+_OTHER: Any = names(
+    BatchNorm,
+    "residual_weight", "residual_bias", "residual_running_mean", "residual_running_var",
+    "residual_momentum", "residual_eps", None,
 )  # fmt: skip
-_HOW: Any = How("training", "activation")  # type: ignore[arg-type]
-_KEPT: Any = Kept("input", "weight", "saved")  # type: ignore[arg-type]
-_OTHER_KEPT: Any = Kept("residual", "residual_weight", "residual_saved")  # type: ignore[arg-type]
-_WANTED: Any = Wanted("needs", "bias_dtype", "residual_bias_dtype")  # type: ignore[arg-type]
+_HOW: Any = names(How, "training", "activation")
+_KEPT: Any = names(Kept, "input", "weight", "saved")
+_OTHER_KEPT: Any = names(Kept, "residual", "residual_weight", "residual_saved")
+_WANTED: Any = names(Wanted, "needs", "bias_dtype", "residual_bias_dtype")
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
@@ -283,7 +290,7 @@ FORWARD = Operator(
 )  # fmt: skip
 BACKWARD = Operator(
     BACKWARD_SCHEMA,
-    ("dy", _KEPT, _OTHER_KEPT, "bits", _HOW, _WANTED, Skip("skip", "skip_stride")),  # type: ignore[arg-type]
+    ("dy", _KEPT, _OTHER_KEPT, "bits", _HOW, _WANTED, names(Skip, "skip", "skip_stride")),
     recipe=_backward,
     plain=plain_backward,
     fake=_fake_backward,

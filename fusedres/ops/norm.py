@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels.dtypes import accumulate_dtype
+
+
+def names(kind: Any, *fields: str | None) -> Any:
+    """A group with names of the schema in the place of values (`operator.Operator`)."""
+    return kind(*fields)
 
 
 class BatchNorm(NamedTuple):

@@ -20,7 +20,7 @@ from ..layouts import like_output, like_sum
 from . import batch_norm_act as single
 from .graph import bias_in_graph
 from .masks import empty_bits
-from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved
+from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _fake(
 
 FORWARD = Operator(
     SCHEMA,
-    ("input", "residual", single.NORM, How("training", "activation"), "save"),  # type: ignore[arg-type]
+    ("input", "residual", single.NORM, names(How, "training", "activation"), "save"),
     recipe=_forward,
     plain=_plain_forward,
     fake=_fake,

@@ -22,6 +22,7 @@ from ..kernels.layout import bits_layout
 from ..layouts import like_sum
 from .graph import per_channel
 from .masks import empty_bits, has_bits, pack, unpack
+from .norm import names
 from .operator import Operator
 
 if TYPE_CHECKING:
@@ -181,8 +182,8 @@ def _fake_backward(
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
-_KEPT: Any = Kept("stride", "input", "residual", "scale", "bits")  # type: ignore[arg-type]
-_NEEDS: Any = Needs("need_input", "need_residual", "need_scale")  # type: ignore[arg-type]
+_KEPT: Any = names(Kept, "stride", "input", "residual", "scale", "bits")
+_NEEDS: Any = names(Needs, "need_input", "need_residual", "need_scale")
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
