@@ -221,6 +221,10 @@ class Plan:
         self._written: Callable[[Sequence[Tensor], tuple[float, ...]], tuple | None] | None = None
         self._bound: list[Any] = []  # the launches that are in it
 
+    def __repr__(self) -> str:
+        done = (each.function if isinstance(each, Step) else each.kernel for each in self.steps)
+        return f"<plan: {', '.join(each.__name__ for each in done)}>"
+
     def call(
         self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...], device: torch.device
     ) -> tuple[Tensor, ...]:

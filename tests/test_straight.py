@@ -617,6 +617,16 @@ def test_saved_tensors_may_come_back_from_anywhere(device):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.kernels
+@pytest.mark.cpu
+def test_what_is_printed_of_a_call(monkeypatch):
+    without_plans(monkeypatch)
+    fusedres.nn.BatchNormAct2d(8)(images())
+    (planned,) = tail._kinds.values()
+    assert repr(planned.forward) == "<plan: bn_stats_kernel, bn_finalize_kernel, bn_apply_kernel>"
+    assert repr(planned.tail.forward) == "<fusedres::batch_norm_act>"
+
+
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 

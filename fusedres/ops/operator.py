@@ -96,6 +96,9 @@ class Operator:
                 f"fusedres::{self.name}", rule(self.op, folds, unfolds), lib=LIBRARY
             )
 
+    def __repr__(self) -> str:
+        return f"<fusedres::{self.name}>"
+
     def __call__(self, *groups: Any) -> Any:
         """The operator on its groups: straight, or by `torch.ops` where somebody may look."""
         if is_quiet() and are_plain(self.tensors_of(groups)):
