@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
         "by_size: shapes decide in how many launches a direction is; else tests have three, whose tensors are small",
+        "composes(feature, outcome): a row of docs/composability.md; outcome: works, steps aside, refused",
     ):
         config.addinivalue_line("markers", line)
     if config.getoption("--backend") == "triton":
