@@ -122,6 +122,21 @@ def check_batch_norm_act(
         _check_residual(name, residual, input)
 
 
+def check_shared_batch_norm(
+    name, input, running_mean, running_var, weight, bias, eps, residual, activation
+) -> None:
+    """As `check_batch_norm_act` of a call in training whose statistics several processes share.
+
+    How many values a channel has in all is not known here, and an empty input is looked at as any other: its process
+    moves the same running statistics.
+    """
+    _check_input(name, input, activation)
+    check_eps(name, "eps", eps, True)
+    _check_vectors(name, input, running_mean, running_var, weight, bias, True)
+    if residual is not None:
+        _check_residual(name, residual, input)
+
+
 def _check_vectors(name, input, running_mean, running_var, weight, bias, training) -> None:
     dtype, device, shape = input.dtype, input.device, input.shape
     vectors = (running_mean, running_var, weight, bias)

@@ -20,7 +20,7 @@ from .dispatch import goes_to_kernels, is_eager, wants_triton
 from .kernels.dtypes import accumulate_dtype
 from .ops import add, dual, preactivation, scaled
 from .ops import batch_norm_act as single
-from .ops.norm import BatchNorm, How
+from .ops.norm import BatchNorm, How, blend
 from .ops.projection import project
 
 __all__ = [
@@ -368,9 +368,6 @@ def _with_tensor_momentum(
     output = batch_norm_act(
         input, batch_mean, batch_var, weight, bias, True, 1.0, eps, residual=residual, activation=activation
     )  # fmt: skip
-    with torch.no_grad():
-        factor = (momentum.real if momentum.is_complex() else momentum).to(batch_mean)
-        for running, batch in ((running_mean, batch_mean), (running_var, batch_var)):
-            # Not seen by autograd, as BatchNorm's own update is not: another call may have saved them.
-            running.data.copy_(running.to(wide).lerp(batch, factor))
+    blend(running_mean, batch_mean, momentum)
+    blend(running_var, batch_var, momentum)
     return output

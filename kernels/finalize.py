@@ -27,7 +27,7 @@ ROOM = (128, 512)
 ANY_SIZE = ["outer", "inner", "spread", "programs", "each", "slots"]
 
 
-def _share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
+def share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
     """Who left the partials of a channel: how many blocks, of how many columns (0: it has a column) and slots each."""
     if tile is None or not tile.slots:
         return 1, 0, 0
@@ -92,14 +92,16 @@ def finish_moments(
     b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
     tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
     if p_running_mean is not None:
-        b_momentum = tl.full(o_channel.shape, momentum, tl.float64)
+        # One value has no variance: what is running stays as it is.
+        b_momentum = tl.where(b_n > 1.0, tl.full(o_channel.shape, momentum, tl.float64), 0.0)
         b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
         tl.store(
             p_running_mean + o_channel,
             b_new.to(ACC).to(p_running_mean.dtype.element_ty),
             mask=m_channel,
         )
-        b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
+        b_unbiased = b_m2 / tl.maximum(b_n - 1.0, 1.0)
+        b_new = b_old_var * (1.0 - b_momentum) + b_unbiased * b_momentum
         tl.store(
             p_running_var + o_channel,
             b_new.to(ACC).to(p_running_var.dtype.element_ty),
@@ -208,7 +210,7 @@ def launch_bn_finalize(
     spread, rows = 1, partial.rows
     if rows is not None:
         spread, walk = rows.spread, (rows.strides[partial.which], rows.outer, rows.inner)
-    each, columns, slots = _share(spread, partial.tile)
+    each, columns, slots = share(spread, partial.tile)
     options = merging_options(programs * each)
     p.start(
         bn_finalize_kernel,
@@ -303,18 +305,21 @@ def launch_bn_grad_finalize(
     dweight: Tensor | None,
     dbias: Tensor | None,
     rows: RowMap,
-    tile: Tile,
+    tile: Tile | None,
 ) -> None:
-    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- of.partial [P, 2, width] of such a walk."""
+    """coefficients [2, C], dweight [C], dbias [C] (each where given) <- of.partial [P, 2, width] of such a walk.
+
+    Without a tile they are sums of more than these rows, [P, 2, C], which their count has divided already.
+    """
     programs, _, width = of.partial.shape
-    each, columns, slots = _share(rows.spread, tile)
+    each, columns, slots = share(rows.spread, tile)
     options = merging_options(programs * each)
     p.start(
         bn_grad_finalize_kernel,
         (-(-rows.channels // options["BLOCK_CHANNELS"]),),
         (of.partial, of.norm.saved, of.norm.weight, coefficients, dweight, dbias),
         (rows.channels, rows.spread, programs, width, each, slots),
-        (1.0 / rows.values,),
+        (1.0 if tile is None else 1.0 / rows.values,),
         {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "COLUMNS": columns},
         options,
     )

@@ -14,11 +14,19 @@ from ..checks import takes
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
-from ..ops import dual
+from ..ops import dual, sync
 from ..ops.norm import How
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
-from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
+from .norms import (
+    activates,
+    begin,
+    group_of,
+    left_to_pytorch,
+    parts_inside,
+    usual,
+    why_not_fused,
+)
 
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
@@ -110,9 +118,13 @@ def call_batch_norm(
     `num_batches_tracked` counts only calls that succeed. The caller has asked `why_not_fused` first.
     """
     call, use_batch = begin(norm, input)
+    group = group_of(norm)
     if call.batches is not None:
         call.batches.add_(1)
     try:
+        if group is not None:
+            norm._check_non_zero_input_channels(input)
+            return sync.shared_batch_norm_act(input, residual, call, activation, group)
         return batch_norm_act(
             input, call.running_mean, call.running_var, call.weight, call.bias, use_batch, call.momentum,
             norm.eps, residual=residual, activation=activation,
@@ -157,12 +169,16 @@ def call_add_batch_norm(
         total = input + residual
         return total, activate(norm(total), activation)
     call, use_batch = begin(norm, input)
-    if isinstance(call.momentum, Tensor):  # a cumulative average
+    group = group_of(norm)
+    if isinstance(call.momentum, Tensor) and group is None:  # a cumulative average
         total = input + residual
         return total, call_batch_norm(norm, total, None, activation)
     if call.batches is not None:
         call.batches.add_(1)
     try:
+        if group is not None:
+            norm._check_non_zero_input_channels(input)
+            return sync.shared_add_batch_norm_act(input, residual, call, activation, group)
         return add_batch_norm_act(
             input, residual, call.running_mean, call.running_var, call.weight, call.bias, use_batch,
             call.momentum, norm.eps, activation=activation,
@@ -192,11 +208,14 @@ def call_dual_batch_norm(
     if output is not None:
         return output
     (a, use_batch), (b, uses_batch_too) = begin(norm, input), begin(residual_norm, residual)
+    group = group_of(norm)
+    # Processes that wait for each other decide alike, whatever the layout of what each is given.
+    alike = into if group is None else None
     if (
         use_batch != uses_batch_too
-        or isinstance(a.momentum, Tensor)
-        or isinstance(b.momentum, Tensor)
-        or not is_like(residual, input, into)
+        or group != group_of(residual_norm)
+        or (group is None and any(isinstance(each.momentum, Tensor) for each in (a, b)))
+        or not is_like(residual, input, alike)
         or left_to_pytorch(norm, input)
         or left_to_pytorch(residual_norm, residual)
     ):
@@ -207,6 +226,11 @@ def call_dual_batch_norm(
         batches.add_(1)
     try:
         norms = (a._replace(batches=None), b._replace(batches=None))
+        if group is not None:
+            norm._check_non_zero_input_channels(input)
+            return sync.shared_dual_batch_norm_act(
+                input, residual, norms, activation, group, moments
+            )
         how = How(use_batch, activation)
         return dual.tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
     except _REFUSALS:
@@ -253,12 +277,16 @@ def call_tail(
         return output
     if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
-    # By itself, a BatchNorm is better left to what torch.compile fuses it with.
-    is_alone = residual is None and activation is None
+    # By itself, a BatchNorm is better left to what torch.compile fuses it with; one that shares its statistics is
+    # better off with one collective.
+    is_shared = group_of(norm) is not None
+    is_alone = residual is None and activation is None and not is_shared
     if left_to_pytorch(norm, input) or (is_alone and torch.compiler.is_compiling()):
         return plain_call(norm, input, residual, activation, into)
     if residual is None or is_like(residual, input, into):
         return call_batch_norm(norm, input, residual, activation)
+    if is_shared:
+        return _finished(call_batch_norm(norm, input), residual, activation, into)
     return plain_call(norm, input, residual, activation, into)
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import momentum_number, number
+from ..dispatch import resolve
 from ..ops.norm import BatchNorm
+from ..ops.sync import Group
 
 FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TIMM = "timm.layers.norm_act"
@@ -97,10 +99,7 @@ def why_not_fused(norm: nn.Module) -> str | None:
 
 
 def _why_not_of_kind(kind: type, norm: Any) -> str | None:
-    if kind is nn.SyncBatchNorm or _name(kind) == (_TIMM, "SyncBatchNormAct"):
-        processes = _processes(norm)
-        return f"it shares its statistics among {processes} processes" if processes > 1 else None
-    if is_frozen(norm) or _name(kind) in _WITH_PARTS:
+    if is_synchronised(norm) or is_frozen(norm) or _name(kind) in _WITH_PARTS:
         return None
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "it waits for its first input; run one batch first, then fuse"
@@ -109,12 +108,28 @@ def _why_not_of_kind(kind: type, norm: Any) -> str | None:
     return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
 
 
-def _processes(norm: nn.SyncBatchNorm) -> int:
-    """Among how many a SyncBatchNorm shares the statistics of this call."""
+def is_synchronised(norm: nn.Module) -> bool:
+    """Whether this is a BatchNorm that shares its statistics among processes while it trains."""
+    kind = type(norm)
+    return kind is nn.SyncBatchNorm or _name(kind) == (_TIMM, "SyncBatchNormAct")
+
+
+def group_of(norm: Any) -> Group | None:
+    """The processes that this call of a BatchNorm shares its statistics with, as `nn.SyncBatchNorm` finds them; None
+    where there is one, and of any other BatchNorm."""
+    if type(norm) in FUSED_NORMS or not is_synchronised(norm) or not norm.training:
+        return None
+    return processes_of(norm)
+
+
+def processes_of(norm: Any) -> Group | None:
+    """As `group_of`, of a synchronised one, whether it trains now or not."""
     distributed = torch.distributed
-    if not norm.training or not distributed.is_available() or not distributed.is_initialized():
-        return 1
-    return distributed.get_world_size(norm.process_group)
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    group = norm.process_group or distributed.group.WORLD
+    size = distributed.get_world_size(group)
+    return Group(group.group_name, size) if size > 1 else None
 
 
 def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
@@ -191,11 +206,16 @@ def usual(norm: Any) -> tuple[BatchNorm, bool] | None:
 
 def left_to_pytorch(norm: Any, input: Tensor) -> bool:
     """Whether PyTorch itself runs this call of a BatchNorm: it gives another dtype than its input's (a frozen one
-    multiplies), or momentum or eps is what PyTorch refuses, which is its error to raise."""
+    multiplies), or momentum or eps is what PyTorch refuses, which is its error to raise, or it shares its statistics
+    on a GPU without the kernels."""
     momentum, eps = norm.__dict__.get("momentum"), norm.eps
     is_usual = (momentum is None or type(momentum) is float) and type(eps) is float and eps > 0
     if not is_usual and _refuses(momentum, eps):
         return True
+    if group_of(norm) is not None:
+        # The same on all processes, whatever they are given: they wait for each other.
+        is_compiled = torch.compiler.is_compiling()
+        return not is_compiled and input.is_cuda and resolve(input.device, input.dtype)[0] != "triton"  # fmt: skip
     weight = norm._buffers.get("weight")
     return weight is not None and weight.dtype != input.dtype
 

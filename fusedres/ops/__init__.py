@@ -10,6 +10,6 @@ plain PyTorch; shapes; the operators; second derivatives; autograd. What is said
     graph     second derivatives; masks  one bit an element; skips  a second gradient; batching  vmap
 """
 
-from . import add, batch_norm_act, dual, preactivation, projection, scaled
+from . import add, batch_norm_act, dual, preactivation, projection, scaled, sync
 
-__all__ = ["add", "batch_norm_act", "dual", "preactivation", "projection", "scaled"]
+__all__ = ["add", "batch_norm_act", "dual", "preactivation", "projection", "scaled", "sync"]

@@ -305,8 +305,8 @@ def plain_backward(
         z = normalized(kept)
         dz = activations.gradient(dz, z if residual is None else z + residual, how.activation)
     dims = [0, *range(2, input.dim())]
-    centered = _centered(kept)
-    dbias, dot = dz.sum(dims), (dz * centered).sum(dims)
+    deviations = centered(kept)
+    dbias, dot = dz.sum(dims), (dz * deviations).sum(dims)
     invstd = saved[2]
     scale = invstd if weight is None else invstd * weight
     dx, dresidual, dweight, dbias_out = fake_backward(dy, kept, bits, how, needs, skip, None, None)
@@ -315,7 +315,7 @@ def plain_backward(
         if how.training:
             n = input.numel() // input.shape[1]
             slope = invstd * invstd * dot / n
-            gradient = dz - per_channel(dbias / n, input) - centered * per_channel(slope, input)
+            gradient = dz - per_channel(dbias / n, input) - deviations * per_channel(slope, input)
         gradient = gradient * per_channel(scale, input)
         dx.copy_(gradient if addend is None else gradient + addend)
     if needs.residual:
@@ -339,10 +339,10 @@ def normalized(kept: Kept) -> Tensor:
     """What the activation was given, but for a residual."""
     input, weight, saved = kept
     scale = saved[2] if weight is None else saved[2] * weight
-    return _centered(kept) * per_channel(scale, input) + per_channel(saved[3], input)
+    return centered(kept) * per_channel(scale, input) + per_channel(saved[3], input)
 
 
-def _centered(kept: Kept) -> Tensor:
+def centered(kept: Kept) -> Tensor:
     input, _, saved = kept
     return (input - per_channel(saved[0], input)) - per_channel(saved[1], input)
 

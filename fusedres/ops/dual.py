@@ -269,7 +269,7 @@ def _fake_backward(
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
-_OTHER: Any = names(
+OTHER: Any = names(
     BatchNorm,
     "residual_weight", "residual_bias", "residual_running_mean", "residual_running_var",
     "residual_momentum", "residual_eps", None,
@@ -281,7 +281,7 @@ _WANTED: Any = names(Wanted, "needs", "bias_dtype", "residual_bias_dtype")
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "residual", single.NORM, _OTHER, _HOW, "save", "residual_moments"),
+    ("input", "residual", single.NORM, OTHER, _HOW, "save", "residual_moments"),
     recipe=_forward,
     plain=plain_forward,
     fake=_fake_forward,

@@ -64,3 +64,12 @@ class How(NamedTuple):
 
     training: bool
     activation: str | None
+
+
+def blend(running: Any, batch: Any, momentum: Tensor) -> None:
+    """Move a running statistic towards the batch's by a momentum that stays on the device; `batch` in the dtype of the
+    arithmetic."""
+    with torch.no_grad():
+        factor = (momentum.real if momentum.is_complex() else momentum).to(batch)
+        # Not seen by autograd, as BatchNorm's own update is not: another call may have saved it.
+        running.data.copy_(running.to(batch.dtype).lerp(batch, factor))
