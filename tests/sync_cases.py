@@ -190,6 +190,12 @@ ONE = (Alone, Relu, Silu, Add, AddRelu, AddGelu, AddBroadcast)
 TWO = (Dual, DualSilu, Projected, Preactivation)
 CASES: dict[str, Case] = {
     **{f"{make.__name__}-{order}": Case(make, order=order) for make in (*ONE, *TWO) for order in ("before", "after")},
+    **{
+        f"{make.__name__}-compiled": Case(make, sizes=(2, 3, 2), compiled=True)
+        for make in (Alone, AddGelu, AddBroadcast, Projected, Preactivation)
+    },
+    "cumulative compiled": Case(Dual, compiled=True, options={"momentum": None}),
+    "uneven compiled": Case(AddRelu, compiled=True),
     "one of two": Case(OneOfTwo),
     "cumulative": Case(Dual, options={"momentum": None}),
     "untracked": Case(Dual, options={"track_running_stats": False}),
