@@ -1,28 +1,38 @@
 """Models with synchronised BatchNorms, each process with its part of a batch: what `test_sync` looks at.
 
-`python sync_cases.py COLLECTIVES BACKEND RANK PROCESSES FOLDER` is one process of a group: it runs all cases, and leaves
-what it found in FOLDER. A case is a model, made alike in all processes, and what it is given; `alone` runs the same
-model, its BatchNorms not converted, on the whole batch.
+    python sync_cases.py COLLECTIVES BACKEND SHARE RANK PROCESSES FOLDER
+
+is one process of a group: it runs all cases of a share, and leaves what it found in FOLDER. A case is a model, which is
+made alike in all processes, and what it is given; `alone` runs the same model, its BatchNorms not converted, on the
+whole batch.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import datetime
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fusedres
 
 CHANNELS = 4
 convert = nn.SyncBatchNorm.convert_sync_batchnorm
+
+# --- models ------------------------------------------------------------------------------------------------------
 
 
 class Model(nn.Module):
@@ -93,8 +103,15 @@ class Preactivation(Model):
         return x * F.relu(self.bn(x))
 
 
+class NoBias(Dual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn.register_parameter("bias", None)
+        self.other.register_parameter("bias", None)
+
+
 class OneOfTwo(Model):
-    """The shortcut's BatchNorm is a process's own, and in eval mode."""
+    """The shortcut's BatchNorm is in eval mode, and a process's own."""
 
     def forward(self, x, r):
         return F.relu(self.bn(x) + self.other(r))
@@ -105,23 +122,69 @@ class OneOfTwo(Model):
         return self
 
 
+class Checkpointed(nn.Module):
+    """What is inside runs twice, and moves the running statistics twice, as PyTorch's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Dual()
+
+    def forward(self, x, r):
+        return checkpoint(self.inside, x, r, use_reentrant=False)
+
+
+class Ours(Model):
+    """Modules of fusedres.nn, which are fused by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = fusedres.nn.BatchNormAct2d(CHANNELS, activation="silu")
+        self.block = fusedres.nn.BasicBlock(CHANNELS, CHANNELS, shortcut="conv")
+        self.pre = fusedres.nn.PreActBasicBlock(CHANNELS, CHANNELS)
+
+    def forward(self, x, r):
+        return self.pre(self.block(self.act(x, r)))
+
+
+class Narrow(torchvision.models.ResNet):
+    """A ResNet-18 with a sixteenth of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2], num_classes=5)
+        self.fc = nn.Linear(32, 5)
+
+    def _make_layer(self, block, planes, *args, **options):
+        return super()._make_layer(block, planes // 16, *args, **options)
+
+
+# --- cases -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Case:
-    """sizes: images of each process; `find`: what is done with the model."""
+    """A model and what it is given.
 
-    make: Callable[[], nn.Module]
+    sizes: images of each process. order: whether it is converted before or after it is fused. penalty: what is
+    differentiated is the square of the gradients. members: of the group that shares the statistics. needs: what gets a
+    gradient. parameters: their dtype, where it is not float32 or float64.
+    """
+
+    make: Callable[..., nn.Module]
     sizes: tuple[int, ...] = (3, 1, 0)
     dtype: torch.dtype = torch.float64
     order: str = "before"
-    training: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    plane: tuple[int, int] = (2, 3)
     layout: torch.memory_format = torch.contiguous_format
+    training: bool = True
     autocast: bool = False
     compiled: bool = False
-    steps: int = 2
-    only: str = ""
+    penalty: bool = False
+    steps: int = 1
     mean: float = 1.0
+    members: tuple[int, ...] | None = None
+    needs: str = "xr weight bias"
     parameters: torch.dtype | None = None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -129,117 +192,235 @@ class Case:
         for norm in model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is not None:
                 nn.init.uniform_(norm.weight, 0.5, 1.5)
-                nn.init.normal_(norm.bias)
+                if norm.bias is not None:
+                    nn.init.normal_(norm.bias)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.rpartition(".")[2] in self.needs)
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return model.to(self.parameters or wide).train(self.training)
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self) -> list[Tensor]:
         """x, r and the gradient of the output, of the whole batch."""
         torch.manual_seed(1)
         n = sum(self.sizes)
-        shift = torch.arange(n).view(-1, 1, 1, 1) + self.mean  # processes differ in their means
-        x, r, dy = (torch.randn(n, CHANNELS, 3, 5, dtype=torch.float64) for _ in range(3))
-        return tuple(
-            t.to(self.dtype).to(memory_format=self.layout) for t in (x + shift, r - shift, dy)
-        )
+        shift = torch.arange(n).view(-1, 1, 1, 1) + self.mean  # what the processes have differs in its mean
+        x, r, dy = (torch.randn(n, CHANNELS, *self.plane, dtype=torch.float64) for _ in range(3))
+        return [t.to(self.dtype).to(memory_format=self.layout) for t in (x + shift, r - shift, dy)]
+
+
+MANY = (Alone, Relu, Silu, Add, AddRelu, AddGelu, AddBroadcast, Dual, DualSilu, Projected, Preactivation, Ours)  # fmt: skip
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES: dict[str, Case] = {
+    **{make.__name__: Case(make, order=("before", "after")[k % 2]) for k, make in enumerate(MANY)},
+    "converted later": Case(Projected, order="after"),
+    "one of two": Case(OneOfTwo),
+    "cumulative": Case(Dual, options={"momentum": None}, steps=3),
+    "untracked": Case(Dual, options={"track_running_stats": False}),
+    "not affine": Case(AddRelu, options={"affine": False}),
+    "no bias": Case(NoBias),
+    "channels_last": Case(Projected, layout=torch.channels_last),
+    "eval": Case(Dual, training=False),
+    "one value each": Case(AddRelu, sizes=(1, 1, 1), plane=(1, 1)),
+    "frozen affine": Case(Dual, needs="xr"),
+    "only the affine": Case(Dual, needs="weight bias"),
+    "only the residual": Case(AddRelu, needs="r"),
+    "two of three": Case(Dual, sizes=(3, 2, 2), members=(0, 1)),
+    "checkpointed": Case(Checkpointed),
+    "far from zero": Case(AddRelu, mean=3e3, dtype=torch.float32),
+    "float32": Case(Preactivation, dtype=torch.float32, steps=2),
+    **{f"{make.__name__} in {name}": Case(make, dtype=dtype) for make in (AddRelu, Dual) for name, dtype in HALF.items()},
+    "whole in bfloat16": Case(Preactivation, dtype=torch.bfloat16, parameters=torch.bfloat16),
+    "autocast": Case(Projected, dtype=torch.float32, autocast=True),
+    **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddGelu, Dual, Preactivation)},
+    # The residual itself is not kept: what PyTorch gives it is 0.
+    "AddRelu twice": Case(AddRelu, penalty=True, needs="x weight bias"),
+}  # fmt: skip
+COMPILED: dict[str, Case] = {
+    "tail": Case(AddGelu, sizes=(2, 3, 2), compiled=True, steps=2),
+    "projected": Case(Projected, sizes=(2, 3, 2), compiled=True),
+    "pre-activation": Case(Preactivation, sizes=(2, 3, 2), compiled=True, order="after"),
+    "alone": Case(Alone, sizes=(2, 3, 2), compiled=True),
+    "not alike": Case(AddBroadcast, sizes=(2, 3, 2), compiled=True),
+    "uneven and empty": Case(AddRelu, compiled=True),
+    "cumulative": Case(Dual, compiled=True, options={"momentum": None}, steps=2),
+    "float32": Case(Dual, dtype=torch.float32, sizes=(2, 3, 2), compiled=True),
+    "ours": Case(Ours, sizes=(2, 3, 2), compiled=True),
+}
 
 
 def found(model: nn.Module, case: Case, x: Tensor, r: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and buffers after some steps on the same batch."""
-    results = {}
+    """Output, gradients and buffers after the last step."""
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if case.compiled else model
+    results: dict[str, Tensor] = {}
     for _ in range(case.steps):
         model.zero_grad()
-        x, r = (t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, r))
+        x, r = (t.detach().clone().requires_grad_(n in case.needs[:2]) for n, t in (("x", x), ("r", r)))
         with torch.autocast(x.device.type, torch.bfloat16, enabled=case.autocast):
             y = run(x, r)
-        y.backward(dy.to(y.dtype))
         results = {"output": y.detach()}
-        results |= {f"grad {name}": t.grad for name, t in (("x", x), ("r", r)) if t.grad is not None}
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                results[f"grad of {name}"] = parameter.grad.clone()
-        results |= {f"state {name}": t.clone() for name, t in model.named_buffers()}
+        if case.penalty:
+            given = [t for t in (x, r) if t.requires_grad]
+            first = torch.autograd.grad(y, given, dy, create_graph=True, allow_unused=True)
+            sum(g.square().sum() for g in first if g is not None).backward()
+        else:
+            y.backward(dy.to(y.dtype))
+        leaves = {"x": x, "r": r, **dict(model.named_parameters())}
+        results |= {f"grad {n}": t.grad.clone() for n, t in leaves.items() if t.grad is not None}
+        results |= {f"state {n}": t.clone() for n, t in model.named_buffers()}
     return results
 
 
-def alone(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What one process finds with the whole batch, in this dtype."""
-    model = case.model()
-    tensors = case.batch()
-    if dtype == torch.float64:
-        model, tensors = model.double(), tuple(t.double() for t in tensors)
-    return found(model, Case(case.make, steps=case.steps, training=case.training), *tensors)
+def alone(case: Case, oracle: bool = False, rank: int = 0) -> dict[str, Tensor]:
+    """What one process finds with all that those which share with `rank` are given; `oracle`: in float64."""
+    model, tensors = case.model(), case.batch()
+    if case.members is not None:
+        first, last = (sum(case.sizes[: n]) for n in (case.members[0], case.members[-1] + 1))
+        rest = (sum(case.sizes[:rank]), sum(case.sizes[: rank + 1]))
+        first, last = (first, last) if rank in case.members else rest
+        tensors = [t[first:last] for t in tensors]
+    if oracle:
+        model, tensors = model.double(), [t.double() for t in tensors]
+        case = replace(case, autocast=False)
+    return found(model, replace(case, compiled=False), *tensors)
 
 
-def synchronised(case: Case, group: Any) -> nn.Module:
-    """The fused model, converted before or after it is fused."""
-    model = case.model()
-    if case.order == "before":
-        model = convert(model, group)
+def trained(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """The state after two steps."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    return {name.removeprefix("module."): t.cpu() for name, t in net.state_dict().items()}
+
+
+def narrow() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network, and images and labels for three processes with two each."""
+    torch.manual_seed(0)
+    net, images = Narrow().double(), torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    return net, images, torch.arange(6) % 5
+
+
+# --- a process ---------------------------------------------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode):
+    """Which collectives are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.found[function.__name__.split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Process:
+    """One of the processes. device: where its tensors are."""
+
+    def __init__(self, rank: int, device: str) -> None:
+        self.rank, self.device = rank, device
+
+    def model(self, case: Case) -> nn.Module:
+        """The model of a case, fused and converted."""
+        model, group = case.model(), None
+        if case.members is not None:
+            group = torch.distributed.new_group(case.members)
+        if case.order == "before":
+            model = convert(model, group)
         fusedres.fuse_(model)
-    else:
+        if case.order == "after":
+            model = convert(model, group)
+        return model.to(self.device).train(case.training)
+
+    def part(self, case: Case) -> list[Tensor]:
+        first = sum(case.sizes[: self.rank])
+        return [t[first : first + case.sizes[self.rank]].to(self.device) for t in case.batch()]
+
+    def run(self, case: Case) -> dict[str, Tensor]:
+        results = found(self.model(case), case, *self.part(case))
+        return {name: tensor.cpu() for name, tensor in results.items()}
+
+    def one_value(self) -> dict[str, Tensor]:
+        """One value a channel in all, which cannot be refused without waiting for the count."""
+        return self.run(Case(AddRelu, sizes=(1, 0, 0), plane=(1, 1)))
+
+    def collectives(self, make: type[Model]) -> dict[str, int]:
+        """How many of each there are in a step."""
+        case = Case(make)
+        with Counting() as counting:
+            found(self.model(case), case, *self.part(case))
+        return dict(counting.found)
+
+    def refused(self, what: str) -> tuple[str, bool]:
+        """What is said of a transform, and whether the state is what it was."""
+        # What moves running statistics is refused by torch.func itself.
+        case = Case(Dual, options={"track_running_stats": what == "dual tensors"})
+        model, (x, r, dy) = self.model(case), self.part(case)
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        try:
+            if what == "dual tensors":
+                with forward_ad.dual_level():
+                    model(forward_ad.make_dual(x, dy), r)
+            elif what == "jvp":
+                torch.func.jvp(lambda x: model(x, r), (x,), (dy,))
+            elif what == "grad":
+                torch.func.grad(lambda x: model(x, r).sum())(x)
+            else:
+                torch.func.vmap(lambda x: model(x, r))(x[None])
+        except NotImplementedError as error:
+            return str(error), all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        return "", False
+
+    def report(self) -> list[tuple[str, str]]:
+        """What is said of a model that was converted after it was fused."""
+        model = Projected()
         fusedres.fuse_(model)
-        model = convert(model, group)
-    if isinstance(model, OneOfTwo):
-        model.train()
-    return model
+        rows = fusedres.explain(convert(model)).rows
+        return [(row.where, row.note) for row in rows if row.status == "fused"]
+
+    def parallel(self) -> dict[str, Tensor]:
+        """A whole network by DistributedDataParallel, which has no objection once it is made."""
+        net, images, labels = narrow()
+        net = DistributedDataParallel(net.to(self.device))
+        convert(net.module)
+        fusedres.fuse_(net)
+        mine = slice(2 * self.rank, 2 * self.rank + 2)
+        return trained(net, images[mine].to(self.device), labels[mine].to(self.device))
 
 
-ONE = (Alone, Relu, Silu, Add, AddRelu, AddGelu, AddBroadcast)
-TWO = (Dual, DualSilu, Projected, Preactivation)
-CASES: dict[str, Case] = {
-    **{f"{make.__name__}-{order}": Case(make, order=order) for make in (*ONE, *TWO) for order in ("before", "after")},
-    **{
-        f"{make.__name__}-compiled": Case(make, sizes=(2, 3, 2), compiled=True)
-        for make in (Alone, AddGelu, AddBroadcast, Projected, Preactivation)
-    },
-    "cumulative compiled": Case(Dual, compiled=True, options={"momentum": None}),
-    "uneven compiled": Case(AddRelu, compiled=True),
-    "one of two": Case(OneOfTwo),
-    "cumulative": Case(Dual, options={"momentum": None}),
-    "untracked": Case(Dual, options={"track_running_stats": False}),
-    "not affine": Case(AddRelu, options={"affine": False}),
-    "channels_last": Case(AddRelu, layout=torch.channels_last),
-    "eval": Case(Dual, training=False),
-    "far from zero": Case(AddRelu, mean=3e3, dtype=torch.float32),
-    **{
-        f"{make.__name__}-{str(dtype)[6:]}": Case(make, dtype=dtype)
-        for make in (AddRelu, Dual, Preactivation)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    },
-}  # fmt: skip
+def results(process: Process, share: str) -> dict[str, Any]:
+    if share == "compiled":
+        return {name: process.run(case) for name, case in COMPILED.items()}
+    return {
+        **{name: process.run(case) for name, case in CASES.items()},
+        "collectives": {make.__name__: process.collectives(make) for make in MANY[:-1]},
+        "refused": {what: process.refused(what) for what in ("dual tensors", "jvp", "grad", "vmap")},
+        "one value": process.one_value(),
+        "report": process.report(),
+        "parallel": process.parallel(),
+    }
 
 
-def of_all(case: Case, rank: int, group: Any, device: str) -> dict[str, Tensor]:
-    """What a process finds with its part of the batch."""
-    model = synchronised(case, group).to(device)
-    first = sum(case.sizes[:rank])
-    mine = [t[first : first + case.sizes[rank]].to(device) for t in case.batch()]
-    return found(model, case, *mine)
-
-
-def main(collectives: str, backend: str, rank: int, processes: int, folder: str) -> None:
+def main(collectives: str, backend: str, share: str, rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         collectives, init_method=f"file://{folder}/store", rank=rank, world_size=processes,
         timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
     fusedres.set_backend(backend)
-    device = f"cuda:{rank}" if collectives == "nccl" else "cpu"
-    results: dict[str, Any] = {}
-    only = sys.argv[6:]
-    for name, case in CASES.items():
-        if only and name not in only: continue
-        try:
-            results[name] = of_all(case, rank, None, device)
-        except Exception:
-            import traceback
-            print(name); traceback.print_exc()
-            raise
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    process = Process(rank, f"cuda:{rank}" if collectives == "nccl" else "cpu")
+    kernels = contextlib.nullcontext()
+    if backend == "triton":
+        from fusedres.ops.projection import in_triton
+
+        kernels = in_triton()
+    with kernels:
+        torch.save(results(process, share), Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

@@ -4,6 +4,7 @@ makes of them, and that the block computes what it did."""
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -465,11 +466,13 @@ def test_a_frozen_one_promotes_a_narrower_input_as_its_own_forward_does():
 
 
 @pytest.mark.once
-def test_the_processes_of_a_synchronised_one_are_told(monkeypatch):
+def test_a_synchronised_one_tells_its_processes(monkeypatch):
+    """By a group that stands in for one of four processes."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
-    row = fusedres.fuse_(Tail(nn.SyncBatchNorm(4))).rows[0]
-    assert row.reason == "norm: it shares its statistics among 4 processes"
+    norm = nn.SyncBatchNorm(4, process_group=SimpleNamespace(group_name="four"))
+    row = fusedres.fuse_(Tail(norm)).rows[0]
+    assert (row.status, row.note) == ("fused", "statistics of 4 processes in training")
 
 
 @pytest.mark.once

@@ -115,17 +115,19 @@ def is_synchronised(norm: nn.Module) -> bool:
 
 
 def group_of(norm: Any) -> Group | None:
-    """The processes that this call of a BatchNorm shares its statistics with, as `nn.SyncBatchNorm` finds them; None
-    where there is one, and of any other BatchNorm."""
-    if type(norm) in FUSED_NORMS or not is_synchronised(norm) or not norm.training:
-        return None
-    return processes_of(norm)
+    """The processes that this call of a BatchNorm shares its statistics with; None where it shares none."""
+    return None if type(norm) in FUSED_NORMS or not norm.training else processes_of(norm)
 
 
 def processes_of(norm: Any) -> Group | None:
-    """As `group_of`, of a synchronised one, whether it trains now or not."""
+    """The processes that a BatchNorm shares its statistics with in training, as `nn.SyncBatchNorm` finds them; None
+    where there is only this one, and of any other BatchNorm."""
     distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
+    if (
+        not is_synchronised(norm)
+        or not distributed.is_available()
+        or not distributed.is_initialized()
+    ):
         return None
     group = norm.process_group or distributed.group.WORLD
     size = distributed.get_world_size(group)

@@ -149,7 +149,7 @@ class Projection(nn.Sequential):
             ValueError: an unknown activation.
             TypeError, ValueError, RuntimeError: as the modules themselves do.
 
-        Where a child has hooks, was replaced or converted (SyncBatchNorm), the modules are called one by one.
+        Where a child has hooks or was replaced, the modules are called one by one.
         """
         check_activation("Projection.join", activation)
         children: Any = [*self._modules.values()]

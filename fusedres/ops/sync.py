@@ -493,6 +493,20 @@ class _Summed(torch.autograd.Function):
 # --- second derivatives ------------------------------------------------------------------------------------------
 
 
+class _Among(torch.autograd.Function):
+    """A gradient in whose graph these tensors stand, though it is the same for all their values: what they get from it
+    is 0, as from PyTorch's own, and not nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Gradients:
+        return gradient, *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors)
+
+
 def _normalized_graph(
     kept: Kept, bias: Tensor | None, count: Tensor, eps: float, group: Group
 ) -> tuple[Tensor, list[Any]]:
@@ -532,7 +546,7 @@ def _differentiable(
     elif activation is not None:
         with torch.no_grad():
             mask = single.gradient_mask(kept, bits, activation)
-        dz = keep_passing(dy, mask, activation)
+        dz = _Among.apply(keep_passing(dy, mask, activation), *leaves)
     found = graph_gradients(y, leaves, [needs[k] for k in order], dz)
     gradients = [found[order.index(k)] if k in order else None for k in range(6)]
     if needs[1] and 1 not in order:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..dispatch import current_backend
-from ..nn.norms import is_batch_norm
+from ..nn.blocks import BATCH_NORM_ACTS
+from ..nn.norms import is_batch_norm, processes_of
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
@@ -256,9 +257,21 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         status = EXCLUDED if site.excluded else ALONE if reason else active
         if why_own is not None and status == FUSED:
             status, reason = FALLBACK, why_own
-        block, note = type(owner.module).__name__, "" if reason else site.note
+        block, note = type(owner.module).__name__, ""
+        if not reason:
+            # Looked at now: a model may be converted after it is fused.
+            note = "; ".join(filter(None, (site.note, _shared(owner.module, site.norm))))
         rows.append(Row(where, block, site.pattern, status, reason, note))
     return FuseReport(tuple(rows), fallback_note(current_backend()))
+
+
+def _shared(owner: nn.Module, name: str) -> str:
+    """What there is to say of the processes that a BatchNorm shares its statistics with."""
+    norm = dict(owner.named_modules(remove_duplicate=False)).get(name)
+    if isinstance(norm, BATCH_NORM_ACTS):
+        norm = norm.bn
+    group = None if norm is None else processes_of(norm)
+    return "" if group is None else f"statistics of {group.size} processes in training"
 
 
 def _estimated(

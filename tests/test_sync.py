@@ -1,0 +1,150 @@
+"""BatchNorms that share their statistics among processes: three of them, with uneven batches and an empty one, find what
+one process finds with the whole batch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import sync_cases
+from .sync_cases import CASES, COMPILED, MANY, alone, narrow, trained
+
+PROCESSES = 3
+FLOAT64 = 1e-13  # of what is to be the same in another order of additions
+CATTED = ("output", "grad x", "grad r")
+
+# The kernels run in Triton's interpreter; on GPUs there is a test of its own.
+BACKENDS = [
+    pytest.param("aten", marks=pytest.mark.once),
+    pytest.param("triton", marks=pytest.mark.interpreter),
+]
+
+
+def started(collectives: str, backend: str, share: str) -> list[dict]:
+    """What each of the processes found."""
+    found, said = _ran(collectives, backend, share)
+    assert found, said
+    return found
+
+
+@functools.cache
+def _ran(collectives: str, backend: str, share: str) -> tuple[list[dict], str]:
+    """The same; nothing, and what was printed, where one of them failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        arguments = collectives, backend, share
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", sync_cases.__file__, *arguments, str(rank), str(PROCESSES), folder],
+                env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(PROCESSES)
+        ]  # fmt: skip
+        said = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            return [], "\n".join(said)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(PROCESSES)], ""
+
+
+def whole(case, name, found):
+    """What all processes found of a result, as one would have."""
+    if case.members is not None:
+        found = [found[k] for k in case.members]
+    parts = [each[name] for each in found]
+    if name in CATTED:
+        return torch.cat(parts)
+    if name.startswith("grad "):
+        return sum(part.double() for part in parts)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    return parts[0]
+
+
+def too_far(case, found, oracle, eager):
+    """The results that err more than PyTorch's do in one process."""
+    wrong = {}
+    for name, exact in oracle.items():
+        actual = whole(case, name, found).double()
+        size = float(exact.double().abs().max())
+        eps = torch.finfo(eager[name].dtype).eps if eager[name].is_floating_point() else 0.0
+        allowed = 1.1 * float((eager[name].double() - exact).abs().max()) + eps * size
+        if case.dtype == torch.float64:
+            allowed = FLOAT64 * size
+        error = float((actual - exact).abs().max())
+        if not error <= allowed:
+            wrong[name] = (error, allowed)
+    return wrong
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.composes("SyncBatchNorm", "works")
+def test_processes_find_what_one_does(name, backend):
+    case, found = CASES[name], [each[name] for each in started("gloo", backend, "eager")]
+    assert too_far(case, found, alone(case, oracle=True), alone(case)) == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", MANY[:-1])
+def test_one_collective_each_way(make, backend):
+    found = started("gloo", backend, "eager")[0]["collectives"][make.__name__]
+    waits = {"wait_tensor": 2}
+    assert found == {"all_gather_into_tensor": 1, "all_reduce": 1, **waits}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["dual tensors", "jvp", "grad", "vmap"])
+@pytest.mark.composes("SyncBatchNorm under torch.func and forward-mode AD", "refused")
+def test_what_has_no_rule_is_refused_before_anything_is_done(what, backend):
+    said, is_as_it_was = started("gloo", backend, "eager")[0]["refused"][what]
+    assert said.startswith("SyncBatchNorm: ")
+    assert "3 processes share" in said
+    assert is_as_it_was
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_value_a_channel_in_all_leaves_the_running_statistics(backend):
+    """nn.BatchNorm refuses it, nn.SyncBatchNorm makes the running variance a NaN: nobody waits for the count here."""
+    found = [each["one value"] for each in started("gloo", backend, "eager")]
+    case = sync_cases.Case(sync_cases.AddRelu, sizes=(1, 0, 0), plane=(1, 1))
+    model, (x, r, dy) = case.model(), case.batch()
+    shift = model.bn.bias.detach().view(1, -1, 1, 1)
+    torch.testing.assert_close(found[0]["output"], torch.relu(shift + r))
+    for each in found:
+        assert each["state bn.running_mean"].eq(0).all() and each["state bn.running_var"].eq(1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_report_tells_of_the_processes(backend):
+    found = dict(started("gloo", backend, "eager")[0]["report"])
+    assert found.keys() == {"bn", "shortcut.1"}
+    assert all(note.endswith("statistics of 3 processes in training") for note in found.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.composes("DistributedDataParallel with SyncBatchNorm", "works")
+def test_a_whole_network_trains_as_one_process_does(backend):
+    expected = trained(*narrow())
+    for each in started("gloo", backend, "eager"):
+        assert each["parallel"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(each["parallel"][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+COMPILED_MARKS = {
+    name: () if name in ("projected", "uneven and empty") else (pytest.mark.slow,) for name in COMPILED
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.composes("SyncBatchNorm under torch.compile(fullgraph=True)", "works")
+def test_compiled_processes_find_what_one_does(name, backend):
+    case, found = COMPILED[name], [each[name] for each in started("gloo", backend, "compiled")]
+    assert too_far(case, found, alone(case, oracle=True), alone(case)) == {}
