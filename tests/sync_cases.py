@@ -203,12 +203,16 @@ class Case:
         """x, r and the gradient of the output, of the whole batch."""
         torch.manual_seed(1)
         n = sum(self.sizes)
-        shift = torch.arange(n).view(-1, 1, 1, 1) + self.mean  # what the processes have differs in its mean
+        shift = (
+            torch.arange(n).view(-1, 1, 1, 1) + self.mean
+        )  # what the processes have differs in its mean
         x, r, dy = (torch.randn(n, CHANNELS, *self.plane, dtype=torch.float64) for _ in range(3))
         return [t.to(self.dtype).to(memory_format=self.layout) for t in (x + shift, r - shift, dy)]
 
 
-MANY = (Alone, Relu, Silu, Add, AddRelu, AddGelu, AddBroadcast, Dual, DualSilu, Projected, Preactivation, Ours)  # fmt: skip
+MANY = (
+    Alone, Relu, Silu, Add, AddRelu, AddGelu, AddBroadcast, Dual, DualSilu, Projected, Preactivation, Ours,
+)  # fmt: skip
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES: dict[str, Case] = {
     **{make.__name__: Case(make, order=("before", "after")[k % 2]) for k, make in enumerate(MANY)},
@@ -228,24 +232,44 @@ CASES: dict[str, Case] = {
     "checkpointed": Case(Checkpointed),
     "far from zero": Case(AddRelu, mean=3e3, dtype=torch.float32),
     "float32": Case(Preactivation, dtype=torch.float32, steps=2),
-    **{f"{make.__name__} in {name}": Case(make, dtype=dtype) for make in (AddRelu, Dual) for name, dtype in HALF.items()},
+    **{f"AddRelu in {name}": Case(AddRelu, dtype=dtype) for name, dtype in HALF.items()},
+    **{f"Dual in {name}": Case(Dual, dtype=dtype) for name, dtype in HALF.items()},
     "whole in bfloat16": Case(Preactivation, dtype=torch.bfloat16, parameters=torch.bfloat16),
     "autocast": Case(Projected, dtype=torch.float32, autocast=True),
     **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddGelu, Dual, Preactivation)},
     # The residual itself is not kept: what PyTorch gives it is 0.
     "AddRelu twice": Case(AddRelu, penalty=True, needs="x weight bias"),
 }  # fmt: skip
-COMPILED: dict[str, Case] = {
-    "tail": Case(AddGelu, sizes=(2, 3, 2), compiled=True, steps=2),
-    "projected": Case(Projected, sizes=(2, 3, 2), compiled=True),
-    "pre-activation": Case(Preactivation, sizes=(2, 3, 2), compiled=True, order="after"),
-    "alone": Case(Alone, sizes=(2, 3, 2), compiled=True),
-    "not alike": Case(AddBroadcast, sizes=(2, 3, 2), compiled=True),
-    "uneven and empty": Case(AddRelu, compiled=True),
-    "cumulative": Case(Dual, compiled=True, options={"momentum": None}, steps=2),
-    "float32": Case(Dual, dtype=torch.float32, sizes=(2, 3, 2), compiled=True),
-    "ours": Case(Ours, sizes=(2, 3, 2), compiled=True),
+# What each of them compiles takes seconds.
+CASES |= {
+    f"{name}, compiled": replace(case, compiled=True)
+    for name, case in {
+        "projected": Case(Projected),
+        "tail": Case(AddGelu, sizes=(2, 3, 2), steps=2),
+        "pre-activation": Case(Preactivation, sizes=(2, 3, 2), order="after"),
+        "alone": Case(Alone, sizes=(2, 3, 2)),
+        "not alike": Case(AddBroadcast, sizes=(2, 3, 2)),
+        "cumulative": Case(Dual, options={"momentum": None}, steps=2),
+        "float32": Case(Dual, dtype=torch.float32, sizes=(2, 3, 2)),
+        "ours": Case(Ours, sizes=(2, 3, 2)),
+    }.items()
 }
+# Those whose kernels differ; what the others are about is the same on both backends.
+KERNELS = (
+    "Silu", "AddRelu", "AddGelu", "Projected", "Preactivation", "channels_last", "only the affine", "only the residual",
+    "far from zero", "float32", "Dual in bfloat16", "whole in bfloat16",
+)  # fmt: skip
+
+
+def share_of(name: str, backend: str) -> str:
+    """The processes that run a case; the rest takes long."""
+    if CASES[name].compiled:
+        return (
+            "compiled" if name.startswith("projected") and backend == "aten" else "compiled, rest"
+        )
+    if backend == "aten":
+        return "eager"
+    return "kernels" if name in KERNELS else "rest"
 
 
 def found(model: nn.Module, case: Case, x: Tensor, r: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -254,7 +278,9 @@ def found(model: nn.Module, case: Case, x: Tensor, r: Tensor, dy: Tensor) -> dic
     results: dict[str, Tensor] = {}
     for _ in range(case.steps):
         model.zero_grad()
-        x, r = (t.detach().clone().requires_grad_(n in case.needs[:2]) for n, t in (("x", x), ("r", r)))
+        x, r = (
+            t.detach().clone().requires_grad_(n in case.needs[:2]) for n, t in (("x", x), ("r", r))
+        )
         with torch.autocast(x.device.type, torch.bfloat16, enabled=case.autocast):
             y = run(x, r)
         results = {"output": y.detach()}
@@ -274,14 +300,15 @@ def alone(case: Case, oracle: bool = False, rank: int = 0) -> dict[str, Tensor]:
     """What one process finds with all that those which share with `rank` are given; `oracle`: in float64."""
     model, tensors = case.model(), case.batch()
     if case.members is not None:
-        first, last = (sum(case.sizes[: n]) for n in (case.members[0], case.members[-1] + 1))
+        first, last = (sum(case.sizes[:n]) for n in (case.members[0], case.members[-1] + 1))
         rest = (sum(case.sizes[:rank]), sum(case.sizes[: rank + 1]))
         first, last = (first, last) if rank in case.members else rest
         tensors = [t[first:last] for t in tensors]
     if oracle:
         model, tensors = model.double(), [t.double() for t in tensors]
         case = replace(case, autocast=False)
-    return found(model, replace(case, compiled=False), *tensors)
+    with fusedres.backend("aten"):
+        return found(model, replace(case, compiled=False), *tensors)
 
 
 def trained(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -391,20 +418,24 @@ class Process:
         return trained(net, images[mine].to(self.device), labels[mine].to(self.device))
 
 
-def results(process: Process, share: str) -> dict[str, Any]:
-    if share == "compiled":
-        return {name: process.run(case) for name, case in COMPILED.items()}
-    return {
-        **{name: process.run(case) for name, case in CASES.items()},
-        "collectives": {make.__name__: process.collectives(make) for make in MANY[:-1]},
-        "refused": {what: process.refused(what) for what in ("dual tensors", "jvp", "grad", "vmap")},
-        "one value": process.one_value(),
-        "report": process.report(),
-        "parallel": process.parallel(),
-    }
+def results(process: Process, backend: str, share: str) -> dict[str, Any]:
+    """What a process finds."""
+    names = [name for name in CASES if share_of(name, backend) == share]
+    found: dict[str, Any] = {name: process.run(CASES[name]) for name in names}
+    if share in ("eager", "kernels"):
+        found["one value"] = process.one_value()
+        found["report"] = process.report()
+        refused = ("dual tensors", "jvp", "grad", "vmap")
+        found["refused"] = {what: process.refused(what) for what in refused}
+    if share in ("eager", "rest"):
+        found["collectives"] = {make.__name__: process.collectives(make) for make in MANY[:-1]}
+        found["parallel"] = process.parallel()
+    return found
 
 
-def main(collectives: str, backend: str, share: str, rank: int, processes: int, folder: str) -> None:
+def main(
+    collectives: str, backend: str, share: str, rank: int, processes: int, folder: str
+) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         collectives, init_method=f"file://{folder}/store", rank=rank, world_size=processes,
@@ -418,7 +449,7 @@ def main(collectives: str, backend: str, share: str, rank: int, processes: int, 
 
         kernels = in_triton()
     with kernels:
-        torch.save(results(process, share), Path(folder) / f"{rank}.pt")
+        torch.save(results(process, backend, share), Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -1,5 +1,5 @@
-"""BatchNorms that share their statistics among processes: three of them, with uneven batches and an empty one, find what
-one process finds with the whole batch."""
+"""BatchNorms that share their statistics among processes: three of them, with uneven batches and an empty one, find
+what one process finds with the whole batch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from . import sync_cases
-from .sync_cases import CASES, COMPILED, MANY, alone, narrow, trained
+from .sync_cases import CASES, MANY, alone, narrow, share_of, trained
 
 PROCESSES = 3
 FLOAT64 = 1e-13  # of what is to be the same in another order of additions
 CATTED = ("output", "grad x", "grad r")
 
 # The kernels run in Triton's interpreter; on GPUs there is a test of its own.
-BACKENDS = [
-    pytest.param("aten", marks=pytest.mark.once),
-    pytest.param("triton", marks=pytest.mark.interpreter),
-]
+RUNS = {"aten": pytest.mark.once, "triton": pytest.mark.interpreter}
+FIRST = {"aten": "eager", "triton": "kernels"}
+BACKENDS = [pytest.param(backend, marks=mark) for backend, mark in RUNS.items()]
 
 
 def started(collectives: str, backend: str, share: str) -> list[dict]:
@@ -82,27 +81,56 @@ def too_far(case, found, oracle, eager):
     return wrong
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
+def cases(compiled):
+    """Each with each backend; what takes long is slow."""
+    found = []
+    for name, case in CASES.items():
+        for backend, mark in RUNS.items():
+            slow = (pytest.mark.slow,) if "rest" in share_of(name, backend) else ()
+            if case.compiled == compiled:
+                found.append(
+                    pytest.param(name, backend, marks=(mark, *slow), id=f"{name}-{backend}")
+                )
+    return found
+
+
+def check(name, backend):
+    found = [each[name] for each in started("gloo", backend, share_of(name, backend))]
+    case = CASES[name]
+    assert too_far(case, found, *(alone(case, oracle) for oracle in (True, False))) == {}
+
+
+@pytest.mark.parametrize(("name", "backend"), cases(compiled=False))
 @pytest.mark.composes("SyncBatchNorm", "works")
 def test_processes_find_what_one_does(name, backend):
-    case, found = CASES[name], [each[name] for each in started("gloo", backend, "eager")]
-    assert too_far(case, found, alone(case, oracle=True), alone(case)) == {}
+    check(name, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "backend"), cases(compiled=True))
+@pytest.mark.composes("SyncBatchNorm under torch.compile(fullgraph=True)", "works")
+def test_compiled_processes_find_what_one_does(name, backend):
+    check(name, backend)
+
+
+# Of aten they are with the others; the kernels take long.
+LONG = [
+    pytest.param("aten", "eager", marks=pytest.mark.once),
+    pytest.param("triton", "rest", marks=(pytest.mark.interpreter, pytest.mark.slow)),
+]
+
+
+@pytest.mark.parametrize(("backend", "share"), LONG)
 @pytest.mark.parametrize("make", MANY[:-1])
-def test_one_collective_each_way(make, backend):
-    found = started("gloo", backend, "eager")[0]["collectives"][make.__name__]
-    waits = {"wait_tensor": 2}
-    assert found == {"all_gather_into_tensor": 1, "all_reduce": 1, **waits}
+def test_one_collective_each_way(make, backend, share):
+    found = started("gloo", backend, share)[0]["collectives"][make.__name__]
+    assert found == {"all_gather_into_tensor": 1, "all_reduce": 1, "wait_tensor": 2}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["dual tensors", "jvp", "grad", "vmap"])
 @pytest.mark.composes("SyncBatchNorm under torch.func and forward-mode AD", "refused")
 def test_what_has_no_rule_is_refused_before_anything_is_done(what, backend):
-    said, is_as_it_was = started("gloo", backend, "eager")[0]["refused"][what]
+    said, is_as_it_was = started("gloo", backend, FIRST[backend])[0]["refused"][what]
     assert said.startswith("SyncBatchNorm: ")
     assert "3 processes share" in said
     assert is_as_it_was
@@ -111,40 +139,27 @@ def test_what_has_no_rule_is_refused_before_anything_is_done(what, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_value_a_channel_in_all_leaves_the_running_statistics(backend):
     """nn.BatchNorm refuses it, nn.SyncBatchNorm makes the running variance a NaN: nobody waits for the count here."""
-    found = [each["one value"] for each in started("gloo", backend, "eager")]
+    found = [each["one value"] for each in started("gloo", backend, FIRST[backend])]
     case = sync_cases.Case(sync_cases.AddRelu, sizes=(1, 0, 0), plane=(1, 1))
-    model, (x, r, dy) = case.model(), case.batch()
-    shift = model.bn.bias.detach().view(1, -1, 1, 1)
-    torch.testing.assert_close(found[0]["output"], torch.relu(shift + r))
+    shift = case.model().bn.bias.detach().view(1, -1, 1, 1)
+    torch.testing.assert_close(found[0]["output"], torch.relu(shift + case.batch()[1]))
     for each in found:
-        assert each["state bn.running_mean"].eq(0).all() and each["state bn.running_var"].eq(1).all()
+        assert each["state bn.running_mean"].eq(0).all()
+        assert each["state bn.running_var"].eq(1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_report_tells_of_the_processes(backend):
-    found = dict(started("gloo", backend, "eager")[0]["report"])
+    found = dict(started("gloo", backend, FIRST[backend])[0]["report"])
     assert found.keys() == {"bn", "shortcut.1"}
     assert all(note.endswith("statistics of 3 processes in training") for note in found.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "share"), LONG)
 @pytest.mark.composes("DistributedDataParallel with SyncBatchNorm", "works")
-def test_a_whole_network_trains_as_one_process_does(backend):
+def test_a_whole_network_trains_as_one_process_does(backend, share):
     expected = trained(*narrow())
-    for each in started("gloo", backend, "eager"):
+    for each in started("gloo", backend, share):
         assert each["parallel"].keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(each["parallel"][name], tensor, rtol=1e-9, atol=1e-11)
-
-
-COMPILED_MARKS = {
-    name: () if name in ("projected", "uneven and empty") else (pytest.mark.slow,) for name in COMPILED
-}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.composes("SyncBatchNorm under torch.compile(fullgraph=True)", "works")
-def test_compiled_processes_find_what_one_does(name, backend):
-    case, found = COMPILED[name], [each[name] for each in started("gloo", backend, "compiled")]
-    assert too_far(case, found, alone(case, oracle=True), alone(case)) == {}

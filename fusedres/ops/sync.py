@@ -359,9 +359,7 @@ def _plain_backward(
     activation: str | None, sought: Sought, addend: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dz = _plain_dz(dy, kept, other, bits, activation)
-    found = _fake_backward(
-        dy, kept, other, bits, means, residual_means, activation, sought, addend
-    )
+    found = _fake_backward(dy, kept, other, bits, means, residual_means, activation, sought, addend)
     is_sought = sought.input, sought.residual_dtype is not None
     for each, mean, written, asked in zip(
         (kept, other), (means, residual_means), found, is_sought, strict=True
@@ -499,12 +497,14 @@ class _Among(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        # Not saved: their values may change.
+        ctx.kinds = [None if t is None else (t.shape, t.dtype) for t in tensors]
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Gradients:
-        return gradient, *(None if t is None else torch.zeros_like(t) for t in ctx.saved_tensors)
+        kinds = ctx.kinds
+        return gradient, *(None if k is None else gradient.new_zeros(k[0], dtype=k[1]) for k in kinds)  # fmt: skip
 
 
 def _normalized_graph(
@@ -546,7 +546,7 @@ def _differentiable(
     elif activation is not None:
         with torch.no_grad():
             mask = single.gradient_mask(kept, bits, activation)
-        dz = _Among.apply(keep_passing(dy, mask, activation), *leaves)
+        dz = _Among.apply(keep_passing(dy, mask, activation), *leaves, *ctx.biases)
     found = graph_gradients(y, leaves, [needs[k] for k in order], dz)
     gradients = [found[order.index(k)] if k in order else None for k in range(6)]
     if needs[1] and 1 not in order:
@@ -600,7 +600,9 @@ def _run(
     return _Found(*found, total, gathered[:, 0, 0, 0].sum())
 
 
-_INPUTS = 6  # that get a gradient: input, residual, weight, bias, and the residual's weight and bias
+_INPUTS = (
+    6  # that get a gradient: input, residual, weight, bias, and the residual's weight and bias
+)
 
 
 class SharedTail(torch.autograd.Function):
@@ -656,7 +658,7 @@ def _gradients(ctx: Any, dy: Tensor, addend: Tensor | None, needs: tuple) -> Gra
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         dx, *others = _differentiable(ctx, dy, kept, other, bits, count, needs)
         return (dx if dx is None or addend is None else dx + addend), *others
-    bias, rbias = (dtype if need else None for dtype, need in zip(ctx.bias_dtypes, needs[3::2], strict=True))  # fmt: skip
+    bias, rbias = ctx.bias_dtypes[0] if needs[3] else None, ctx.bias_dtypes[1] if needs[5] else None
     is_moved = needs[0] or (needs[1] and how.is_dual)  # by what the other processes have
     vectors: tuple[Any, ...] = (None,) * 4
     means: list[Tensor | None] = [None, None]
@@ -691,7 +693,9 @@ def shared_batch_norm_act(
             value a channel; NotImplementedError too for a transform of torch.func and for forward-mode AD.
     """
     _check(input, norm, residual, activation)
-    return _tail(input, residual, (norm, NO_NORM), None, How(activation, False, False, False), group)
+    return _tail(
+        input, residual, (norm, NO_NORM), None, How(activation, False, False, False), group
+    )
 
 
 def shared_dual_batch_norm_act(
@@ -722,9 +726,7 @@ def shared_add_batch_norm_act(
     return _tail(input, residual, (norm, NO_NORM), None, How(activation, True, False, False), group)
 
 
-def _check(
-    input: Tensor, norm: BatchNorm, residual: Tensor | None, activation: str | None
-) -> None:
+def _check(input: Tensor, norm: BatchNorm, residual: Tensor | None, activation: str | None) -> None:
     check_shared_batch_norm(
         "SyncBatchNorm", input, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, residual,
         activation,
