@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import needs_graph
+from .graph import needs_graph, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .operator import Operator
 
@@ -126,7 +126,7 @@ def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
             unpack(bits, mask)
         return keep_passing(dy, mask, activation)
     z = input + residual
-    return gradient(dy, z, activation)
+    return smooth(dy, z, activation)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------

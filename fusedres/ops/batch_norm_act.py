@@ -42,6 +42,7 @@ from .graph import (
     normalized_graph,
     passing,
     per_channel,
+    smooth,
 )
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
@@ -445,9 +446,7 @@ def differentiable(
         dz = passing(dy, mask, activation, (kept.input, kept.weight, bias, residual))
     elif activation is not None:
         y = normalized_graph(kept, bias, training, context.eps[0])
-        dz = activations.gradient(
-            dy, y if residual is None else y + residual.to(y.dtype), activation
-        )
+        dz = smooth(dy, y if residual is None else y + residual.to(y.dtype), activation)
     dresidual = dz.to(context.residual_dtype) if needs[1] else None
     dx, dweight, dbias = norm_gradients(dz, kept, training, context.eps[0], (needs[0], *needs[2:4]))
     dbias = None if dbias is None else dbias.to(context.bias_dtypes[0])

@@ -25,7 +25,7 @@ from ..kernels.layout import bits_layout, row_map_of
 from ..layouts import like_output
 from . import batch_norm_act as single
 from . import skips
-from .graph import bias_in_graph, needs_graph, norm_gradients, normalized_graph, passing
+from .graph import bias_in_graph, needs_graph, norm_gradients, normalized_graph, passing, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
@@ -321,7 +321,7 @@ def _differentiable(
             normalized_graph(each, bias, training, eps)
             for each, bias, eps in zip(both, biases, ctx.eps, strict=True)
         )
-        dz = gradient(dy, a + b, activation)
+        dz = smooth(dy, a + b, activation)
     gradients: list[Tensor | None] = [None] * 6
     places = ((0, 2, 3), (1, 4, 5))
     for each, eps, dtype, at in zip(both, ctx.eps, ctx.bias_dtypes, places, strict=True):

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..activations import is_piecewise, keep_passing
+from ..activations import gradient, is_piecewise, keep_passing, parse
 from ..dispatch import has_tangents
 from ..kernels.dtypes import accumulate_dtype
 from .norm import Kept
@@ -47,8 +48,8 @@ class _AsItWas(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.to(ctx.dtype), None
 
 
 class _Passing(torch.autograd.Function):
@@ -69,19 +70,32 @@ class _Passing(torch.autograd.Function):
         ctx.kinds = [(t.shape, t.dtype) for t in sources]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (mask,), needs = ctx.saved_tensors, ctx.needs_input_grad
         zeros = [
-            gradient.new_zeros((), dtype=dtype).expand(shape) if need else None
+            dy.new_zeros((), dtype=dtype).expand(shape) if need else None
             for (shape, dtype), need in zip(ctx.kinds, needs[3:], strict=True)
         ]
-        dz = keep_passing(gradient, mask, ctx.activation) if needs[0] else None
+        dz = keep_passing(dy, mask, ctx.activation) if needs[0] else None
         return dz, None, None, *zeros
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
         (mask,) = ctx.saved_tensors
         return None if tangent is None else keep_passing(tangent, mask, ctx.activation)
+
+
+def smooth(dz: Tensor, z: Tensor, activation: str) -> Tensor:
+    """dz * act'(z) of a smooth activation, for derivatives of any order (those that PyTorch composes it of, where it
+    has none for its own operator)."""
+    name, dz = parse(activation).name, dz.to(z.dtype)
+    if name == "silu":
+        s = torch.sigmoid(z)
+        return dz * (s * (1 + z * (1 - s)))
+    if name == "mish":
+        t = torch.tanh(F.softplus(z))
+        return dz * (t + z * torch.sigmoid(z) * (1 - t * t))
+    return gradient(dz, z, activation)
 
 
 def passing(

@@ -20,7 +20,7 @@ from ..activations import activate, gradient, is_piecewise, keep_passing, parse,
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import needs_graph, passing, per_channel
+from .graph import needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import names
 from .operator import Operator
@@ -215,7 +215,7 @@ def _differentiable(
             mask = unpack(bits, torch.empty_like(_like(kept), dtype=torch.bool))
         dz = passing(dy, mask, activation, (input, scale))
     elif activation is not None and residual is not None:
-        dz = gradient(dy, _sum(input, residual, scale), activation)
+        dz = smooth(dy, _sum(input, residual, scale), activation)
     wide = accumulate_dtype(input.dtype)
     dims = [0, *range(2, input.dim())]
     dinput = dz.to(wide) * per_channel(scale.to(wide), input)
