@@ -150,14 +150,32 @@ def test_tangents_of_the_backward_of_a_chain_with_forks(device):
     x = torch.randn(SHAPE, dtype=torch.float64, device=device)
 
     def of(blocks):
-        leaf = h = x.clone().requires_grad_()
+        leaf = x.clone().requires_grad_()
+        outputs = [leaf]
         for block in blocks:
-            h = block(h * 1.5, h)
+            outputs.append(block(outputs[-1] * 1.5, outputs[-1]))
+        h = outputs[-1]
         with forward_ad.dual_level():
             dy = forward_ad.make_dual(torch.sin(h.detach()), torch.cos(h.detach()))
-            return forward_ad.unpack_dual(torch.autograd.grad(h, leaf, dy)[0])
+            h.backward(
+                dy
+            )  # (`autograd.grad` wants one gradient only, and nothing is left anywhere)
+            return forward_ad.unpack_dual(leaf.grad)
 
     _same_as_plain(of, blocks)
+
+
+def test_tangents_of_a_strided_projection_of_what_a_tail_made(inputs):
+    x, _, w, b = inputs
+
+    def of(project):
+        y = F.batch_norm_act(x.clone().requires_grad_(), None, None, w, b, True)
+        weight = torch.outer(w, b)[..., None, None]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+            return forward_ad.unpack_dual(project(y, dual, stride=2))
+
+    _same_as_plain(of, F.projection)
 
 
 class _Tail(nn.Module):
@@ -197,6 +215,10 @@ _TRANSFORMS: dict[str, Callable] = {
     "vjp, called without grad": lambda call, inputs: torch.no_grad()(_vjp)(call, inputs),
     "jacrev": lambda call, inputs: torch.func.jacrev(call, _ALL)(*inputs),
     "vmap of a vjp": lambda call, inputs: _mapped_vjp(call, inputs),
+    "grad of a mapped vjp": lambda call, inputs: torch.func.grad(
+        lambda *inputs: sum(t.sin().sum() for t in _mapped_vjp(call, inputs)), _ALL
+    )(*inputs),
+    "grad by what a vjp is given": lambda call, inputs: _by_cotangents(call, inputs),
     "vjp of grad": lambda call, inputs: _vjp(torch.func.grad(_loss(call), _ALL), inputs),
     "grad of grad": lambda call, inputs: torch.func.grad(_loss(torch.func.grad(_loss(call))))(*inputs),
     "jvp of grad": lambda call, inputs: torch.func.jvp(torch.func.grad(_loss(call)), inputs, _tangents(inputs)),
@@ -215,6 +237,13 @@ def _vjp(call, inputs):
 def _mapped_vjp(call, inputs):
     output, back = torch.func.vjp(call, *inputs)
     return torch.func.vmap(back)(torch.stack([torch.cos(k * output) for k in range(3)]))
+
+
+def _by_cotangents(call, inputs):
+    output, back = torch.func.vjp(call, *inputs)
+    mapped = torch.func.vmap(back)
+    cotangents = torch.stack([torch.cos(k * output) for k in range(3)])
+    return torch.func.grad(lambda c: sum(t.sin().sum() for t in mapped(c)))(cotangents)
 
 
 def _loss(call):
@@ -296,6 +325,14 @@ def test_two_overlapping_blocks_of_two_threads_leave_nothing_behind():
     thread.join()
     after = contextvars.Context().run(fusedres.get_backend)
     assert (seen, after) == ({"first": "off", "second": "aten"}, before)
+
+
+@pytest.mark.once
+def test_a_block_in_a_block_ends_with_what_was_before():
+    with fusedres.backend("off"):
+        with fusedres.backend("auto"):
+            pass
+        assert fusedres.get_backend() == "off"
 
 
 @pytest.mark.once

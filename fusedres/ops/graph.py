@@ -28,10 +28,7 @@ def needs_graph(*tensors: Tensor | None) -> bool:
         return False
     if has_tangents():
         return True
-    return torch.is_grad_enabled() and (
-        torch._C._functorch.maybe_current_level() is not None
-        or any(t is not None and t.requires_grad for t in tensors)
-    )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
