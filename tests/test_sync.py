@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedres
+from fusedres.activations import is_piecewise
+from fusedres.ops import sync
+from fusedres.ops.dual import Wanted
+from fusedres.ops.norm import BatchNorm, Kept
+
 from . import sync_cases
+from .helpers import DTYPES, Case, over_budget
 from .sync_cases import CASES, MANY, alone, narrow, share_of, trained
 
 PROCESSES = 3
@@ -163,3 +170,105 @@ def test_a_whole_network_trains_as_one_process_does(backend, share):
         assert each["parallel"].keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(each["parallel"][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+# --- the operators, one process after the other in this one ------------------------------------------------------
+
+
+def in_shards(case, sizes):
+    """The results of a `Case`, its batch divided among processes of these sizes, with the collectives done by hand."""
+    t = {name: None if value is None else value.detach() for name, value in case.tensors.items()}
+    parts = [
+        [None] * len(sizes) if value is None else value.split(sizes)
+        for value in (t["input"], t["residual"], t["grad"])
+    ]
+    shards = list(zip(*parts, strict=True))
+    reads = case.activation is not None and not is_piecewise(case.activation)
+    gathered = torch.stack([sync.MOMENTS(x, None, None, False)[0] for x, _, _ in shards])
+    count, act = gathered[:, 0, 0, 0].sum(), case.activation
+    outputs, summed, kept = [], [], []
+    for x, r, dy in shards:
+        buffers = [None if t[n] is None else t[n].clone() for n in ("running_mean", "running_var")]
+        norm = BatchNorm(t["weight"], t["bias"], *buffers, case.momentum, case.eps)
+        y, saved, _, bits = sync.FORWARD(x, r, norm, sync.NO_NORM, gathered[:, 0], None, act, True)
+        one, other = Kept(x, t["weight"], saved), Kept(r if reads else None, None, None)
+        dtype = None if t["bias"] is None else t["bias"].dtype
+        wanted = Wanted((True, True, t["weight"] is not None, False), dtype, None)
+        summed.append(sync.SUMS(dy, one, other, bits, act, wanted)[:3])
+        outputs.append((y, buffers))
+        kept.append((dy, one, other, bits))
+    means = sum(each[0] for each in summed) / count
+    sought = sync.Sought(True, None if t["residual"] is None else t["residual"].dtype)
+    gradients = [sync.BACKWARD(*each, means, None, act, sought, None) for each in kept]
+    found = {
+        "output": torch.cat([y for y, _ in outputs]),
+        "grad_input": torch.cat([dx for dx, _ in gradients]),
+    }
+    if t["residual"] is not None:
+        found["grad_residual"] = torch.cat([dr for _, dr in gradients])
+    if t["weight"] is not None:
+        for k, name in enumerate(("weight", "bias"), 1):
+            total = sum(each[k].double() for each in summed)
+            found[f"grad_{name}"] = total.to(t[name].dtype)
+    if t["running_mean"] is not None:
+        found["running_mean"], found["running_var"] = outputs[-1][1]
+    return found
+
+
+SHARDED = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16, "layout": "channels_last"},
+    "float16-plain": {"dtype": torch.float16, "residual": False, "affine": False},
+    "float64-silu": {"dtype": torch.float64, "activation": "silu"},
+    "float32-flat": {"shape": (12, 8, 3, 3), "layout": "contiguous", "tracked": False},
+    "float32-far": {"mean_over_std": 300.0, "residual": False, "activation": None},
+    "float32-sliced": {"layout": "sliced", "grad_layout": "transposed", "activation": "mish"},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_err_no_more_than_a_whole_batch(name, device):
+    case = Case(**{"shape": (4, 4, 3, 5), **SHARDED[name]}, device=device)
+    n = case.shape[0]
+    assert over_budget(case, in_shards(case, (n - 1, 0, 1))) == {}
+
+
+def two_ways(dtype, device):
+    """A projected tail and a pre-activation unit of two processes, one of them empty: all that the operators give."""
+    torch.manual_seed(0)
+    draw = functools.partial(torch.randn, dtype=torch.float64)
+    x, r, dy = (draw(3, 5, 2, 3).to(dtype).to(device) for _ in range(3))
+    w, b, rw, rb = (draw(5).to(device) for _ in range(4))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    w, b, rw, rb = (t.to(wide) for t in (w, b, rw, rb))
+    norm, other = BatchNorm(w, b, None, None), BatchNorm(rw, rb, None, None)
+    empty = x[:0]
+    moments = torch.stack(
+        [sync.MOMENTS(*pair, None, False)[0] for pair in ((x, r), (empty, empty))]
+    )
+    y, saved, rsaved, bits = sync.FORWARD(x, r, norm, other, *moments.unbind(1), "relu", True)
+    kept, rkept = Kept(x, w, saved), Kept(r, rw, rsaved)
+    sums = sync.SUMS(dy, kept, rkept, bits, "relu", Wanted((True,) * 4, wide, wide))
+    means = sums[0] / moments[:, 0, 0, 0].sum()
+    gradients = sync.BACKWARD(
+        dy, kept, rkept, bits, means[:1], means[1:], "relu", sync.Sought(True, dtype), None
+    )
+    added, total = sync.MOMENTS(x, r, None, True)
+    z, zsaved, *_ = sync.FORWARD(total, None, norm, sync.NO_NORM, added, None, "silu", True)
+    zkept, nothing = Kept(total, w, zsaved), Kept(None, None, None)
+    zsums = sync.SUMS(dy, zkept, nothing, bits[:0], "silu", Wanted((True,) * 4, wide, None))
+    dz, _ = sync.BACKWARD(
+        dy, zkept, nothing, bits[:0], zsums[0] / 18, None, "silu", sync.Sought(True, None), dy
+    )
+    return moments, y, *sums, *gradients, added, total, z, *zsums[:3], dz
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_kernels_give_what_plain_pytorch_gives(dtype, device):
+    dtype = DTYPES[dtype]
+    with fusedres.backend("aten"):
+        expected = two_ways(dtype, device)
+    tolerance = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    for found, wanted in zip(two_ways(dtype, device), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)

@@ -32,14 +32,14 @@ from torch.autograd import forward_ad
 
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..checks import check_shared_batch_norm
-from ..dispatch import is_eager
+from ..dispatch import has_tangents, is_eager
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_output, like_sum
 from . import batch_norm_act as single
 from . import dual
 from .dual import Wanted
-from .graph import bias_in_graph, graph_gradients, per_channel
+from .graph import bias_in_graph, needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack
 from .norm import BatchNorm, Kept, blend, empty_saved, names
 from .operator import Operator
@@ -70,6 +70,11 @@ BACKWARD_SCHEMA = (
     "Tensor? residual_weight, Tensor saved, Tensor? residual_saved, Tensor bits, Tensor? means, "
     "Tensor? residual_means, str? activation, bool need_input, ScalarType? residual_dtype, Tensor? addend) "
     "-> (Tensor dx, Tensor dresidual)"
+)
+
+
+_INPUTS = (
+    6  # that get a gradient: input, residual, weight, bias, and the residual's weight and bias
 )
 
 
@@ -491,69 +496,72 @@ class _Summed(torch.autograd.Function):
 # --- second derivatives ------------------------------------------------------------------------------------------
 
 
-class _Among(torch.autograd.Function):
-    """A gradient in whose graph these tensors stand, though it is the same for all their values: what they get from it
-    is 0, as from PyTorch's own, and not nothing."""
+class _Graph(NamedTuple):
+    """A BatchNorm with the statistics of all processes, as a graph."""
 
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *tensors: Tensor | None) -> Tensor:
-        # Not saved: their values may change.
-        ctx.kinds = [None if t is None else (t.shape, t.dtype) for t in tensors]
-        return gradient.view_as(gradient)
+    xhat: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    count: Tensor
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Gradients:
-        kinds = ctx.kinds
-        return gradient, *(None if k is None else gradient.new_zeros(k[0], dtype=k[1]) for k in kinds)  # fmt: skip
+    def output(self, bias: Tensor | None) -> Tensor:
+        y, like = self.xhat, self.xhat
+        y = y if self.weight is None else y * per_channel(self.weight, like)
+        return y if bias is None else y + per_channel(bias.to(y.dtype), like)
+
+    def gradients(self, dz: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of input, weight and bias, in the dtype of the arithmetic."""
+        dz, like = dz.to(self.xhat.dtype), self.xhat
+        dims = _dims(dz)
+        dbias, dweight = dz.sum(dims), (dz * self.xhat).sum(dims)
+        level, slope = _Summed.apply(torch.stack([dbias, dweight]), group).div(self.count).unbind(0)
+        dx = dz - per_channel(level, like) - self.xhat * per_channel(slope, like)
+        scale = self.invstd if self.weight is None else self.invstd * self.weight
+        return dx * per_channel(scale, like), dweight, dbias
 
 
-def _normalized_graph(
-    kept: Kept, bias: Tensor | None, count: Tensor, eps: float, group: Group
-) -> tuple[Tensor, list[Any]]:
-    """As `graph.normalized_graph`, with the statistics of all processes."""
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in kept[:2]] + [bias]
-    wide = kept.saved.dtype
-    w, b = (None if t is None else t.to(wide) for t in aliases[1:])
-    x, n = aliases[0].to(wide), count.to(wide)
+def _graph(kept: Kept, count: Tensor, eps: float, group: Group) -> _Graph:
+    x, count = kept.input.to(kept.saved.dtype), count.to(kept.saved.dtype)
     dims = _dims(x)
-    x = x - per_channel(_Summed.apply(x.sum(dims), group) / n, x)
-    var = _Summed.apply((x * x).sum(dims), group) / n
-    y = x * per_channel((var + eps).rsqrt(), x)
-    y = y if w is None else y * per_channel(w, x)
-    return (y if b is None else y + per_channel(b, x)), aliases
+    x = x - per_channel(_Summed.apply(x.sum(dims), group) / count, x)
+    invstd = (_Summed.apply((x * x).sum(dims), group) / count + eps).rsqrt()
+    weight = None if kept.weight is None else kept.weight.to(x.dtype)
+    return _Graph(x * per_channel(invstd, x), invstd, weight, count)
 
 
 def _differentiable(
     ctx: Any, dy: Tensor, kept: Kept, other: Kept, bits: Tensor, count: Tensor, needs: tuple
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of input, residual, weight, bias, residual weight and bias, as a graph."""
-    activation, dz = ctx.how.activation, dy
+    """The gradients of input, residual, weight, bias, residual weight and bias, as a graph (see `graph`)."""
+    activation, residual = ctx.how.activation, other.input
     both = [kept] if other.saved is None else [kept, other]
-    leaves: list[Any] = []
-    outputs = []
-    for each, bias, eps in zip(both, ctx.biases, ctx.eps, strict=False):
-        in_graph = bias_in_graph(None, bias, each.saved, activation)
-        output, more = _normalized_graph(each, in_graph, count, eps, ctx.group)
-        outputs.append(output)
-        leaves += more
-    y = outputs[0] if len(both) == 1 else outputs[0] + outputs[1]
-    order = [0, 2, 3] if len(both) == 1 else [0, 2, 3, 1, 4, 5]
-    if activation is not None and not is_piecewise(activation):
-        if len(both) == 1 and other.input is not None:
-            added = other.input.view_as(other.input)
-            y, leaves, order = y + added.to(y.dtype), [*leaves, added], [*order, 1]
-        y = activate(y, activation)
-    elif activation is not None:
+    graphs = [_graph(k, count, eps, ctx.group) for k, eps in zip(both, ctx.eps, strict=False)]
+    biases = [
+        bias_in_graph(None, bias, k.saved, activation)
+        for k, bias in zip(both, ctx.biases, strict=False)
+    ]
+    dz = dy
+    if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = single.gradient_mask(kept, bits, activation)
-        dz = _Among.apply(keep_passing(dy, mask, activation), *leaves, *ctx.biases)
-    found = graph_gradients(y, leaves, [needs[k] for k in order], dz)
-    gradients = [found[order.index(k)] if k in order else None for k in range(6)]
-    if needs[1] and 1 not in order:
-        gradients[1] = dz.to(ctx.residual_dtype)
-    for k, dtype in zip((3, 5), ctx.bias_dtypes, strict=True):
-        gradients[k] = None if (dbias := gradients[k]) is None else dbias.to(dtype)
-    return gradients
+        sources = (*kept[:2], *other[:2], *biases)
+        dz = passing(dy, mask, activation, sources)
+    elif activation is not None:
+        z = graphs[0].output(biases[0])
+        if len(both) == 2:
+            z = z + graphs[1].output(biases[1])
+        elif residual is not None:
+            z = z + residual.to(z.dtype)
+        dz = smooth(dy, z, activation)
+    found: list[Any] = [None] * _INPUTS
+    if len(both) == 1 and needs[1]:
+        found[1] = dz.to(ctx.residual_dtype)
+    places = (0, 2, 3), (1, 4, 5)
+    for k, graph, at, bias_dtype in zip(both, graphs, places, ctx.bias_dtypes, strict=False):
+        dtypes = k.input.dtype, None if k.weight is None else k.weight.dtype, bias_dtype
+        for place, value, dtype in zip(at, graph.gradients(dz, ctx.group), dtypes, strict=True):
+            found[place] = value.to(dtype) if needs[place] else None
+    return found
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -631,7 +639,7 @@ class SharedTail(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtypes = (None if b is None else b.dtype, None if rb is None else rb.dtype)
         # Not as saved tensors: their values may change until the backward.
-        ctx.biases = None if torch.compiler.is_compiling() else (b, rb)
+        ctx.biases = (None, None) if torch.compiler.is_compiling() else (b, rb)
         return (found.total, found.output) if how.adds else found.output
 
     @staticmethod
@@ -655,7 +663,7 @@ def _gradients(ctx: Any, dy: Tensor, addend: Tensor | None, needs: tuple) -> Gra
     how: How = ctx.how
     kept = Kept(input, weight, saved)
     other: Any = Kept(residual, rweight, rsaved if how.is_dual else None)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_graph(dy, addend, input, residual, weight, rweight, *ctx.biases):
         dx, *others = _differentiable(ctx, dy, kept, other, bits, count, needs)
         return (dx if dx is None or addend is None else dx + addend), *others
     bias, rbias = ctx.bias_dtypes[0] if needs[3] else None, ctx.bias_dtypes[1] if needs[5] else None
@@ -762,7 +770,7 @@ def _transform_of(tensors: tuple[Tensor | None, ...]) -> str | None:
     """What goes on in this thread that has no rule here; None where nothing does."""
     if not is_eager():
         return "a transform of torch.func"
-    if forward_ad._current_level >= 0 and any(
+    if has_tangents() and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         return "forward-mode AD"
