@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 
 CHANNELS = 4
+IMAGES = 6  # of a whole network
 convert = nn.SyncBatchNorm.convert_sync_batchnorm
 
 # --- models ------------------------------------------------------------------------------------------------------
@@ -204,6 +205,10 @@ class Case:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return model.to(self.parameters or wide).train(self.training)
 
+    def among(self, processes: int) -> Case:
+        """The same with as many processes."""
+        return replace(self, sizes=self.sizes[:processes])
+
     def batch(self) -> list[Tensor]:
         """x, r and the gradient of the output, of the whole batch."""
         torch.manual_seed(1)
@@ -250,7 +255,7 @@ CASES: dict[str, Case] = {
 CASES |= {
     f"{name}, compiled": replace(case, compiled=True)
     for name, case in {
-        "projected": Case(Projected),
+        "projected": Case(Projected, sizes=(3, 0, 1)),
         "tail": Case(AddGelu, sizes=(2, 3, 2), steps=2),
         "pre-activation": Case(Preactivation, sizes=(2, 3, 2), order="after"),
         "alone": Case(Alone, sizes=(2, 3, 2)),
@@ -328,10 +333,10 @@ def trained(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]
 
 
 def narrow() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network, and images and labels for three processes with two each."""
+    """A network, and images and labels for each process."""
     torch.manual_seed(0)
-    net, images = Narrow().double(), torch.randn(6, 3, 32, 32, dtype=torch.float64)
-    return net, images, torch.arange(6) % 5
+    net, images = Narrow().double(), torch.randn(IMAGES, 3, 32, 32, dtype=torch.float64)
+    return net, images, torch.arange(IMAGES) % 5
 
 
 # --- a process ---------------------------------------------------------------------------------------------------
@@ -353,8 +358,8 @@ class Counting(TorchDispatchMode):
 class Process:
     """One of the processes. device: where its tensors are."""
 
-    def __init__(self, rank: int, device: str) -> None:
-        self.rank, self.device = rank, device
+    def __init__(self, rank: int, processes: int, device: str) -> None:
+        self.rank, self.processes, self.device = rank, processes, device
 
     def model(self, case: Case) -> nn.Module:
         """The model of a case, fused and converted."""
@@ -373,6 +378,7 @@ class Process:
         return [t[first : first + case.sizes[self.rank]].to(self.device) for t in case.batch()]
 
     def run(self, case: Case) -> dict[str, Tensor]:
+        case = case.among(self.processes)
         results = found(self.model(case), case, *self.part(case))
         return {name: tensor.cpu() for name, tensor in results.items()}
 
@@ -382,7 +388,7 @@ class Process:
 
     def collectives(self, make: type[Model]) -> dict[str, int]:
         """How many of each there are in a step."""
-        case = Case(make)
+        case = Case(make).among(self.processes)
         with Counting() as counting:
             found(self.model(case), case, *self.part(case))
         return dict(counting.found)
@@ -390,7 +396,8 @@ class Process:
     def refused(self, what: str) -> tuple[str, bool]:
         """What is said of a transform, and whether the state is what it was."""
         # What moves running statistics is refused by torch.func itself.
-        case = Case(Dual, options={"track_running_stats": what == "dual tensors"})
+        options = {"track_running_stats": what == "dual tensors"}
+        case = Case(Dual, options=options).among(self.processes)
         model, (x, r, dy) = self.model(case), self.part(case)
         before = {name: t.clone() for name, t in model.state_dict().items()}
         try:
@@ -420,13 +427,16 @@ class Process:
         net = DistributedDataParallel(net.to(self.device))
         convert(net.module)
         fusedres.fuse_(net)
-        mine = slice(2 * self.rank, 2 * self.rank + 2)
+        each = IMAGES // self.processes
+        mine = slice(each * self.rank, each * (self.rank + 1))
         return trained(net, images[mine].to(self.device), labels[mine].to(self.device))
 
 
 def results(process: Process, backend: str, share: str) -> dict[str, Any]:
     """What a process finds."""
     names = [name for name in CASES if share_of(name, backend) == share]
+    if share == "nccl":
+        names = [name for name, case in CASES.items() if not case.compiled]
     found: dict[str, Any] = {name: process.run(CASES[name]) for name in names}
     if share in ("eager", "kernels"):
         found["one value"] = process.one_value()
@@ -448,7 +458,7 @@ def main(
         timeout=datetime.timedelta(seconds=120),
     )  # fmt: skip
     fusedres.set_backend(backend)
-    process = Process(rank, f"cuda:{rank}" if collectives == "nccl" else "cpu")
+    process = Process(rank, processes, f"cuda:{rank}" if collectives == "nccl" else "cpu")
     kernels = contextlib.nullcontext()
     if backend == "triton":
         from fusedres.ops.projection import in_triton
