@@ -129,7 +129,7 @@ def processes_of(norm: Any) -> Group | None:
         or not distributed.is_initialized()
     ):
         return None
-    group = norm.process_group or distributed.group.WORLD
+    group: Any = norm.process_group or distributed.group.WORLD
     size = distributed.get_world_size(group)
     return Group(group.group_name, size) if size > 1 else None
 

@@ -153,13 +153,13 @@ def _forward(
     kept = [wide if each is None else each.saved for each in applied]
     if input.numel() == 0:
         return output, *kept, torch.uint8
-    others = [input] if residual is None else [input, residual]
-    rows, others = p.common_rows(output, *others)
+    given = [input] if residual is None else [input, residual]
+    rows, (input, *others) = p.common_rows(output, *given)
     bits = None
     if residual is not None and has_bits(activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
-    added = others[1] if residual is not None else None
-    launch_bn_apply(p, others[0], added, *applied, output, bits, rows, parse(activation))
+    added, (first, second) = others[0] if others else None, applied
+    launch_bn_apply(p, input, added, first, second, output, bits, rows, parse(activation))
     return output, *kept, torch.uint8 if bits is None else bits
 
 
@@ -185,9 +185,9 @@ def _sums(
     flat = [each for pair in vectors for each in pair]
     results = sums, *[wide if each is None else each for each in flat]
     if dy.numel() == 0:
-        for each in (sums, *flat):
-            if each is not None:
-                p.do(Tensor.zero_, each)
+        for made in (sums, *flat):
+            if made is not None:
+                p.do(Tensor.zero_, made)
         return results
     rows, (input, dy, *others) = _walk(p, dy, kept, other)
     residual = others[0] if others else None
@@ -205,9 +205,10 @@ def _sums(
             partial = p.empty((tile.programs, 2, tile.width), partial_dtype(input.dtype))
         operands.append(Operand(x, norm, partial, None, None, *asked))
     mask = bits if bits.numel() else None
-    launch_bn_grad_reduce(p, dy, *operands, mask, None, None, rows, tile, parse(activation))
-    for k, each in enumerate(operands[: len(both)]):
-        launch_bn_grad_sums(p, each, sums, k, rows, tile)
+    main, second = operands
+    launch_bn_grad_reduce(p, dy, main, second, mask, None, None, rows, tile, parse(activation))
+    for k in range(len(both)):
+        launch_bn_grad_sums(p, operands[k], sums, k, rows, tile)
     return results
 
 
@@ -252,7 +253,8 @@ def _backward(
     mask = bits if bits.numel() else None
     share = 1 if residual is None else DUAL_SHARE
     tile = choose_tile(rows, input.element_size(), GRAD_APPLYING, p.chip, share)
-    launch_bn_grad_apply(p, dy, *operands, mask, addend, rows, tile, parse(activation))
+    main, second = operands
+    launch_bn_grad_apply(p, dy, main, second, mask, addend, rows, tile, parse(activation))
     return found
 
 
@@ -502,7 +504,7 @@ class _Graph(NamedTuple):
     xhat: Tensor
     invstd: Tensor
     weight: Tensor | None
-    count: Tensor
+    n: Tensor
 
     def output(self, bias: Tensor | None) -> Tensor:
         y, like = self.xhat, self.xhat
@@ -514,7 +516,7 @@ class _Graph(NamedTuple):
         dz, like = dz.to(self.xhat.dtype), self.xhat
         dims = _dims(dz)
         dbias, dweight = dz.sum(dims), (dz * self.xhat).sum(dims)
-        level, slope = _Summed.apply(torch.stack([dbias, dweight]), group).div(self.count).unbind(0)
+        level, slope = _Summed.apply(torch.stack([dbias, dweight]), group).div(self.n).unbind(0)
         dx = dz - per_channel(level, like) - self.xhat * per_channel(slope, like)
         scale = self.invstd if self.weight is None else self.invstd * self.weight
         return dx * per_channel(scale, like), dweight, dbias
@@ -582,14 +584,14 @@ NO_NORM = BatchNorm(None, None, None, None)
 
 
 class _Found(NamedTuple):
-    """What a forward found. total: of a pre-activation unit, what it normalised; count: of all processes."""
+    """What a forward found. total: of a pre-activation unit, what it normalised; n: values of a channel in all."""
 
     output: Tensor
     saved: Tensor
     residual_saved: Tensor
     bits: Tensor
     total: Tensor
-    count: Tensor
+    n: Tensor
 
 
 def _run(
@@ -602,10 +604,10 @@ def _run(
     others = gathered[:, 1] if how.is_dual else None
     if how.adds:
         input, residual = total, None
-    found = FORWARD(
+    output, saved, residual_saved, bits = FORWARD(
         input, residual, *norms, gathered[:, 0], others, how.activation, how.save
-    )  # fmt: skip
-    return _Found(*found, total, gathered[:, 0, 0, 0].sum())
+    )
+    return _Found(output, saved, residual_saved, bits, total, gathered[:, 0, 0, 0].sum())
 
 
 _INPUTS = (
@@ -632,7 +634,7 @@ class SharedTail(torch.autograd.Function):
         recomputes = how.activation is not None and not is_piecewise(how.activation)
         reads_residual = how.is_dual or (recomputes and not how.adds)
         ctx.save_for_backward(
-            found.total if how.adds else input, residual if reads_residual else None, w, rw, *found[1:4], found.count
+            found.total if how.adds else input, residual if reads_residual else None, w, rw, *found[1:4], found.n
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.how, ctx.group, ctx.eps = how, group, (eps, reps)
@@ -661,8 +663,8 @@ def _gradients(ctx: Any, dy: Tensor, addend: Tensor | None, needs: tuple) -> Gra
     """Of what is normalised, residual, weight, bias, and the residual's weight and bias."""
     input, residual, weight, rweight, saved, rsaved, bits, count = ctx.saved_tensors
     how: How = ctx.how
-    kept = Kept(input, weight, saved)
-    other: Any = Kept(residual, rweight, rsaved if how.is_dual else None)
+    theirs: Any = rsaved if how.is_dual else None
+    kept, other = Kept(input, weight, saved), Kept(residual, rweight, theirs)
     if needs_graph(dy, addend, input, residual, weight, rweight, *ctx.biases):
         dx, *others = _differentiable(ctx, dy, kept, other, bits, count, needs)
         return (dx if dx is None or addend is None else dx + addend), *others
