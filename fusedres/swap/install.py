@@ -122,8 +122,8 @@ class Seat:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        if not torch.compiler.is_compiling():
-            # nn.Module's call names itself `self`.
+        if not torch.compiler.is_compiling() and (module is None or not _is_only_one(module)):
+            # nn.Module's call names itself `self`. (What it takes to read that is not asked of each call.)
             caller = sys._getframe(1).f_locals.get("self")
             if caller is not module:
                 module = self._owner(module, caller)
@@ -185,6 +185,22 @@ OWN_FORWARDS.add(Seat)
 
 def _nobody() -> None:
     return None
+
+
+def _holders(state: dict[str, Any]) -> int:
+    """How many hold the second entry of a seat, which nobody calls but TorchScript."""
+    return sys.getrefcount(state[_ENTRIES[1]])
+
+
+_ONE = _holders({_ENTRIES[1]: object()})
+
+
+def _is_only_one(module: nn.Module) -> bool:
+    """Whether no copy of this module's `__dict__` has its seat, too; False where it cannot be told."""
+    try:
+        return _holders(module.__dict__) == _ONE
+    except KeyError:
+        return False
 
 
 def _seated(module: nn.Module | None, plan: Plan | None, kind: type[nn.Module]) -> Seat:
