@@ -85,11 +85,11 @@ def activate(input: Tensor, activation: str | None, in_place: bool = False) -> T
     Only ReLU makes use of it: out of place it keeps its output for the backward pass as well, so whoever writes to that
     output afterwards sees no difference. The others keep their input.
     """
-    name, slope = parse(activation)
-    if name is None:
+    if activation is None:
         return input
-    if name == "relu":
+    if activation == "relu":
         return torch.relu_(input) if in_place else torch.relu(input)
+    name, slope = parse(activation)
     if name == "relu6":
         return F.relu6(input)
     if name == "leaky_relu":

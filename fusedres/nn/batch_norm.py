@@ -20,6 +20,7 @@ from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
 
+_is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -30,12 +31,15 @@ def straight_tail(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    is_asked: bool = False,
 ) -> Tensor | None:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
+    is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
     """
-    if type(input) is not Tensor or not is_quiet():
+    # torch.compile knows the answer, and takes none of what follows into its graph.
+    if _is_compiling() or type(input) is not Tensor:
         return None
     if activation is not None and type(activation) is not str:
         return None
@@ -56,30 +60,39 @@ def straight_tail(
         into,
         training,
         residual is None,
-        torch.is_grad_enabled(),
+        _grad_mode(),
     )
     planned = find(key, tensors)
     if (
         planned is not None
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
-        and "forward" not in own
+        and (
+            is_asked
+            or not (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            )
+        )
         and own["track_running_stats"]
         and type(momentum) is float
         and type(eps) is float
         and eps > 0
     ):
         weight, bias = tensors[2], tensors[3]
-        if not planned.composed:
-            return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
-        if training:
-            tensors[6].add_(1)
-        return reference.batch_norm_act(
-            input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
-            residual=residual, activation=activation,
-        )  # fmt: skip
+        if planned.composed:  # of PyTorch's own operations, for whoever looks on
+            if training:
+                tensors[6].add_(1)
+            return reference.batch_norm_act(
+                input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
+                residual=residual, activation=activation,
+            )  # fmt: skip
+        if not is_quiet():
+            return None
+        return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
+    if not is_quiet():
+        return None
     found = usual(norm)
     if found is None:
         return None
@@ -248,7 +261,7 @@ def call_tail(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
-    output = straight_tail(norm, input, residual, activation, into)
+    output = straight_tail(norm, input, residual, activation, into, True)
     if output is not None:
         return output
     if left_to_pytorch(norm, input) and activates(norm):

@@ -253,9 +253,10 @@ def runs_own_forward(is_compiled: bool) -> bool:
         return True
     if is_compiled:
         return torch.jit.is_tracing()
-    return torch._C._is_tracing() or (
-        torch._C._len_torch_function_stack() > 0 and _sees_functions()
-    )
+    return _is_tracing() or (_functions() > 0 and _sees_functions())
+
+
+_is_tracing, _functions = torch._C._is_tracing, torch._C._len_torch_function_stack
 
 
 def _sees_functions() -> bool:
