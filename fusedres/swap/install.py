@@ -82,7 +82,7 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     def forward(self, *args, **kwargs):
         if may_bind and (kwargs or len(args) != count):
             args, kwargs = _bind(plan, args, kwargs)
-        is_compiled = torch.compiler.is_compiling()
+        is_compiled = _is_compiling()
         if (
             kwargs
             or len(args) != count
@@ -122,7 +122,7 @@ class Seat:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        if not torch.compiler.is_compiling() and (module is None or not _is_only_one(module)):
+        if not _is_compiling() and (module is None or _holders(module.__dict__) != _ONE):
             # nn.Module's call names itself `self`. (What it takes to read that is not asked of each call.)
             caller = sys._getframe(1).f_locals.get("self")
             if caller is not module:
@@ -187,20 +187,12 @@ def _nobody() -> None:
     return None
 
 
-def _holders(state: dict[str, Any]) -> int:
-    """How many hold the second entry of a seat, which nobody calls but TorchScript."""
-    return sys.getrefcount(state[_ENTRIES[1]])
+def _holders(state: dict[str, Any], count: Callable[[Any], int] = sys.getrefcount) -> int:
+    """How many hold the second entry of a seat, which nobody calls but TorchScript: one for each `__dict__`."""
+    return count(state.get("__prepare_scriptable__"))
 
 
-_ONE = _holders({_ENTRIES[1]: object()})
-
-
-def _is_only_one(module: nn.Module) -> bool:
-    """Whether no copy of this module's `__dict__` has its seat, too; False where it cannot be told."""
-    try:
-        return _holders(module.__dict__) == _ONE
-    except KeyError:
-        return False
+_ONE = _holders({"__prepare_scriptable__": object()})
 
 
 def _seated(module: nn.Module | None, plan: Plan | None, kind: type[nn.Module]) -> Seat:
@@ -256,6 +248,7 @@ def runs_own_forward(is_compiled: bool) -> bool:
     return _is_tracing() or (_functions() > 0 and _sees_functions())
 
 
+_is_compiling = torch.compiler.is_compiling
 _is_tracing, _functions = torch._C._is_tracing, torch._C._len_torch_function_stack
 
 
