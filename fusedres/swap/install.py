@@ -29,6 +29,8 @@ from .guards import compiled, why_not
 from .plan import Plan
 from .rewrite import compile_source, fingerprint
 
+_is_compiling = torch.compiler.is_compiling
+_is_tracing, _functions = torch._C._is_tracing, torch._C._len_torch_function_stack
 # What a seat puts into an instance.
 _ENTRIES = ("forward", "__prepare_scriptable__")
 # One function for all blocks of a kind that are fused alike; it goes when the last of them does.
@@ -82,18 +84,27 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     def forward(self, *args, **kwargs):
         if may_bind and (kwargs or len(args) != count):
             args, kwargs = _bind(plan, args, kwargs)
-        is_compiled = _is_compiling()
-        if (
-            kwargs
-            or len(args) != count
-            or type(self).forward is not traced
-            or runs_own_forward(is_compiled)
-            or not (fits_compiled if is_compiled else fits)(self)
-            or not _are_plain_tensors(args)
-            or (smallest and any(arg.numel() < smallest for arg in args))
-        ):
+        if kwargs or len(args) != count or type(self).forward is not traced:
             return type(self).forward(self, *args, **kwargs)
-        return fused(self, *args)
+        # Other modules' own forwards as well: the backend is off, or hooks on all modules wait for each child's call.
+        is_own = current_backend() == "off" or _has_any_global_hook()
+        if _is_compiling():
+            is_own = is_own or torch.jit.is_tracing() or not fits_compiled(self)
+        else:
+            is_own = (
+                is_own
+                or _is_tracing()
+                or (_functions() > 0 and _sees_functions())
+                or not fits(self)
+            )
+        if not is_own:
+            # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
+            for arg in args:
+                if (type(arg) is not Tensor and type(arg) is not nn.Parameter) or (
+                    smallest and arg.numel() < smallest
+                ):
+                    is_own = True
+        return type(self).forward(self, *args) if is_own else fused(self, *args)
 
     return forward
 
@@ -228,28 +239,6 @@ def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
         if kwargs.get(name, default) is default:
             kwargs.pop(name, None)
     return tuple(values), kwargs
-
-
-def _are_plain_tensors(args: tuple) -> bool:
-    # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
-    for arg in args:  # noqa: SIM110 - `all(...)` takes three times as long
-        if type(arg) is not Tensor and type(arg) is not nn.Parameter:
-            return False
-    return True
-
-
-def runs_own_forward(is_compiled: bool) -> bool:
-    """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
-    modules wait for each child's call, a TorchFunctionMode for each function's."""
-    if current_backend() == "off" or _has_any_global_hook():
-        return True
-    if is_compiled:
-        return torch.jit.is_tracing()
-    return _is_tracing() or (_functions() > 0 and _sees_functions())
-
-
-_is_compiling = torch.compiler.is_compiling
-_is_tracing, _functions = torch._C._is_tracing, torch._C._len_torch_function_stack
 
 
 def _sees_functions() -> bool:
