@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import gc
 import threading
 import weakref
@@ -505,6 +506,19 @@ def test_a_rank_that_the_module_does_not_take_is_refused_however_often(device):
     for _ in range(2):
         with pytest.raises(ValueError, match="expected 4D input"):
             module(three)
+
+
+@pytest.mark.composes("`torch.jit.trace`", "works")
+def test_a_trace_calls_the_batchnorm_however_often_the_module_has_run(device):
+    def traced(module):
+        given = tuple(images(2, device=device))
+        graph = torch.jit.trace(module, given, check_trace=False).graph
+        return re.sub(r"___torch_mangle_\d+\.", "", str(graph))
+
+    fresh, met = (fusedres.nn.BatchNormAct2d(8, device=device).eval() for _ in range(2))
+    for _ in range(2):
+        met(*images(2, device=device))
+    assert traced(met) == traced(fresh)
 
 
 def test_batches_are_counted_once_a_call(device):
