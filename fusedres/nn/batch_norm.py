@@ -16,11 +16,11 @@ from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
 from ..ops.norm import BatchNorm, How
-from ..ops.straight import is_quiet, is_recorded
+from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
 
-_grad_mode = torch.is_grad_enabled
+_is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -39,7 +39,7 @@ def straight_tail(
     is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
     """
     # First: torch.compile knows the answer, and takes none of what follows into its graph.
-    if is_recorded() or type(input) is not Tensor:
+    if _is_compiling() or type(input) is not Tensor:
         return None
     if activation is not None and type(activation) is not str:
         return None
@@ -237,7 +237,7 @@ def _straight_pair(
     moments: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """As `straight_tail`, of two BatchNorms that were asked."""
-    if is_recorded() or type(input) is not Tensor or type(residual) is not Tensor:
+    if _is_compiling() or type(input) is not Tensor or type(residual) is not Tensor:
         return None
     if activation is not None and type(activation) is not str:
         return None

@@ -57,11 +57,6 @@ _transforms, _tracing = torch._C._are_functorch_transforms_active, torch._C._get
 _profiling, _compiling = torch._C._autograd._profiler_enabled, torch.compiler.is_compiling
 
 
-def is_recorded() -> bool:
-    """Whether a graph is made of what is called, by torch.compile, torch.export or torch.jit.trace."""
-    return _compiling() or _tracing() is not None
-
-
 def is_quiet() -> bool:
     """Whether nobody watches or transforms what PyTorch is called with in this thread: no mode, no transform of
     torch.func, no dual tensors, no profiler, no trace."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from ..dispatch import current_backend
+from ..dispatch import current_backend, eager_backend
 from ..nn.norms import OWN_FORWARDS, is_replaced
 from .guards import compiled, why_not
 from .plan import Plan
@@ -86,13 +86,18 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
             args, kwargs = _bind(plan, args, kwargs)
         if kwargs or len(args) != count or type(self).forward is not traced:
             return type(self).forward(self, *args, **kwargs)
-        # Other modules' own forwards as well: the backend is off, or hooks on all modules wait for each child's call.
-        is_own = current_backend() == "off" or _has_any_global_hook()
+        # Hooks on all modules wait for the call of each child.
         if _is_compiling():
-            is_own = is_own or torch.jit.is_tracing() or not fits_compiled(self)
+            is_own = (
+                current_backend() == "off"
+                or _has_any_global_hook()
+                or torch.jit.is_tracing()
+                or not fits_compiled(self)
+            )
         else:
             is_own = (
-                is_own
+                eager_backend() == "off"
+                or _has_any_global_hook()
                 or _is_tracing()
                 or (_functions() > 0 and _sees_functions())
                 or not fits(self)
