@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says it where help cannot be written: argparse's own passes over a full disk in silence."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of a command, its name among them.
 
     Raises:
         SystemExit: help or the version was asked for, or something is wrong; it has been printed.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description="Fused BatchNorm, ReLU and residual add for ResNets.",
         epilog="`fusedres COMMAND --help` tells what a command takes.",

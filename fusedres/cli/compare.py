@@ -13,7 +13,7 @@ import torch
 
 import fusedres
 
-from ..tables import table
+from ..tables import paragraph, table
 from .data import Images, batches, source
 from .device import Choice, choose_backend, choose_device, device_name
 from .errors import CommandError, Interrupted, require
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     report = fusedres.fuse_(fused)
     print(report)
     if report.n_fused == 0:
-        print("nothing was fused: what follows compares the original with itself")
+        print(paragraph("nothing was fused: what follows compares the original with itself"))
     print(f"\n{_what_runs(options, images, backend, device)}")
     print(f"\nsame weights, same {options.steps} batches of {options.batch} images", flush=True)
 
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> None:
     outcome = train_side_by_side(model, fused, feed, setting, options.steps, options.seed, itself)
     accuracies = None if outcome.interrupted else _accuracies(outcome, images, options.batch)
     print(f"\n{speed_table(outcome, options.batch, accuracies)}")
-    print(f"\n{difference_table(outcome)}")
-    print(f"\nbackend that ran: {backend.name} ({backend.expectation})")
+    print(f"\n{difference_table(outcome)}\n")
+    print(paragraph(f"backend that ran: {backend.name} ({backend.expectation})"))
 
     facts = {"backend": asdict(backend), "device": device_name(device)}
     facts |= {"data": images.description, "report": json.loads(report.to_json())}
@@ -93,7 +93,7 @@ def _write(
     everything = finite(facts | record(options, outcome, accuracies))
     json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     save_losses(picture, title, outcome.original.losses, outcome.fused.losses)
-    print(f"wrote {picture} and {json_file}")
+    print(f"wrote {json_file}\nwrote {picture}")
     return json_file
 
 

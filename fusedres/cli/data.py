@@ -84,7 +84,7 @@ def open_folder(path: str) -> Any:
     expected = "expected a folder with one sub-folder of images for each class"
     if not Path(path).is_dir():
         raise CommandError(
-            f"--data {path!r} is neither digits nor synthetic nor a folder; {expected}"
+            f"--data {path!r} is not a folder, nor a name that --help lists; {expected}"
         )
     datasets = require("torchvision.datasets", "models", "--data FOLDER")
     try:

@@ -28,7 +28,7 @@ class Progress:
             yield index
             if self._bar is not None:
                 self._bar.update()
-            elif (index + 1) % self._every == 0 or index + 1 == self._steps:
+            elif index in (0, self._steps - 1) or (index + 1) % self._every == 0:
                 words = f"  step {index + 1:>{len(str(self._steps))}}/{self._steps}  {self._said}"
                 print(words, flush=True)
         self.close()
