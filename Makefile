@@ -24,7 +24,7 @@ help:
 	@echo 'also: sweep test-aten test-triton test-ptx test-slow test-oldest lint format types wheel clean'
 
 demo: $(READY)
-	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
+	$(BIN)/python -m fusedres compare resnet18 --data digits --image-size 48 --out $(OUT)
 
 test: lint types test-aten test-triton test-ptx-sample
 

@@ -84,7 +84,7 @@ def test_the_papers_count_as_many_parameters(name):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", [n for n in models.__all__ if n[0].islower()])
+@pytest.mark.parametrize("name", models.list_models())
 def test_the_name_says_how_many_layers(name):
     """Convolutions on the longest path, and the classifier."""
     model = getattr(models, name)(device="meta")

@@ -352,7 +352,7 @@ class TestErrors:
         ("options", "kind", "text"),
         [
             ({"block": len}, TypeError, "block is a builtin_function_or_method, expected an nn.Module"),
-            ({"skip": "conv"}, ValueError, "skip is 'conv', expected None, a module, 'project' or 'pad'"),
+            ({"skip": "conv"}, ValueError, "skip is 'conv', expected None (the identity), a module, 'project' (a 1x1 convolution"),
             ({"skip": 2}, TypeError, "skip is a int, expected None, an nn.Module, 'project' or 'pad'"),
             ({"scale": "row"}, ValueError, "scale is 'row', expected None, 'scalar', 'channel', a number or"),
             ({"scale": [1.0]}, TypeError, "scale is a list, expected None, a number, a tensor, 'scalar'"),
