@@ -15,7 +15,7 @@ import fusedres
 
 from ..tables import paragraph, table
 from .data import Images, batches, source
-from .device import Choice, choose_backend, choose_device, device_name
+from .device import Choice, choose_device, chosen_backend, device_name
 from .errors import CommandError, Interrupted, require
 from .experiment import Outcome, against_itself, train_side_by_side
 from .models import build_model, image_size
@@ -28,7 +28,13 @@ def run(options: argparse.Namespace) -> None:
     """Everything that can be wrong is looked at before a line is printed; a step is made for that."""
     require("matplotlib", "demo", "compare")
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
-    backend = choose_backend(options.backend, device, dtype)
+    with chosen_backend(options.backend, device, dtype) as backend:
+        _run(options, device, dtype, backend)
+
+
+def _run(
+    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, backend: Choice
+) -> None:
     _make_folder(options.out)
     data = source(options)
     torch.manual_seed(options.seed)
