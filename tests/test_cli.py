@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -811,3 +812,18 @@ def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
     assert said.out == ""
     assert "3/3" in said.err
     assert "loss 1" in said.err
+
+
+# --- demo ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_each_part_and_says_what_it_comes_to(capsys, tmp_path):
+    assert main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert [line[0] for line in re.findall(r"^\d\. .*$", printed, re.MULTILINE)] == ["1", "2", "3"]
+    errors = re.findall(r"^(?:output|gradient of|running variance).*? +(\S+) +(\S+)$", printed, re.MULTILINE)
+    assert [float(kernels) < 1e-5 for _, kernels in errors] == [True] * 5
+    last = " ".join(printed.strip().splitlines()[-2:])
+    assert re.fullmatch(
+        r"20 of 20 BatchNorms fused, losses equal to the bit, \d+\.\d GB less a step of 256 images on a GPU\.", last
+    )  # fmt: skip

@@ -24,17 +24,17 @@ from .record import Accuracies, difference_table, finite, record, speed_table
 from .training import DTYPES, LAYOUTS, Setting
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> tuple[fusedres.FuseReport, Outcome]:
     """Everything that can be wrong is looked at before a line is printed; a step is made for that."""
     require("matplotlib", "demo", "compare")
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
     with chosen_backend(options.backend, device, dtype) as backend:
-        _run(options, device, dtype, backend)
+        return _run(options, device, dtype, backend)
 
 
 def _run(
     options: argparse.Namespace, device: torch.device, dtype: torch.dtype, backend: Choice
-) -> None:
+) -> tuple[fusedres.FuseReport, Outcome]:
     _make_folder(options.out)
     data = source(options)
     torch.manual_seed(options.seed)
@@ -68,6 +68,7 @@ def _run(
         raise Interrupted(
             f"interrupted after {done} of {options.steps} steps; what they measured is in {json_file}"
         )
+    return report, outcome
 
 
 def _what_runs(
