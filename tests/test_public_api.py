@@ -27,7 +27,8 @@ PUBLIC = {
     },
     fusedres.models: {
         "PreActResNet", "ResNet", "list_models", "preact_resnet110", "preact_resnet164", "preact_resnet200",
-        "preact_resnet1001", "resnet18", "resnet20", "resnet32", "resnet34", "resnet44", "resnet50", "resnet56", "resnet101", "resnet110",
+        "preact_resnet1001", "resnet18", "resnet20",
+        "resnet32", "resnet34", "resnet44", "resnet50", "resnet56", "resnet101", "resnet110",
         "resnet152", "resnet1202", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
         "wide_resnet101_2",
     },
