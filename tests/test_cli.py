@@ -78,6 +78,16 @@ def broken():
 CPU = Setting(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
 
+@pytest.fixture(autouse=True)
+def of_the_process(backend):
+    """The backend is the process's choice, as in a process of the command line's own: `--backend` sets that."""
+    before, token = dispatch._of_process, dispatch._of_context.set(None)
+    fusedres.set_backend(backend)
+    yield
+    dispatch._of_context.reset(token)
+    fusedres.set_backend(before)
+
+
 def compare(capsys, folder, *arguments: str) -> tuple[str, dict]:
     """What `compare` printed and the JSON it wrote."""
     assert main(["compare", "resnet18", *TINY, "--out", str(folder), *arguments]) == 0
