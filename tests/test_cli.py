@@ -79,6 +79,16 @@ def broken():
 CPU = Setting(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
 
+@pytest.fixture(autouse=True)
+def of_the_process(backend):
+    """The backend is the process's choice, as in a process of the command line's own: `--backend` sets that."""
+    before, token = dispatch._of_process, dispatch._of_context.set(None)
+    fusedres.set_backend(backend)
+    yield
+    dispatch._of_context.reset(token)
+    fusedres.set_backend(before)
+
+
 def compare(capsys, folder, *arguments: str) -> tuple[str, dict]:
     """What `compare` printed and the JSON it wrote."""
     assert main(["compare", "resnet18", *TINY, "--out", str(folder), *arguments]) == 0
@@ -478,12 +488,17 @@ def test_what_hugging_face_does_not_give(capsys, here, transformers, name, words
 # --- the system -------------------------------------------------------------------------------------------------------
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
+def start(*arguments: str, unbuffered: bool = False, **options) -> subprocess.Popen:
     """The command line in a process of its own, which Ctrl-C reaches (a shell's background job would not be)."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        environment = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
         return subprocess.Popen(
-            [sys.executable, *arguments], text=True, stderr=subprocess.PIPE, **options
+            [sys.executable, *arguments],
+            text=True,
+            stderr=subprocess.PIPE,
+            env=environment,
+            **options,
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -574,18 +589,22 @@ def test_ctrl_c_anywhere_else_is_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == "fusedres explain: interrupted\n"
 
 
-def test_a_pipe_that_nobody_reads_ends_it_without_a_word():
+@pytest.mark.parametrize("unbuffered", [False, True], ids=["at the end", "at once"])
+def test_a_pipe_that_nobody_reads_ends_it_without_a_word(unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
-    process = start("-m", "fusedres", "--help", stdout=writing)
+    process = start("-m", "fusedres", "--help", stdout=writing, unbuffered=unbuffered)
     os.close(writing)
     assert (process.communicate(timeout=60)[1], process.returncode) == ("", 141)
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["explain", "net.py:Net"]])
-def test_a_full_disk_is_a_line(here, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--version"], False), (["--version"], True), (["explain", "net.py:Net"], False)],
+)
+def test_a_full_disk_is_a_line(here, arguments, unbuffered):
     with open("/dev/full", "w") as full:
-        process = start("-m", "fusedres", *arguments, stdout=full, cwd=here)
+        process = start("-m", "fusedres", *arguments, stdout=full, cwd=here, unbuffered=unbuffered)
         (line,) = process.communicate(timeout=60)[1].splitlines()
     assert process.returncode == 1
     assert line.endswith(": No space left on device")

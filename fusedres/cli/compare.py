@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def _run(
         options.image_size = image_size(options.model, model)
     images = data.load(options.image_size).to(device)
     setting = Setting(device, dtype, LAYOUTS[options.channels_last])
-    model = model.to(device, memory_format=setting.memory_format)
+    model = model.to(device).to(memory_format=setting.memory_format)
     itself = against_itself(options.model, model, images, setting, options.batch, options.seed)
     fused = copy.deepcopy(model)
     report = fusedres.fuse_(fused)
@@ -60,7 +61,7 @@ def _run(
     print(f"\n{difference_table(outcome)}\n")
     print(paragraph(f"backend that ran: {backend.name} ({backend.expectation})"))
 
-    facts = {"backend": asdict(backend), "device": device_name(device)}
+    facts: dict[str, Any] = {"backend": asdict(backend), "device": device_name(device)}
     facts |= {"data": images.description, "report": json.loads(report.to_json())}
     json_file = _write(options, backend, outcome, accuracies, facts)
     if outcome.interrupted:
@@ -91,7 +92,7 @@ def _write(
     backend: Choice,
     outcome: Outcome,
     accuracies: Accuracies,
-    facts: dict[str, object],
+    facts: dict[str, Any],
 ) -> Path:
     """The picture and the JSON; the path of the latter."""
     stem = f"compare-{''.join(c if c.isalnum() or c in '._' else '-' for c in options.model)}"
