@@ -79,16 +79,6 @@ def broken():
 CPU = Setting(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
 
-@pytest.fixture(autouse=True)
-def of_the_process(backend):
-    """The backend is the process's choice, as in a process of the command line's own: `--backend` sets that."""
-    before, token = dispatch._of_process, dispatch._of_context.set(None)
-    fusedres.set_backend(backend)
-    yield
-    dispatch._of_context.reset(token)
-    fusedres.set_backend(before)
-
-
 def compare(capsys, folder, *arguments: str) -> tuple[str, dict]:
     """What `compare` printed and the JSON it wrote."""
     assert main(["compare", "resnet18", *TINY, "--out", str(folder), *arguments]) == 0
@@ -840,7 +830,9 @@ def test_the_demo_shows_each_part_and_says_what_it_comes_to(capsys, tmp_path):
     assert main(["demo", "--steps", "2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert [line[0] for line in re.findall(r"^\d\. .*$", printed, re.MULTILINE)] == ["1", "2", "3"]
-    errors = re.findall(r"^(?:output|gradient of|running variance).*? +(\S+) +(\S+)$", printed, re.MULTILINE)
+    errors = re.findall(
+        r"^(?:output|gradient of|running variance).*? +(\S+) +(\S+)$", printed, re.MULTILINE
+    )
     assert [float(kernels) < 1e-5 for _, kernels in errors] == [True] * 5
     last = " ".join(printed.strip().splitlines()[-2:])
     assert re.fullmatch(
