@@ -96,7 +96,7 @@ def activate(input: Tensor, activation: str | None, in_place: bool = False) -> T
         return F.leaky_relu(input, slope)
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(input, approximate="tanh" if name == "gelu_tanh" else "none")
-    return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[name](input)
+    return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[str(name)](input)
 
 
 def gradient(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:

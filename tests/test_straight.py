@@ -513,7 +513,6 @@ def test_a_rank_that_the_module_does_not_take_is_refused_however_often(device):
             module(three)
 
 
-@pytest.mark.composes("`torch.jit.trace`", "works")
 def test_a_trace_calls_the_batchnorm_however_often_the_module_has_run(device):
     def traced(module):
         given = tuple(images(2, device=device))
