@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import keep_passing, through
+from .activation import keep_passing, passes, through
 from .bits import byte_tile, unpack
 from .norm import NO_NORM, Norm
-from .tile import load_tile, tile_offsets, widen
+from .tile import load_tile, only_if, tile_offsets, widen
 
 
 class Operand(NamedTuple):
@@ -59,13 +59,16 @@ def load_dz(
     outer,
     inner,
     columns,
-    step,
+    own,
     spread,
     tiles_inner,
     dy_stride,
     skip_stride,
     skip_place,
     bits_stride,
+    adds,
+    again,
+    everything,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -77,29 +80,41 @@ def load_dz(
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None)."""
+    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None).
+
+    Of a kernel that is one for several cases, as integers: whether the second gradient is added, whether z decides in
+    place of the mask (else None), and whether everything passes (else None).
+    """
     o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
     b_dy = tl.load(p_dy + o_dy, mask=m, other=0.0)
     b_dz = widen(b_dy, ACC) if STAGES == 1 else b_dy.to(ACC)
     if p_skip is not None:
-        m_skip = m
+        m_skip = only_if(m, adds)
         if skip_place is not None:
             if FLAT:  # the positions are columns
                 o_column, m_column = visited(o_column, skip_place)
-                m_skip = m & m_column[None, :]
+                m_skip &= m_column[None, :]
             else:
                 o_inner, m_row = visited(o_inner, skip_place)
-                m_skip = m & m_row[:, None]
+                m_skip &= m_row[:, None]
         o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread, o_first)
-        b_dz += load_tile(p_skip, o_skip, m_skip, ACC)
-        b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
+        b_skip = load_tile(p_skip, o_skip, m_skip, ACC)
+        if adds:
+            b_dz = (b_dz + b_skip).to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
+            i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
+        if again is not None:
+            m_byte = only_if(m_byte, again == 0)
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
-        b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
+        if everything is not None:
+            b_byte |= tl.full(b_byte.shape, tl.where(everything != 0, 255, 0), tl.uint8)
+        m_pass = unpack(b_byte, PACK_CHANNELS)
+        if again is not None:
+            m_pass |= only_if(passes(b_z, ACTIVATION), again)
+        b_dz = keep_passing(b_dz, m_pass, ACTIVATION, SLOPE)
     elif b_z is not None:
         b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)
     return b_dz

@@ -52,6 +52,11 @@ def walked(p: Planner, skip: Skip, rows: RowMap, dx: Tensor, dz: Tensor | None) 
     return Walked(full, mapped.strides[1], None, dz)
 
 
+def is_alike(skip: Any, rows: RowMap, is_smooth: bool) -> bool:
+    """Whether one launch can do without a walk of its own for the second gradient (as `walked`), where there is one."""
+    return skip is None or (skip.place is None and skip.stride == rows.strides[0] and not is_smooth)
+
+
 def _walked_as(rows: RowMap, dx: Tensor, small: Tensor) -> Strides | None:
     """The strides of a smaller image along the positions of a larger one, both dense in one layout; else None."""
     if dx.dim() != 4:
