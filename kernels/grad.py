@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import keep_passing, passes, through
+from .activation import keep_passing, through
 from .bits import byte_tile, unpack
 from .norm import NO_NORM, Norm
 from .tile import load_tile, only_if, tile_offsets, widen
@@ -67,7 +67,6 @@ def load_dz(
     skip_place,
     bits_stride,
     adds,
-    again,
     everything,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -82,8 +81,8 @@ def load_dz(
 ):
     """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None).
 
-    Of a kernel that is one for several cases, as integers: whether the second gradient is added, whether z decides in
-    place of the mask (else None), and whether everything passes (else None).
+    Of a kernel that is one for several cases, as integers: whether the second gradient is added, and whether everything
+    passes the mask (else None).
     """
     o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
     b_dy = tl.load(p_dy + o_dy, mask=m, other=0.0)
@@ -106,15 +105,10 @@ def load_dz(
             i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
-        if again is not None:
-            m_byte = only_if(m_byte, again == 0)
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
         if everything is not None:
             b_byte |= tl.full(b_byte.shape, tl.where(everything != 0, 255, 0), tl.uint8)
-        m_pass = unpack(b_byte, PACK_CHANNELS)
-        if again is not None:
-            m_pass |= only_if(passes(b_z, ACTIVATION), again)
-        b_dz = keep_passing(b_dz, m_pass, ACTIVATION, SLOPE)
+        b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
     elif b_z is not None:
         b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)
     return b_dz

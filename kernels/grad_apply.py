@@ -74,7 +74,6 @@ def grad_apply_tiles(
     i_program,
     programs,
     normalizes,
-    again,
     everything,
     writes_residual,
     ACTIVATION: tl.constexpr,
@@ -89,7 +88,7 @@ def grad_apply_tiles(
     """dx and dresidual (each where given) <- dy, x, the tiles of a program. norm: what `load_norm` gives; coefficients:
     (slope, level) of the columns, or None. The same of the residual.
 
-    normalizes, writes_residual: whether the residual has a BatchNorm, and a gradient, if these are given at all; again,
+    normalizes, writes_residual: whether the residual has a BatchNorm, and a gradient, if these are given at all;
     everything: as in `load_dz`.
     """
     BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
@@ -102,8 +101,8 @@ def grad_apply_tiles(
         b_rslope = residual_coefficients[0]
         b_rslope_high, b_rslope_low = fold(b_rmean, b_rmean_low, b_rslope, residual_coefficients[1])
     # z is computed again where there is no mask of it, and the residual is part of it.
-    AGAIN: tl.constexpr = ACTIVATION is not None and (p_bits is None or again is not None)
-    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
     b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
     b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
 
@@ -130,7 +129,7 @@ def grad_apply_tiles(
         b_dz = load_dz(
             p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
             outer, inner, columns, own, spread, tiles_inner, dy_stride, None, None, bits_stride,
-            True, again, everything,
+            True, everything,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
         )  # fmt: skip
         if p_dx is not None:
@@ -228,7 +227,7 @@ def bn_grad_apply_kernel(
         norm, residual_norm, coefficients, residual_coefficients,
         dy_stride, x_stride, residual_stride, addend_stride, bits_stride, out_stride,
         o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
-        True, None, None, True,
+        True, None, True,
         ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
 

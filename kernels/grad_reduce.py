@@ -137,7 +137,6 @@ def grad_sums(
     programs,
     adds,
     normalizes,
-    again,
     FLAT: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -155,8 +154,7 @@ def grad_sums(
     """sum(dz), sum(dz * (x - mean)), sum(dz * (residual - its mean)) of the tiles of a program, each as (value, low)
     [groups of rows, columns], the last 0 where the residual has no BatchNorm. norm: what `load_norm` gives.
 
-    adds, normalizes: whether there are a second gradient and a BatchNorm of the residual, if these are given at all;
-    again: as in `load_dz`.
+    adds, normalizes: whether there are a second gradient and a BatchNorm of the residual, if these are given at all.
     """
     BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
@@ -172,8 +170,8 @@ def grad_sums(
     b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
     # has sums of its own too.
-    AGAIN: tl.constexpr = ACTIVATION is not None and (p_bits is None or again is not None)
-    IN_Z: tl.constexpr = p_residual is not None and ACTIVATION is not None and p_bits is None
+    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
+    IN_Z: tl.constexpr = p_residual is not None and AGAIN
     b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
@@ -199,7 +197,7 @@ def grad_sums(
         b_dz = load_dz(
             p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
             outer, inner, columns, own, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            adds, again, None,
+            adds, None,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
         )  # fmt: skip
         if p_dz is not None:
@@ -283,7 +281,7 @@ def bn_grad_reduce_kernel(
         p_dy, p_skip, p_x, p_bits, p_residual, p_residual_saved, p_dz, p_dx, norm, residual_norm,
         dy_stride, skip_stride, skip_place, x_stride, residual_stride, out_stride, bits_stride,
         o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
-        True, True, None,
+        True, True,
         FLAT, GROUP, RUN, ALIKE, EVEN, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
 

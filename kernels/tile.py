@@ -12,7 +12,7 @@ ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slo
 # So of a whole direction: what a program walks, and which of a tail's tensors are there.
 ANY_WHOLE = [
     *ANY_VALUE, "bits_outer", "bits_inner", "bits_piece",
-    "adds", "normalizes", "writes_bits", "again", "writes_residual",
+    "adds", "normalizes", "writes_bits", "plain", "writes_residual",
 ]  # fmt: skip
 # Of these 1 is worth a kernel, since divisions go.
 ANY_MULTIPLE = ["outer", "spread"]

@@ -218,7 +218,8 @@ def _backward(
     results = tuple(dtype if t is None else t for t, dtype in zip(*asked, strict=True))
     walked: Any = skips.walked(p, skip, rows, layout, dz)
     whole = None
-    if how.training and needs.input and skips.is_alike(walked, rows, is_smooth):
+    again = mask is None and how.activation is not None
+    if how.training and needs.input and skips.is_alike(walked, rows, again):
         whole = choose_whole(rows, size, BACKWARD_PASS, p.chip)
     if whole is not None:
         main = Operand(input, norm, gradient=dx, dweight=dweight, dbias=dbias)

@@ -160,7 +160,7 @@ def _backward(
     is_smooth = how.activation is not None and not is_piecewise(how.activation)
     walked = skips.walked(p, skip, rows, layout, dz)
     whole = None
-    if how.training and any(needs[:2]) and skips.is_alike(walked, rows, is_smooth):
+    if how.training and any(needs[:2]) and skips.is_alike(walked, rows, mask is None and is_smooth):
         whole = choose_whole(rows, size, BACKWARD_PASS, p.chip)
     if whole is not None:
         launch_bn_backward(p, dy, main, second, mask, None, walked, whole, activation, is_smooth)
