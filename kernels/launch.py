@@ -427,7 +427,7 @@ def _flat_walk(rows: RowMap, element_size: int, least: int) -> tuple[RowMap, int
             2 * slots * plane <= FLAT_COLUMNS and slots < least and rows.channels % (2 * slots) == 0
         ):
             slots *= 2
-    if pieces == 0 or rows.channels % slots or slots * plane > most:
+    if pieces == 0 or rows.channels % slots or slots * plane > most * pieces:
         return None
     walk = (row, slots * plane // pieces, 1)
     return RowMap(images, pieces, rows.channels, (walk,), rows.needs_int64, plane), slots

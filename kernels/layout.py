@@ -22,7 +22,7 @@ VECTOR = 16  # what Triton knows an integer to be a multiple of
 PLANE_ROWS = (
     64  # of a plane in a tile: one number for all planes, since each tile is a kernel of its own
 )
-FEWEST_FLAT = 2  # rows of a flat walk: a tile has no fewer
+FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer
 MOST_SPREAD = 8192  # columns of a channel: its blocks leave a partial sum each, and the finalising step holds all
 
 
