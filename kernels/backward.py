@@ -6,7 +6,8 @@ slope and level come from the two sums over the rows that `grad_reduce` states; 
 Reads dy and x (and a tail's mask, or its residual) twice, the second time from the cache, writes dx and dresidual once.
 A second gradient of the output is read once, and dz written, for the second loop to read. Parallel over blocks of
 channels alone (`launch.choose_whole`): a program walks all rows of its own, so that nothing is exchanged between
-programs and a launch gives the same bits every time. The loops are those of `grad_reduce` and `grad_apply`.
+programs and a launch gives the same bits every time. The loops are those of `grad_reduce` and `grad_apply`. What a tail
+has is told by integers: one kernel for all of a layout and dtype.
 """
 
 import torch

@@ -6,7 +6,8 @@ x, residual, y [rows, columns]; saved [4, C] and the running statistics as `fina
 BatchNorm of its own. Reads x twice (the second time from the cache), the residual once, or twice if it is normalised;
 writes y and, for a tail that will be differentiated, one bit an element. Parallel over blocks of channels alone
 (`launch.choose_whole`): a program walks all rows of its own, so that nothing is exchanged between programs and a launch
-gives the same bits every time. The loops are those of `stats` and `apply`; the arithmetic is theirs too.
+gives the same bits every time. The loops are those of `stats` and `apply`; the arithmetic is theirs too. Whether there
+is a residual, a BatchNorm of it and a mask to write is told by integers: one kernel for all tails of a layout and dtype.
 """
 
 from collections.abc import Sequence

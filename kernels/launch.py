@@ -241,7 +241,8 @@ SMALL = ((64 << 10, 0.2), (16 << 10, 0.0))
 SMALL_IN_ALL = 16 << 20
 # What takes the form, by the tensors: all of one walk and no mask apart from it. A ResNet's tails and forks do; the
 # gradient of its average pooling (one value for all positions), a strided second gradient (a projected shortcut's), one
-# without a mask, and slices take the three passes, whose kernels there are: each would be a kernel of its own.
+# without a mask, slices, and fewer than 8 images of planes that 8 does not divide (`layout.FEWEST_FLAT`) take the three
+# passes, whose kernels there are: each would be a kernel of its own.
 SECTOR = 32  # bytes that the memory moves at a time: a program's channels are whole ones
 # Columns of a flat walk that a program has room for, by element size: 2 KiB, and the 49, 196, 784, 3136 and 12544
 # values of a ResNet's planes all come to 784 columns, or 392: one kernel for them.
