@@ -7,7 +7,7 @@ BatchNorm of its own. Reads x twice (the second time from the cache), the residu
 writes y and, for a tail that will be differentiated, one bit an element. Parallel over blocks of channels alone
 (`launch.choose_whole`): a program walks all rows of its own, so that nothing is exchanged between programs and a launch
 gives the same bits every time. The loops are those of `stats` and `apply`; the arithmetic is theirs too. Whether there
-is a residual, a BatchNorm of it and a mask to write is told by integers: one kernel for all tails of a layout and dtype.
+is a residual, a BatchNorm of it and a mask to write is told by integers: one kernel for all tails of a layout, dtype.
 """
 
 from collections.abc import Sequence
