@@ -242,6 +242,34 @@ def test_what_the_input_was_used_for_besides(device):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
+@kernels
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "fork"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_residual_s_gradient_has_the_bits_of_three_launches(layout, adds, device):
+    """Zeros keep their sign where nothing is added, and what is not finite its place."""
+    from fusedres.kernels.launch import passes
+
+    case = Case(shape=(9, 16, 7, 7), layout=layout, device=device)
+    x, residual, weight, bias, dy = (
+        case.tensors[n].clone() for n in ("input", "residual", "weight", "bias", "grad")
+    )
+    for k, value in enumerate((-0.0, 0.0, float("nan"), float("inf"), -float("inf"))):
+        dy[:, k::5] = torch.where(torch.rand_like(dy[:, k::5]) < 0.5, value, dy[:, k::5])
+    skip = torch.where(dy == 0, dy, torch.randn_like(dy)) if adds else None
+    with passes("three"):
+        _, saved, bits = single.FORWARD.op(
+            x, residual, weight, bias, None, None, True, 0.1, 1e-5, "relu", True
+        )
+    found = []
+    for how in ("one", "three"):
+        with passes(how):
+            gradients = single.BACKWARD.op(
+                dy, x, weight, saved, bits, True, "relu", x.dtype, True, True, True, bias.dtype, skip=skip
+            )  # fmt: skip
+        found.append(gradients[1].nan_to_num(7e30, 8e30, -8e30).view(torch.int32))
+    assert torch.equal(*found)
+
+
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
