@@ -7,6 +7,7 @@ Importing the package compiles nothing and touches no device; Triton is imported
 """
 
 from . import functional, models, nn
+from .checkpointing import checkpoint
 from .dispatch import backend, get_backend, set_backend
 from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 
@@ -16,6 +17,7 @@ __all__ = [
     "FuseConfig",
     "FuseReport",
     "backend",
+    "checkpoint",
     "explain",
     "functional",
     "fuse_",

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.once
 
 PUBLIC = {
     fusedres: {
-        "FuseConfig", "FuseReport", "backend", "explain", "functional", "fuse_", "get_backend", "is_fused", "models",
+        "FuseConfig", "FuseReport", "backend", "checkpoint", "explain", "functional", "fuse_", "get_backend", "is_fused", "models",
         "nn", "set_backend", "unfuse_",
     },
     fusedres.functional: {

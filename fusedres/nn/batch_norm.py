@@ -118,9 +118,22 @@ def call_batch_norm(
             norm.eps, residual=residual, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
-        if call.batches is not None:
-            call.batches.sub_(1)
+        _uncount(call.batches)
         raise
+
+
+def _uncount(*counters: Tensor | None) -> None:
+    """The counters as they were before a call that failed.
+
+    A mode that allows no such write (selective checkpointing, in the backward) is not heard of: the error that is on
+    its way is the one to tell.
+    """
+    for batches in counters:
+        try:
+            if batches is not None:
+                batches.sub_(1)
+        except Exception:
+            return
 
 
 def run_tail(
@@ -168,8 +181,7 @@ def call_add_batch_norm(
             call.momentum, norm.eps, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
-        if call.batches is not None:
-            call.batches.sub_(1)
+        _uncount(call.batches)
         raise
 
 
@@ -210,8 +222,7 @@ def call_dual_batch_norm(
         how = How(use_batch, activation)
         return dual.tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
     except _REFUSALS:
-        for batches in counters:
-            batches.sub_(1)
+        _uncount(*counters)
         raise
 
 
