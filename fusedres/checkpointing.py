@@ -57,7 +57,9 @@ def checkpoint(
         return functools.partial(_decorated, use_reentrant, kwargs)
     found = _modules_of((function, args, kwargs))
     if use_reentrant or use_reentrant is None:
-        return run(_again_with_copies(function, found), *args, use_reentrant=use_reentrant, **kwargs)
+        return run(
+            _again_with_copies(function, found), *args, use_reentrant=use_reentrant, **kwargs
+        )
     given = kwargs.pop("context_fn", _NO_CONTEXTS)
 
     def contexts() -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .apply import apply_tiles
-from .finalize import Running, count_batch, finish_moments
+from .finalize import Running, finish_moments
 from .launch import BITS, Tile, is_aligned
 from .layout import RowMap, mask_of
 from .moments import load_pivot, merge
@@ -44,6 +44,7 @@ def _norm_of(
     p_bias,
     p_running_mean,
     p_running_var,
+    p_batches,
     p_saved,
     x_stride,
     o_column,
@@ -55,6 +56,7 @@ def _norm_of(
     whole,
     momentum,
     eps,
+    keep,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -90,8 +92,8 @@ def _norm_of(
         )
         b_first = tl.gather(b_first, tl.arange(0, CHANNELS) * spread, 0)
     b_mean, b_low, b_invstd, b_bias = finish_moments(
-        (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-        o_channel, m_channel, channels, momentum, eps,
+        (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
+        o_channel, m_channel, channels, momentum, eps, keep,
     )  # fmt: skip
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     if CHANNELS > 0:
@@ -131,6 +133,7 @@ def bn_forward_kernel(
     whole,
     tiles_inner,
     tiles,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     residual_momentum: "fp64",
@@ -162,20 +165,19 @@ def bn_forward_kernel(
     step = channel_step(spread, CHANNELS, 32 // (p_x.dtype.element_ty.primitive_bitwidth // 8))
     o_column, m_column = tile_columns(columns, step, BLOCK_CHANNELS, OFFSET)
     norm = _norm_of(
-        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_saved, y_stride if x_stride is None else x_stride,
-        o_column, m_column, outer, inner, channels, spread, whole, momentum, eps,
+        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_batches, p_saved,
+        y_stride if x_stride is None else x_stride, o_column, m_column,
+        outer, inner, channels, spread, whole, momentum, eps, keep,
         ONE_OUTER, EVEN, GROUP, RUN, CHANNELS, SPREAD, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
     residual_norm = None
     if NORMALIZE_RESIDUAL:
         residual_norm = _norm_of(
             p_residual, p_residual_weight, p_residual_bias, p_residual_running_mean, p_residual_running_var,
-            p_residual_saved, y_stride if residual_stride is None else residual_stride,
-            o_column, m_column, outer, inner, channels, spread, whole, residual_momentum, residual_eps,
+            p_residual_batches, p_residual_saved, y_stride if residual_stride is None else residual_stride,
+            o_column, m_column, outer, inner, channels, spread, whole, residual_momentum, residual_eps, keep,
             ONE_OUTER, EVEN, GROUP, RUN, CHANNELS, SPREAD, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
         )  # fmt: skip
-    count_batch(p_batches)
-    count_batch(p_residual_batches)
     apply_tiles(
         p_x, p_residual, p_y, p_bits, norm, residual_norm, x_stride, residual_stride, y_stride, bits_stride,
         o_column, m_column, outer, inner, columns, step, spread, tiles_inner, tiles, 0, 1,
@@ -219,6 +221,7 @@ def launch_bn_forward(
             tile.whole,
             tile.tiles_inner if rows.outer > 1 else None,
             tile.tiles,
+            int(running.keep),
         ),
         (running.momentum, norm.eps, moved.momentum, other.eps),
         {

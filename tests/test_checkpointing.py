@@ -1,4 +1,4 @@
-"""Activation checkpointing: running statistics that move once, gradients that are PyTorch's, errors that come through."""
+"""Activation checkpointing: running statistics that move once, PyTorch's gradients, errors that come through."""
 
 import copy
 import functools
@@ -180,7 +180,10 @@ def _message(model, run, device):
 
 def _cached(model, x):
     """Checkpointing that caches what BatchNorm gives, whatever runs it."""
-    operators = [torch.ops.aten.native_batch_norm.default, torch.ops.fusedres.batch_norm_act.default]
+    operators = [
+        torch.ops.aten.native_batch_norm.default,
+        torch.ops.fusedres.batch_norm_act.default,
+    ]
     contexts = functools.partial(torch_checkpoint.create_selective_checkpoint_contexts, operators)
     return torch_checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 

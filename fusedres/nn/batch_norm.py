@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
 from ..ops.norm import How
+from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
@@ -30,10 +32,12 @@ def straight_tail(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor | None:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
-    Of a call like one before, the module's own dictionaries are read and nothing is decided.
+    Of a call like one before, the module's own dictionaries are read and nothing is decided. keep: whether running
+    statistics stay where they would not be finite.
     """
     if type(input) is not Tensor or not is_quiet():
         return None
@@ -57,6 +61,7 @@ def straight_tail(
         training,
         residual is None,
         torch.is_grad_enabled(),
+        keep,
     )
     planned = find(key, tensors)
     if (
@@ -84,6 +89,8 @@ def straight_tail(
     if found is None:
         return None
     one, use_batch = found
+    if keep:
+        one = one._replace(keep=True)
     return straight(
         single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
         lambda: _fits(norm, input, residual, activation, into), key[1:],
@@ -137,16 +144,33 @@ def _uncount(*counters: Tensor | None) -> None:
 
 
 def run_tail(
-    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = "relu"
+    norm: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual)` for whatever stands as `norm`: fused, or by calling it where it must be
     called (another module, hooks, parametrizations, a trace). What a module's own forward uses."""
-    output = straight_tail(norm, input, residual, activation)
+    output = straight_tail(norm, input, residual, activation, None, keep)
     if output is not None:
         return output
+    if keep:
+        return _kept((norm,), lambda: run_tail(norm, input, residual, activation))
     if _is_called(norm, input):
         return plain_call(norm, input, residual, activation)
     return call_tail(norm, input, residual, activation)
+
+
+def _kept(norms: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    """`run()`, which calls these BatchNorms; what their running statistics would not be finite in stays."""
+    moved = {}
+    for norm in norms:
+        buffers = norm._buffers if isinstance(norm, nn.Module) else {}
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        if mean is not None and var is not None and norm.training:
+            moved[id(mean)] = Statistics(mean, var, buffers.get("num_batches_tracked"))
+    return keep_finite(list(moved.values()), run)
 
 
 def _is_called(norm: Any, input: Tensor) -> bool:
@@ -160,12 +184,18 @@ def _is_called(norm: Any, input: Tensor) -> bool:
 
 
 def call_add_batch_norm(
-    norm: Any, input: Tensor, residual: Tensor, activation: str | None = "relu"
+    norm: Any,
+    input: Tensor,
+    residual: Tensor,
+    activation: str | None = "relu",
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`sum = input + residual` and `activation(norm(sum))`, fused where the two summands are alike.
 
     A norm that is no BatchNorm, or one that must be called itself (hooks, parametrizations), is called.
     """
+    if keep:
+        return _kept((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
     if _is_called(norm, input) or not is_like(residual, input):
         total = input + residual
         return total, activate(norm(total), activation)
@@ -193,6 +223,7 @@ def call_dual_batch_norm(
     activation: str | None = None,
     into: str | None = None,
     moments: Tensor | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual_norm(residual))` for two real BatchNorms, as `call_batch_norm`.
 
@@ -200,9 +231,15 @@ def call_dual_batch_norm(
     Two that cannot run as one (one normalises with the batch and the other does not, a cumulative average, a residual
     that PyTorch would broadcast or promote) run one after the other.
     """
-    output = _straight_pair(norm, input, residual_norm, residual, activation, into, moments)
+    how = activation, into, moments
+    output = _straight_pair(norm, input, residual_norm, residual, *how, keep)
     if output is not None:
         return output
+    if keep:
+        again = call_dual_batch_norm
+        return _kept(
+            (norm, residual_norm), lambda: again(norm, input, residual_norm, residual, *how)
+        )
     (a, use_batch), (b, uses_batch_too) = begin(norm, input), begin(residual_norm, residual)
     if (
         use_batch != uses_batch_too
@@ -219,8 +256,9 @@ def call_dual_batch_norm(
         batches.add_(1)
     try:
         norms = (a._replace(batches=None), b._replace(batches=None))
-        how = How(use_batch, activation)
-        return dual.tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
+        return dual.tail_of_two(
+            "dual_batch_norm_act", input, residual, norms, How(use_batch, activation), moments
+        )
     except _REFUSALS:
         _uncount(*counters)
         raise
@@ -228,7 +266,7 @@ def call_dual_batch_norm(
 
 def _straight_pair(
     norm: Any, input: Tensor, other: Any, residual: Tensor, activation: str | None, into: str | None,
-    moments: Tensor | None,
+    moments: Tensor | None, keep: bool,
 ) -> Tensor | None:  # fmt: skip
     """As `straight_tail`, of two BatchNorms."""
     if not is_quiet() or type(input) is not Tensor or type(residual) is not Tensor:
@@ -243,8 +281,10 @@ def _straight_pair(
         other._check_input_dim(residual)
         return _fits(norm, input, residual, activation, into)
 
+    if keep:
+        a, b = a._replace(keep=True), b._replace(keep=True)
     how = How(use_batch, activation)
-    key = (id(norm), id(other), type(norm), type(other), into, how, torch.is_grad_enabled())
+    key = (id(norm), id(other), type(norm), type(other), into, how, torch.is_grad_enabled(), keep)
     return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
 
 
@@ -254,14 +294,18 @@ def call_tail(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual)`, fused where the residual is like the input.
 
-    What PyTorch would broadcast or promote is left to PyTorch.
+    What PyTorch would broadcast or promote is left to PyTorch. keep: whether running statistics stay where they would
+    not be finite.
     """
-    output = straight_tail(norm, input, residual, activation, into)
+    output = straight_tail(norm, input, residual, activation, into, keep)
     if output is not None:
         return output
+    if keep:
+        return _kept((norm,), lambda: call_tail(norm, input, residual, activation, into))
     if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with.
@@ -285,8 +329,15 @@ def call_function(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(F.batch_norm(input, ...) + residual)`: `call_tail` for a BatchNorm that is called as a function."""
+    if keep and training and running_mean is not None and running_var is not None:
+        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+        return keep_finite(
+            [Statistics(running_mean, running_var)],
+            lambda: call_function(*arguments, residual, activation, into),
+        )
     vectors = running_mean, running_var, weight, bias
     fits = all(t is None or takes(t.dtype, input.dtype) for t in vectors)
     is_alone = residual is None and activation is None
@@ -373,10 +424,12 @@ class _BatchNormAct(nn.Module):
         dtype: Any = None,
         *,
         bias: bool = True,
+        keep_finite_statistics: bool = False,
     ) -> None:
         super().__init__()
         check_activation(type(self).__name__, activation)
         self.activation = activation
+        self.keep_finite_statistics = keep_finite_statistics
         self.bn = self._norm(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -388,9 +441,16 @@ class _BatchNormAct(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
-        output = straight_tail(norm, input, residual, self.activation)
+        # By `get`: a module that an older version has pickled has none.
+        keep = self.__dict__.get("keep_finite_statistics", False)
+        output = straight_tail(norm, input, residual, self.activation, None, keep)
         if output is not None:
             return output
+        if keep:
+            return _kept((norm,), lambda: self._by_itself(norm, input, residual))
+        return self._by_itself(norm, input, residual)
+
+    def _by_itself(self, norm: Any, input: Tensor, residual: Tensor | None) -> Tensor:
         if _is_called(norm, input):
             return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
@@ -410,7 +470,10 @@ class _BatchNormAct(nn.Module):
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+        kept = (
+            ", keep_finite_statistics=True" if self.__dict__.get("keep_finite_statistics") else ""
+        )
+        return f"activation={self.activation}{kept}"
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -445,7 +508,7 @@ def _lower_state(module, state_dict, prefix, *args) -> None:
 class BatchNormAct1d(_BatchNormAct):
     """`activation(nn.BatchNorm1d(input) + residual)` for inputs [N, C] or [N, C, L]; arguments of nn.BatchNorm1d.
 
-    The state_dict is that of nn.BatchNorm1d, in both directions.
+    The state_dict is that of nn.BatchNorm1d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm1d
@@ -454,7 +517,7 @@ class BatchNormAct1d(_BatchNormAct):
 class BatchNormAct2d(_BatchNormAct):
     """`activation(nn.BatchNorm2d(input) + residual)` for inputs [N, C, H, W]; arguments of nn.BatchNorm2d.
 
-    The state_dict is that of nn.BatchNorm2d, in both directions.
+    The state_dict is that of nn.BatchNorm2d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm2d
@@ -463,7 +526,7 @@ class BatchNormAct2d(_BatchNormAct):
 class BatchNormAct3d(_BatchNormAct):
     """`activation(nn.BatchNorm3d(input) + residual)` for inputs [N, C, D, H, W]; arguments of nn.BatchNorm3d.
 
-    The state_dict is that of nn.BatchNorm3d, in both directions.
+    The state_dict is that of nn.BatchNorm3d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm3d

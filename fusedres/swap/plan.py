@@ -188,7 +188,7 @@ def decide(
         dict.fromkeys((*inlined.skipped, *inside, *_skipped([*chosen, *sums], modules)))
     )
     try:
-        source, imports = rewrite(graph, chosen, sums)
+        source, imports = rewrite(graph, chosen, sums, config)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
     norms = (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
