@@ -9,6 +9,7 @@ Importing the package compiles nothing and touches no device; Triton is imported
 from . import functional, models, nn
 from .checkpointing import checkpoint
 from .dispatch import backend, get_backend, set_backend
+from .memory import MemoryReport, memory_report
 from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FuseConfig",
     "FuseReport",
+    "MemoryReport",
     "backend",
     "checkpoint",
     "explain",
@@ -23,6 +25,7 @@ __all__ = [
     "fuse_",
     "get_backend",
     "is_fused",
+    "memory_report",
     "models",
     "nn",
     "set_backend",

@@ -98,7 +98,7 @@ class FuseReport:
         lines = [self._headline()]
         if self.rows:
             table = [(*self._columns()[:-1], ""), *self._grouped()]
-            names = [_wrapped(line[0], _WIDEST) for line in table]
+            names = [wrapped(line[0], _WIDEST) for line in table]
             cells = [line[1:-1] for line in table]
             columns = (itertools.chain(*names), *zip(*cells, strict=True))
             widths = [max(map(len, column)) for column in columns]
@@ -106,7 +106,7 @@ class FuseReport:
             for (name, *more), rest, (*_, reason) in zip(names, cells, table, strict=True):
                 padded = map(str.ljust, (name, *rest), widths)
                 lines += ["  ".join(padded).rstrip(), *more]
-                lines += [f"    {part}" for part in _wrapped(reason, 76)]
+                lines += [f"    {part}" for part in wrapped(reason, 76)]
             lines.insert(2, "  ".join("-" * width for width in widths))
         return "\n".join(lines)
 
@@ -123,7 +123,7 @@ class FuseReport:
             },
             indent=2,
         )
-        return _written(text, path)
+        return written(text, path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The table in Markdown; also written to `path` when one is given."""
@@ -132,7 +132,7 @@ class FuseReport:
             columns = self._columns()
             for line in (columns, ("---",) * len(columns), *self._grouped()):
                 lines.append(f"| {' | '.join(map(_escaped, line))} |")
-        return _written("\n".join(lines) + "\n", path)
+        return written("\n".join(lines) + "\n", path)
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""
@@ -189,7 +189,8 @@ def fallback_note(backend: str) -> str:
     return "the backend is 'off': every module runs its own forward" if backend == "off" else ""
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
+    """The text, which is also in a file where there is a path."""
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
@@ -215,7 +216,8 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most so many characters, where words let them."""
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 

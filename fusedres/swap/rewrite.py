@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..nn.add import call_add
 from ..nn.batch_norm import call_add_batch_norm, call_function, call_tail
 from ..nn.projection import call_projected_tail
+from ..nn.recompute import call_reader, call_tail_again
 from .alias import in_place
 from .config import FuseConfig
 from .guards import digest
@@ -76,8 +77,9 @@ def _replace(
     elif shortcut is None:
         with graph.inserting_before(match.end):
             norm = _child(graph, match.norm.target)
+            tail = call_tail if match.reader is None else call_tail_again
             site = graph.call_function(
-                call_tail, (norm, input, residual, activation, match.into, *keeps)
+                tail, (norm, input, residual, activation, match.into, *keeps)
             )
     else:
         with graph.inserting_before(match.end):
@@ -91,6 +93,11 @@ def _replace(
             )
         obsolete.update(shortcut.nodes)
     match.end.replace_all_uses_with(site)
+    if (reader := match.reader) is not None:
+        with graph.inserting_before(reader):
+            read = graph.call_function(call_reader, (_child(graph, reader.target), site))
+        reader.replace_all_uses_with(read)
+        obsolete.add(reader)
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
     return site
