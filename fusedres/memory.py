@@ -224,7 +224,7 @@ def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
     held: list[weakref.ref[_Held]] = []
 
     def pack(tensor: Tensor) -> _Held:
-        one = _Held(tensor)
+        one = _Held(tensor.detach())  # an output, which knows its node, would keep it
         held.append(weakref.ref(one))
         return one
 

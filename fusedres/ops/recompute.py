@@ -87,13 +87,16 @@ class Again:
 
 
 def may_recompute() -> bool:
-    """Whether a reader can be told at all: torch.compile decides by itself, torch.func allows no hooks."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
-        and torch._C._functorch.maybe_current_level() is None
-    )
+    """Whether a reader can be told at all: torch.compile decides by itself, torch.func allows no hooks, and what is
+    checkpointed keeps nothing anyway, and may be asked for once only."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return False
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if outer is not None and getattr(outer[0], "__module__", "") == "torch.utils.checkpoint":
+        return False
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()
 
 
 def remember(output: Tensor) -> None:
@@ -140,7 +143,8 @@ def _hooks(again: Again, is_it: Callable[[Tensor], bool]) -> AbstractContextMana
     def pack(tensor: Tensor) -> Any:
         if is_it(tensor):
             return again
-        return (tensor, tensor._version) if outer is None else (outer[0](tensor), None)
+        # Detached: an output would keep its own node.
+        return (tensor.detach(), tensor._version) if outer is None else (outer[0](tensor), None)
 
     def unpack(packed: Any) -> Tensor:
         if packed is again:
