@@ -86,7 +86,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.composes("activation checkpointing, statistics once", "works")
+@pytest.mark.composes("`fusedres.checkpoint`: running statistics move once", "works")
 @pytest.mark.parametrize(("how", "is_fused"), CASES)
 def test_running_statistics_move_once(how, is_fused, device):
     model = fused_copy(One()) if is_fused else One()
@@ -113,7 +113,7 @@ def test_a_second_backward_moves_nothing_either(device):
     assert same(found[0], expected[0])
 
 
-@pytest.mark.composes("selective activation checkpointing, statistics once", "works")
+@pytest.mark.composes("`fusedres.checkpoint` with selective checkpointing (`context_fn`)", "works")
 @pytest.mark.once
 def test_selective_checkpointing_keeps_its_operations(device):
     """The copies are made outside of the mode, which knows only what ran the first time."""
@@ -152,7 +152,7 @@ def test_a_function_and_its_arguments_are_asked_for():
         fusedres.checkpoint(None, torch.ones(1))
 
 
-@pytest.mark.composes("activation checkpointing under torch.compile", "works")
+@pytest.mark.composes("`fusedres.checkpoint` under `torch.compile`", "works")
 @pytest.mark.compiler
 def test_compiled_statistics_move_once():
     def run(model, how):
@@ -188,7 +188,7 @@ def _cached(model, x):
     return torch_checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
 
-@pytest.mark.composes("selective checkpointing that caches BatchNorm's output", "refused")
+@pytest.mark.composes("selective checkpointing that caches PyTorch's BatchNorm", "refused")
 @pytest.mark.once
 @pytest.mark.parametrize("is_fused", [True, False], ids=["fused", "plain"])
 def test_what_pytorch_says_of_a_cached_region_comes_through(is_fused):
@@ -199,7 +199,7 @@ def test_what_pytorch_says_of_a_cached_region_comes_through(is_fused):
         output.sum().backward()
 
 
-@pytest.mark.composes("selective checkpointing that caches a fused operator's output", "works")
+@pytest.mark.composes("selective checkpointing that caches a fused operator", "works")
 @pytest.mark.kernels
 def test_a_fused_operator_in_a_cached_region(device):
     """Nothing works in place on what it gives."""

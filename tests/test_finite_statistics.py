@@ -147,7 +147,7 @@ def train(model, batches, device):
     return list(model.state_dict().values())
 
 
-@pytest.mark.composes("GradScaler's skipped step, statistics kept finite", "works")
+@pytest.mark.composes("a step that `GradScaler` skips, with `keep_finite_statistics`", "works")
 def test_a_step_that_the_scaler_skips_did_not_happen(device):
     """The batch overflows float16 in every channel of the first convolution."""
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_a_batch_norm_that_is_converted_after_fusing_keeps_them(device):
     assert model[0].running_var.isfinite().all()
 
 
-@pytest.mark.composes("torch.compile, statistics kept finite", "works")
+@pytest.mark.composes("`keep_finite_statistics` under `torch.compile`", "works")
 @pytest.mark.compiler
 def test_compiled_they_are_kept_too():
     model = Net()

@@ -99,7 +99,7 @@ def _under(context, block, x):
         return block(x)
 
 
-@pytest.mark.composes("recompute in a checkpointed region", "steps aside")
+@pytest.mark.composes("`FuseConfig(recompute=True)` in a checkpointed region", "works")
 def test_what_is_checkpointed_keeps_nothing_anyway(device):
     """Its saved tensors may be asked for once only."""
     (plain, again), x = blocks(device)
@@ -107,7 +107,7 @@ def test_what_is_checkpointed_keeps_nothing_anyway(device):
     assert same(step(again, x, way), step(plain, x, way))
 
 
-@pytest.mark.composes("recompute under hooks of saved tensors and reentrant checkpointing", "works")
+@pytest.mark.composes("`FuseConfig(recompute=True)` under `save_on_cpu`", "works")
 @pytest.mark.parametrize("way", [pytest.param("reentrant", marks=pytest.mark.slow), "save_on_cpu"])
 def test_with_others_that_keep_less(way, device):
     (plain, again), x = blocks(device)
@@ -115,13 +115,13 @@ def test_with_others_that_keep_less(way, device):
 
 
 @pytest.mark.slow
-@pytest.mark.composes("recompute, two backward passes over one graph", "works")
+@pytest.mark.composes("`FuseConfig(recompute=True)`, two backward passes over one graph", "works")
 def test_a_second_backward(device):
     (plain, again), x = blocks(device)
     assert same(step(again, x, backwards=2), step(plain, x, backwards=2))
 
 
-@pytest.mark.composes("recompute, double backward", "works")
+@pytest.mark.composes("`FuseConfig(recompute=True)`, double backward", "works")
 def test_a_double_backward(device):
     found = []
     both, x = blocks(device)
@@ -180,7 +180,7 @@ def test_an_activation_that_its_reader_changes_is_kept(device):
     assert same(step(again, x), step(plain, x))
 
 
-@pytest.mark.composes("recompute under torch.compile", "steps aside")
+@pytest.mark.composes("`FuseConfig(recompute=True)` under `torch.compile`", "works")
 @pytest.mark.compiler
 def test_compiled_it_steps_aside():
     (plain, again), x = blocks("cpu")
