@@ -245,9 +245,9 @@ def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
             storage = one.tensor.untyped_storage()
             storages[StorageWeakRef(storage)] = storage.nbytes()
     found = dict.fromkeys(KINDS, 0)
-    for storage, count in storages.items():
-        if storage not in own:
-            found[KINDS[roles.of.get(storage, len(KINDS) - 1)]] += count
+    for reached, count in storages.items():
+        if reached not in own:
+            found[KINDS[roles.of.get(reached, len(KINDS) - 1)]] += count
     del output  # the graph is needed until here
     return found
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "batch_norm_apply(Tensor input, Tensor? weight, Tensor saved, str activation) -> Tensor"
 _NAME = "_fusedres_again"
+_autograd: Any = torch._C._autograd
 
 
 def _apply(p: Planner, kept: Kept, activation: str) -> Tensor:
@@ -93,10 +94,10 @@ def may_recompute() -> bool:
         return False
     if torch._C._functorch.maybe_current_level() is not None:
         return False
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    outer = _autograd._top_saved_tensors_default_hooks(True)
     if outer is not None and getattr(outer[0], "__module__", "") == "torch.utils.checkpoint":
         return False
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+    return _autograd._saved_tensors_hooks_is_enabled()
 
 
 def remember(output: Tensor) -> None:
@@ -138,7 +139,7 @@ def read(reader: Callable[[Tensor], Any], output: Tensor) -> Any:
 
 def _hooks(again: Again, is_it: Callable[[Tensor], bool]) -> AbstractContextManager[None]:
     """Hooks that put `again` in the place of a tensor, and leave all others to who was there before."""
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    outer = _autograd._top_saved_tensors_default_hooks(True)
 
     def pack(tensor: Tensor) -> Any:
         if is_it(tensor):

@@ -31,15 +31,19 @@ class Statistics(NamedTuple):
 
 def keep_finite(moved: Sequence[Statistics], run: Callable[[], T]) -> T:
     """`run()`, which moves these; a channel that would not be finite stays where it was."""
-    before = [tuple(None if t is None else t.detach().clone() for t in each) for each in moved]
+    before = [
+        (m.mean.clone(), m.var.clone(), None if m.batches is None else m.batches.clone())
+        for m in moved
+    ]
     result = run()
     with torch.no_grad():
-        for each, old in zip(moved, before, strict=True):
-            # As BatchNorm writes them: past the version counter, since its own backward has saved them.
-            mean, var, batches = (None if t is None else t.data for t in each)
+        for (mean, var, batches), (old_mean, old_var, old_batches) in zip(
+            moved, before, strict=True
+        ):
             moves = mean.isfinite() & var.isfinite()
-            mean.copy_(torch.where(moves, mean, old[0]))
-            var.copy_(torch.where(moves, var, old[1]))
-            if batches is not None:
-                batches.copy_(torch.where(moves[0], batches, old[2]))
+            # As BatchNorm writes them: past the version counter, since its own backward has saved them.
+            mean.data.copy_(torch.where(moves, mean, old_mean))
+            var.data.copy_(torch.where(moves, var, old_var))
+            if batches is not None and old_batches is not None:
+                batches.data.copy_(torch.where(moves[0], batches, old_batches))
     return result
