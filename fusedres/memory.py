@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .dispatch import backend, get_backend, resolve
 from .swap import FuseConfig, fuse_, is_fused, unfuse_
 from .swap.config import check_arguments
-from .swap.report import wrapped, written
+from .swap.report import written
+from .tables import paragraph
 
 # In the order in which a storage that is several of them is counted.
 KINDS = ("convolution inputs", "BatchNorm inputs", "statistics", "masks", "others")
@@ -87,7 +88,7 @@ class MemoryReport:
             for row in table
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*wrapped(self._headline(), 80), *lines, *wrapped(self.note, 80)])
+        return "\n".join([paragraph(self._headline()), *lines, paragraph(self.note)])
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, all figures in bytes; also written to `path` when one is given."""
