@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
