@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import has_tangents
+
 
 class Left(NamedTuple):
     """A gradient that was left, at the positions that `stride` visits, by work on the stream of this description."""
@@ -98,6 +100,8 @@ def source_of(x: Tensor | None) -> weakref.ref[Tensor] | None:
 def target(ctx: Any, edge: int) -> Any:
     """The node to leave the gradient along this edge with; None where autograd is to add it."""
     if ctx.fork_source is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if has_tangents():  # which an operator of ours does not know
         return None
     x = ctx.fork_source()
     if x is None or x._backward_hooks or x.retains_grad:

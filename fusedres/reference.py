@@ -39,7 +39,7 @@ def batch_norm_act(
 def finish(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """`act(output + residual)`, in place on an output that nothing else has seen."""
     # Under torch.func an in-place result may be too small for its operand (vmap over the residual alone).
-    in_place = _level() is None
+    in_place = not torch.compiler.is_compiling() and _level() is None
     if residual is not None:
         if in_place and (type(residual) is type(output) or type(residual) is nn.Parameter):
             output.add_(residual)

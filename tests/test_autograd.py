@@ -50,6 +50,7 @@ def test_gradcheck(training, activation, residual, layout, device):
     assert torch.autograd.gradcheck(call(training, activation), inputs, fast_mode=True)
 
 
+@pytest.mark.composes("second derivatives", "works")
 @CASES
 def test_gradgradcheck(training, activation, residual, layout, device):
     inputs = leaves((2, 3, 2, 2), device, residual, layout)
@@ -109,6 +110,7 @@ def test_two_forwards_before_a_backward(device):
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.composes("activation checkpointing (`torch.utils.checkpoint`)", "works")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoint(reentrant, device):
     case = Case(device=device, tracked=False)
@@ -136,6 +138,7 @@ def test_checkpoint(reentrant, device):
         assert over_budget(case, run(case, checkpointed)) == {}
 
 
+@pytest.mark.composes("`torch.func.grad`", "works")
 def test_func_grad(device):
     case = Case(device=device, dtype=torch.float64, tracked=False)
     x, r, grad = (case.tensors[n] for n in ("input", "residual", "grad"))
@@ -152,6 +155,7 @@ def test_func_grad(device):
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
 
 
+@pytest.mark.composes("`torch.func.vmap`", "works")
 @pytest.mark.parametrize(
     "in_dims", [(0, 0, None), (0, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)]
 )
@@ -178,6 +182,7 @@ def test_vmap(in_dims, training, device):
     torch.testing.assert_close(torch.vmap(function, in_dims)(*arguments), torch.stack(looped))
 
 
+@pytest.mark.composes("gradients of each sample (`vmap` of `grad`)", "works")
 def test_vmap_over_grad(device):
     """Per-sample gradients."""
     x = torch.randn(3, 4, 5, 2, 2, device=device)
@@ -190,6 +195,7 @@ def test_vmap_over_grad(device):
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss), (None, 0))(weight, x), expected)
 
 
+@pytest.mark.composes("a backward under another backend than its forward", "works")
 def test_backward_may_run_under_another_backend(device, backend):
     """What forward saves means the same to both."""
     import fusedres

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "examples" / "results"
 NAMES = ("gradient_norms", "depth", "learnable_scale", "preactivation")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
 def found(name: str) -> dict:
@@ -66,8 +66,8 @@ def test_pre_activation_stands_the_larger_learning_rate():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_readme_shows_it_and_its_caption_states_the_numbers_of_the_run(name):
-    (caption,) = re.findall(rf"!\[.*?\]\(examples/results/{name}\.png\)\n\n((?:.+\n)+)", README)
+def test_the_page_shows_it_and_its_caption_states_the_numbers_of_the_run(name):
+    (caption,) = re.findall(rf"!\[.*?\]\(\.\./examples/results/{name}\.png\)\n\n((?:.+\n)+)", PAGE)
     text = re.sub(r"`[^`]*`", "", caption)  # the command
     stated = set(re.findall(r"\d+\.\d+", text))
     values = set(_values(found(name)))

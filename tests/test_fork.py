@@ -594,6 +594,7 @@ READ_TWICE = (
 )
 
 
+@pytest.mark.composes("hooks, `retain_grad` and `autograd.grad` at a fork", "works")
 @pytest.mark.filterwarnings("ignore:.*create_graph=True.*", "ignore:Anomaly Detection.*")
 @pytest.mark.parametrize("act", NOTICED, ids=lambda f: f.__name__)
 def test_nobody_notices(act, left):
@@ -756,6 +757,7 @@ def test_a_run_that_failed_keeps_nothing_alive(monkeypatch):
     assert living_runs() == []
 
 
+@pytest.mark.composes("compiled autograd", "works")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_autograd_adds_itself(left):
     network, fused = chain(Block(), Block())

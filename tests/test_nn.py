@@ -129,6 +129,7 @@ def test_eval_on_the_child_freezes_its_statistics(device):
     torch.testing.assert_close(module(x), torch.relu(reference.eval()(x)))
 
 
+@pytest.mark.composes("hooks on a BatchNorm", "steps aside")
 def test_hooks_on_the_child_run(device):
     module, _, shape = pair(device=device)
     seen = []

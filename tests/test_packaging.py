@@ -1,5 +1,6 @@
 """A wheel, installed in an environment of its own, seen from outside the checkout."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -119,3 +120,11 @@ def test_in_the_checkout_the_folder_refuses_the_short_name():
     )
     assert done.returncode != 0
     assert "'kernels' is fusedres.kernels" in done.stderr
+
+
+def test_what_readme_shows_needs_nothing_but_the_package(python, tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    nothing_else = (
+        "import sys\nsys.modules.update(dict.fromkeys(('torchvision', 'timm', 'numpy')))\n"
+    )
+    assert "1 fused" in run(python, "-W", "ignore", "-c", nothing_else + example, cwd=tmp_path)

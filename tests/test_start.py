@@ -219,6 +219,7 @@ def capture(monkeypatch):
     return begin
 
 
+@pytest.mark.composes("a CUDA graph capture before a warm-up", "refused")
 def test_what_a_capture_would_have_to_compile_is_refused(slow_starts, capture):
     capture()
     hook = knobs.runtime.jit_cache_hook
@@ -232,6 +233,7 @@ def test_what_a_capture_would_have_to_compile_is_refused(slow_starts, capture):
     assert (recorded, knobs.runtime.jit_cache_hook) == ([], hook)
 
 
+@pytest.mark.composes("a CUDA graph capture after a warm-up", "works")
 def test_after_a_warm_up_it_may_be_captured(slow_starts, capture):
     x = torch.empty(SHAPE, dtype=torch.bfloat16)
     first = launches_of(x)

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -396,6 +397,9 @@ def ways(monkeypatch):
     return taken
 
 
+@pytest.mark.composes(
+    "dispatch and function modes, fake tensors, profilers, `make_fx`, FLOP counters", "works"
+)
 @pytest.mark.kernels
 @pytest.mark.cpu
 @pytest.mark.parametrize("situation", SITUATIONS)
@@ -409,6 +413,7 @@ def test_who_looks_is_not_passed_by(situation, ways, device):
         assert ways["backward"] == {backward}
 
 
+@pytest.mark.composes("`torch.profiler` shows the operators by name", "works")
 @pytest.mark.compiler
 def test_a_profiler_sees_the_operators_by_their_names():
     with fusedres.backend("triton"), compile_only(90), profiler() as profile:
@@ -602,6 +607,7 @@ def test_a_residual_of_a_subclass_gives_one(device):
     assert type(module(x, residual.detach().as_subclass(Subclass))) is Subclass
 
 
+@pytest.mark.composes("hooks of saved tensors (`save_on_cpu`)", "works")
 def test_saved_tensors_may_come_back_from_anywhere(device):
     """To hooks, what is kept is bytes."""
 
@@ -694,7 +700,8 @@ def test_threads_share_plans(stub, monkeypatch):
         except Exception as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    # Each with the backend that is chosen here.
+    threads = [threading.Thread(target=copy_context().run, args=(work,)) for _ in range(4)]
     for each in threads:
         each.start()
     for each in threads:

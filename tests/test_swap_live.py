@@ -47,6 +47,7 @@ def fused_calls(monkeypatch):
 # --- copies ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.composes("`copy.deepcopy`, pickle, `torch.save` and `torch.load`", "works")
 @pytest.mark.parametrize(
     "duplicate",
     [
@@ -69,6 +70,7 @@ def test_a_copy_runs_its_own_parameters(fused):
     assert not torch.equal(model(X), fused(X))
 
 
+@pytest.mark.composes("`copy.deepcopy`, pickle, `torch.save` and `torch.load`", "works")
 def test_pickled_to_another_process(fused, tmp_path):
     fused.eval()
     torch.save((fused, X, fused(X)), tmp_path / "model.pt")
@@ -100,12 +102,14 @@ def test_a_class_patched_after_fusing_runs_as_patched(fused, monkeypatch):
     assert fused.layer1(x) is x
 
 
+@pytest.mark.composes("EMA of the weights", "works")
 def test_ema_by_deepcopy(plain, fused):
     averaged = torch.optim.swa_utils.AveragedModel(fused)
     averaged.update_parameters(fused)
     assert torch.equal(averaged.eval()(X), copy.deepcopy(plain).eval()(X))
 
 
+@pytest.mark.composes("`nn.DataParallel`", "steps aside")
 def test_data_parallel_replicas_run_with_their_own_parameters(fused):
     replica = fused.layer1[0]._replicate_for_data_parallel()
     assert type(replica) is type(fused.layer1[0])
@@ -114,6 +118,7 @@ def test_data_parallel_replicas_run_with_their_own_parameters(fused):
 # --- compilers, tracers, exporters -------------------------------------------------------------------------------
 
 
+@pytest.mark.composes("`torch.compile(fullgraph=True)` of a fused model", "works")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiles_in_one_graph(plain, fused, training):
     torch._dynamo.reset()
@@ -128,6 +133,7 @@ def test_compiles_in_one_graph(plain, fused, training):
     assert difference(exact, found) <= 1e-12
 
 
+@pytest.mark.composes("a child that is replaced after `fuse_`", "works")
 def test_compiled_code_notices_a_replaced_child(plain, fused):
     torch._dynamo.reset()
     model, expected = torch.compile(fused.eval(), backend="eager"), copy.deepcopy(plain).eval()
@@ -137,12 +143,14 @@ def test_compiled_code_notices_a_replaced_child(plain, fused):
     torch.testing.assert_close(model(X), expected(X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.composes("`torch.jit.trace`", "steps aside")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_jit_trace(plain, fused):
     traced = torch.jit.trace(fused.eval(), X)
     assert torch.equal(traced(X), copy.deepcopy(plain).eval()(X))
 
 
+@pytest.mark.composes("`torch.jit.script` of a fused model", "steps aside")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_jit_script(plain, fused):
     scripted = torch.jit.script(fused.eval())
@@ -160,6 +168,7 @@ def test_jit_script_keeps_the_modules_that_it_has_seen():
         assert torch.equal(torch.jit.script(fused_copy(plain))(X), plain(X))
 
 
+@pytest.mark.composes("`torch.export`, strict or not", "works")
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(plain, fused, strict):
     program = torch.export.export(fused.eval(), (X,), strict=strict)
@@ -168,6 +177,7 @@ def test_export(plain, fused, strict):
     )
 
 
+@pytest.mark.composes("torchvision's feature extractor", "works")
 def test_feature_extractor(plain, fused):
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -177,11 +187,13 @@ def test_feature_extractor(plain, fused):
     assert difference(expected, create_feature_extractor(fused.eval(), nodes)(X)) == 0
 
 
+@pytest.mark.composes("`torch.fx.symbolic_trace`", "steps aside")
 def test_symbolic_trace_sees_the_own_forward(plain, fused):
     traced = torch.fx.symbolic_trace(fused.eval())
     assert traced.code == torch.fx.symbolic_trace(copy.deepcopy(plain).eval()).code
 
 
+@pytest.mark.composes("folding BatchNorm into convolutions after `unfuse_`", "works")
 def test_fuse_conv_bn_after_unfusing(plain, fused):
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -191,6 +203,9 @@ def test_fuse_conv_bn_after_unfusing(plain, fused):
     torch.testing.assert_close(fused(X), copy.deepcopy(plain).eval()(X), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.composes(
+    "`torch.func.functional_call` and `vmap` over parameters (ensembles)", "works"
+)
 def test_functional_call_and_vmap(plain, fused):
     def per_image(model):
         model = copy.deepcopy(model).eval()
@@ -204,6 +219,7 @@ def test_functional_call_and_vmap(plain, fused):
     assert difference(per_image(plain), per_image(fused)) <= 1e-12
 
 
+@pytest.mark.composes("activation checkpointing (`torch.utils.checkpoint`)", "works")
 def test_checkpointing_updates_as_often(plain, fused):
     def train(model):
         model = copy.deepcopy(model)
@@ -438,6 +454,7 @@ def test_a_method_set_afterwards_is_run(monkeypatch):
     assert torch.equal(fused(x), block(x))
 
 
+@pytest.mark.composes("hooks on all modules", "steps aside")
 def test_hooks_on_all_modules_run(fused_calls):
     fused, seen = fused_copy(make(tail)), []
     handle = nn.modules.module.register_module_forward_hook(
@@ -450,12 +467,14 @@ def test_hooks_on_all_modules_run(fused_calls):
     assert (seen.count(nn.BatchNorm2d), len(fused_calls)) == (2, 0)
 
 
+@pytest.mark.composes("hooks on a block", "works")
 def test_hooks_on_the_block_run():
     fused, seen = fused_copy(make(tail)), []
     fused.register_forward_hook(lambda module, args, output: seen.append(output))
     assert fused(images(2, 4, 5, 5)) is seen[0]
 
 
+@pytest.mark.composes("inputs of a tensor subclass", "steps aside")
 def test_a_tensor_subclass_goes_to_the_own_forward(fused_calls):
     class Marked(torch.Tensor):
         pass
@@ -464,6 +483,7 @@ def test_a_tensor_subclass_goes_to_the_own_forward(fused_calls):
     assert fused_calls == []
 
 
+@pytest.mark.composes("`.to(device, dtype)`, `.half()` after `fuse_`", "works")
 def test_moved_and_cast_after_fusing():
     block = make(tail)
     fused = fused_copy(block).float()
@@ -529,6 +549,7 @@ def timm_pair(name="resnet10t", **options) -> tuple[nn.Module, nn.Module]:
     return plain, fused_copy(plain)
 
 
+@pytest.mark.composes("timm's `features_only`", "works")
 @pytest.mark.parametrize("name", ["resnet10t", "regnetx_002", "mobilenetv3_small_050"])
 def test_timm_features_only(name):
     plain, fused = timm_pair(name, features_only=True)
@@ -538,6 +559,7 @@ def test_timm_features_only(name):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.composes("timm's gradient checkpointing", "works")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_timm_gradient_checkpointing(reentrant, monkeypatch):
     monkeypatch.setenv("TIMM_REENTRANT_CKPT", str(int(reentrant)))
@@ -547,6 +569,7 @@ def test_timm_gradient_checkpointing(reentrant, monkeypatch):
     assert excess(plain, fused, images(2, 3, 64, 64)) <= ALLOWED
 
 
+@pytest.mark.composes("timm's `forward_intermediates`", "works")
 def test_timm_forward_intermediates():
     plain, fused = timm_pair()
     x = images(2, 3, 64, 64)
@@ -618,6 +641,9 @@ DONE_TO_IT = (
 )
 
 
+@pytest.mark.composes(
+    "what is done to any module after `fuse_` (weight norm, pruning, freezing, SWA...)", "works"
+)
 @pytest.mark.parametrize("done", DONE_TO_IT, ids=lambda f: f.__name__)
 def test_done_to_a_fused_model_as_to_any(plain, fused, done):
     models = [copy.deepcopy(plain), fused]

@@ -157,6 +157,7 @@ def test_a_forward_in_another_thread_does_not_notice():
     assert in_threads(forward, fuse, fuse) == []
 
 
+@pytest.mark.composes("`fuse_` while other threads run models", "works")
 def test_a_model_is_fused_while_it_runs():
     model, expected = small().eval(), small().eval()(X)
 
@@ -172,6 +173,7 @@ def test_a_model_is_fused_while_it_runs():
     assert in_threads(forward, forward, fuse) == []
 
 
+@pytest.mark.composes("`fuse_` in several threads", "works")
 def test_two_threads_fuse_one_model():
     model = small()
     errors = in_threads(*[lambda: fusedres.fuse_(model)] * 4)
@@ -414,6 +416,7 @@ def _wrapped(rank: int, file: str, orders: tuple[str, ...], results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.composes("`DistributedDataParallel`", "works")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_wrapper_of_ddp_is_looked_through_and_left_as_it_is():
     orders = ("plain", "before", "after", "explained")

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
+from .graph import needs_graph, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .operator import Operator
 
@@ -118,14 +119,14 @@ BACKWARD = Operator(
 
 
 def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
-    """For `create_graph=True`: a mask is a constant, a smooth derivative PyTorch's own."""
+    """As a graph (see `graph`): a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
             mask = torch.empty_strided(dy.shape, stride, dtype=torch.bool, device=dy.device)
             unpack(bits, mask)
         return keep_passing(dy, mask, activation)
     z = input + residual
-    return torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)[0]
+    return smooth(dy, z, activation)
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class AddAct(torch.autograd.Function):
         if dy is None:
             return None, None, None
         input, residual, bits = ctx.saved_tensors
-        gradient_of = _differentiable if torch.is_grad_enabled() else BACKWARD
+        gradient_of = _differentiable if needs_graph(dy, input, residual) else BACKWARD
         dz = gradient_of(dy, ctx.stride, input, residual, bits, ctx.activation)
         return *(dz if need else None for need in ctx.needs_input_grad[:2]), None
 

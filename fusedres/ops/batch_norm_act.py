@@ -35,7 +35,15 @@ from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_output
 from . import skips
-from .graph import bias_in_graph, graph_gradients, normalized_graph, per_channel
+from .graph import (
+    bias_in_graph,
+    needs_graph,
+    norm_gradients,
+    normalized_graph,
+    passing,
+    per_channel,
+    smooth,
+)
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
@@ -428,33 +436,21 @@ gradient_mask = Operator(
 def differentiable(
     dy: Tensor, kept: Kept, bits: Tensor, residual: Tensor | None, bias: Tensor | None, context: Any, needs: tuple
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of input, residual, weight and bias as a graph (see `graph`); context: eps, how, and the bias and
-    its dtype and the residual's, as they were in the forward."""
+    """The gradients of input, residual, weight and bias as a graph (see `graph`); bias: `bias_in_graph`; context: eps,
+    how, and the dtypes of bias and residual."""
     training, activation = context.how
-    input, weight, saved = kept
-    y, leaves = normalized_graph(input, weight, bias, saved, training, context.eps[0])
     dz = dy
-    order: tuple[int, ...] = (
-        0,
-        2,
-        3,
-    )  # of input, weight and bias in `needs`, with the residual at 1
-    if activation is not None and not is_piecewise(activation):
-        # Aliased, as the others are.
-        added = None if residual is None else residual.view_as(residual)
-        y = activate(y if added is None else y + added.to(y.dtype), activation)
-        leaves, order = [*leaves, added], (*order, 1)
-        dresidual = None
-    else:
-        if activation is not None:
-            with torch.no_grad():
-                mask = gradient_mask(kept, bits, activation)
-            dz = keep_passing(dy, mask, activation)
-        dresidual = dz.to(context.residual_dtype) if needs[1] else None
-    found = graph_gradients(y, leaves, [needs[k] for k in order], dz)
-    dx, dweight, dbias = found[:3]
+    if activation is not None and is_piecewise(activation):
+        with torch.no_grad():
+            mask = gradient_mask(kept, bits, activation)
+        dz = passing(dy, mask, activation, (kept.input, kept.weight, bias, residual))
+    elif activation is not None:
+        y = normalized_graph(kept, bias, training, context.eps[0])
+        dz = smooth(dy, y if residual is None else y + residual.to(y.dtype), activation)
+    dresidual = dz.to(context.residual_dtype) if needs[1] else None
+    dx, dweight, dbias = norm_gradients(dz, kept, training, context.eps[0], (needs[0], *needs[2:4]))
     dbias = None if dbias is None else dbias.to(context.bias_dtypes[0])
-    return [dx, found[3] if len(found) > 3 else dresidual, dweight, dbias]
+    return [dx, dresidual, dweight, dbias]
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -476,11 +472,10 @@ def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: 
     input, weight, residual, saved, bits, *bias = tensors
     if dy is None:
         dy, skip = skips.spread(skip, input), Skip()
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    known = bias[0] if bias else None
+    if needs_graph(dy, input, weight, residual, known, ctx.biases[0]):
         kept = Kept(input, weight, saved)
-        as_it_was = bias_in_graph(
-            bias[0] if bias else None, ctx.biases[0], saved, ctx.how.activation
-        )
+        as_it_was = bias_in_graph(known, ctx.biases[0], saved, ctx.how.activation)
         return tuple(differentiable(dy, kept, bits, residual, as_it_was, ctx, needs))
     groups = _backward_groups(ctx, dy, tensors[:5], needs, skip)
     found = list(BACKWARD(*groups))

@@ -25,7 +25,7 @@ from ..kernels.layout import bits_layout, row_map_of
 from ..layouts import like_output
 from . import batch_norm_act as single
 from . import skips
-from .graph import bias_in_graph, graph_gradients, normalized_graph
+from .graph import bias_in_graph, needs_graph, norm_gradients, normalized_graph, passing, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
@@ -308,24 +308,28 @@ BACKWARD = Operator(
 def _differentiable(
     ctx: Any, dy: Tensor, kept: Kept, other: Kept, bits: Tensor, biases: list[Tensor | None], needs: tuple
 ) -> list[Tensor | None]:  # fmt: skip
-    """For `create_graph=True`: as that of `batch_norm_act`, for both BatchNorms."""
+    """As a graph: as that of `batch_norm_act`, for both BatchNorms."""
     (training, activation), dz = ctx.how, dy
-    graphs = [
-        normalized_graph(each.input, each.weight, bias, each.saved, training, eps)
-        for each, bias, eps in zip((kept, other), biases, ctx.eps, strict=True)
-    ]
-    (y, leaves), (normalized, more) = graphs
-    is_mask = activation is not None and is_piecewise(activation)
-    if is_mask:
+    both = (kept, other)
+    if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = single.gradient_mask(kept, bits, activation)
-        dz = keep_passing(dy, mask, activation)
-    y = y + normalized if is_mask else activate(y + normalized, activation)
-    order = (0, 2, 3, 1, 4, 5)
-    found = graph_gradients(y, [*leaves, *more], [needs[k] for k in order], dz)
-    gradients = [found[order.index(k)] for k in range(6)]
-    for k, dtype in zip((3, 5), ctx.bias_dtypes, strict=True):
-        gradients[k] = None if (dbias := gradients[k]) is None else dbias.to(dtype)
+        sources = (kept.input, kept.weight, other.input, other.weight, *biases)
+        dz = passing(dy, mask, activation, sources)
+    elif activation is not None:
+        a, b = (
+            normalized_graph(each, bias, training, eps)
+            for each, bias, eps in zip(both, biases, ctx.eps, strict=True)
+        )
+        dz = smooth(dy, a + b, activation)
+    gradients: list[Tensor | None] = [None] * 6
+    places = ((0, 2, 3), (1, 4, 5))
+    for each, eps, dtype, at in zip(both, ctx.eps, ctx.bias_dtypes, places, strict=True):
+        dx, dweight, dbias = norm_gradients(
+            dz, each, training, eps, (needs[at[0]], needs[at[1]], needs[at[2]])
+        )
+        gradients[at[0]], gradients[at[1]] = dx, dweight
+        gradients[at[2]] = None if dbias is None else dbias.to(dtype)
     return gradients
 
 
@@ -345,7 +349,7 @@ def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: 
     if dy is None:
         dy, skip = skips.spread(skip, tensors[0]), Skip()
     groups = _backward_groups(ctx, dy, tensors, needs, skip)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if needs_graph(dy, *tensors[:4], *biases, *ctx.biases):
         _, kept, other, bits, *_ = groups
         as_they_were = [
             bias_in_graph(bias, was, each.saved, ctx.how.activation)

@@ -18,7 +18,7 @@ from ..activations import parse
 from ..kernels.dtypes import accumulate_dtype
 from ..layouts import like_output, like_sum
 from . import batch_norm_act as single
-from .graph import bias_in_graph
+from .graph import bias_in_graph, needs_graph
 from .masks import empty_bits
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
@@ -115,7 +115,7 @@ class AddBatchNormAct(torch.autograd.Function):
         kept = Kept(*ctx.saved_tensors)
         need_sum = needs[0] or needs[1]
         bits = empty_bits(kept.input, False)
-        if torch.is_grad_enabled():
+        if needs_graph(dy, dtotal, *kept[:2], ctx.biases[0]):
             bias = bias_in_graph(None, ctx.biases[0], kept.saved, ctx.how.activation)
             wanted = (need_sum, False, *needs[2:4])
             dx, _, dweight, dbias = single.differentiable(dy, kept, bits, None, bias, ctx, wanted)

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import fork
-from ..dispatch import INTERPRET, is_eager, wants_triton, why_not_triton
+from ..dispatch import INTERPRET, has_tangents, is_eager, wants_triton, why_not_triton
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import GatherMap, gather_map
 from ..layouts import output_format
+from .graph import needs_graph
 from .operator import Operator
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ class Projection(torch.autograd.Function):
             return None, None, None, None, None
         input, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if needs_graph(dy, input, weight):
             dx, dweight = _aten_backward(ctx, dy, input, weight, need_input, need_weight)
         else:
             dx = dweight = None
@@ -409,7 +410,7 @@ def project(
     if why_library(input, weight) is None:
         output, partial = Projection.apply(input, weight, bias, list(stride), moments)
         return output, partial if moments else None
-    if max(stride) > 1 and is_eager() and fork.source_of(input) is not None:
+    if max(stride) > 1 and is_eager() and not has_tangents() and fork.source_of(input) is not None:
         return _apply_library(input, weight, bias, list(stride)), None
     return _convolve(input, weight, bias, stride), None
 

@@ -20,7 +20,7 @@ from ..activations import activate, gradient, is_piecewise, keep_passing, parse,
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import per_channel
+from .graph import needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import names
 from .operator import Operator
@@ -207,18 +207,15 @@ BACKWARD = Operator(
 def _differentiable(
     dy: Tensor, kept: Kept, activation: str | None, needs: Needs
 ) -> tuple[Tensor, ...]:
-    """For `create_graph=True`: a mask is a constant, all else PyTorch's own."""
+    """As a graph (see `graph`): a mask is a constant, all else PyTorch's own."""
     dz = dy
     _, input, residual, scale, bits = kept
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = unpack(bits, torch.empty_like(_like(kept), dtype=torch.bool))
-        dz = keep_passing(dy, mask, activation)
+        dz = passing(dy, mask, activation, (input, scale))
     elif activation is not None and residual is not None:
-        # Aliases: a scale that was computed from the input is not walked through twice.
-        z = _sum(input.view_as(input), residual.view_as(residual), scale.view_as(scale))
-        y = activate(z, activation)
-        dz = torch.autograd.grad(y, z, dy.to(y.dtype), create_graph=True)[0]
+        dz = smooth(dy, _sum(input, residual, scale), activation)
     wide = accumulate_dtype(input.dtype)
     dims = [0, *range(2, input.dim())]
     dinput = dz.to(wide) * per_channel(scale.to(wide), input)
@@ -249,7 +246,7 @@ class ScaledAddAct(torch.autograd.Function):
             return None, None, None, None
         kept = Kept(ctx.stride, *ctx.saved_tensors)
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if needs_graph(dy, *kept[1:4]):
             found = _differentiable(dy, kept, ctx.activation, Needs(*needs))
         else:
             # Without an activation dz is dy itself, which no kernel need write again.

@@ -93,7 +93,7 @@ NONE = tuple(torch.empty(0) for _ in range(16))
 def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
     """What runs calls of this key with tensors like these (`straight`), if one was met."""
     for planned in _planned.get(key, ()):
-        if planned.check(*tensors) and planned.backend == dispatch.get_backend():
+        if planned.check(*tensors) and planned.backend == dispatch.eager_backend():
             return planned
     return None
 

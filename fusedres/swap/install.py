@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from ..dispatch import current_backend
+from ..dispatch import current_backend, eager_backend
 from ..nn.norms import OWN_FORWARDS, is_replaced
 from .guards import compiled, why_not
 from .plan import Plan
@@ -233,7 +233,8 @@ def _are_plain_tensors(args: tuple) -> bool:
 def runs_own_forward(is_compiled: bool) -> bool:
     """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
     modules wait for each child's call, a TorchFunctionMode for each function's."""
-    if current_backend() == "off" or _has_any_global_hook():
+    asked = current_backend() if is_compiled else eager_backend()
+    if asked == "off" or _has_any_global_hook():
         return True
     if is_compiled:
         return torch.jit.is_tracing()
