@@ -95,6 +95,8 @@ def resolve(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     asked = get_backend()
     if asked in ("aten", "off"):
         return "aten", f"the backend is {asked!r}"
+    if device.type == "meta":
+        return "aten", "tensors on 'meta' have no values"
     obstacle = why_not_triton(device, dtype)
     if obstacle is None:
         return "triton", "Triton can run there"

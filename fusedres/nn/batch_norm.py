@@ -19,6 +19,7 @@ from ..ops.norm import How
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
+from .script import NotScriptable
 
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
@@ -339,7 +340,7 @@ def _finished(
     return activate(output, activation)
 
 
-class _BatchNormAct(nn.Module):
+class _BatchNormAct(NotScriptable, nn.Module):
     """The shared part: a real BatchNorm child named `bn`, whose state appears under this module's own name.
 
     Why a child and not a subclass of nn.BatchNorm2d: `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every
