@@ -20,8 +20,9 @@ def fake():
     return FakeTensorMode(allow_non_fake_inputs=False)
 
 
-@pytest.mark.composes("FakeTensorMode", "works")
+@pytest.mark.composes("FakeTensorMode", "steps aside")
 def test_fuse_and_a_training_step_under_fake_tensors():
+    """A fused block runs its own forward on tensors of another class than Tensor, which gives the same shapes."""
     with fake():
         model = Small()
         report = fusedres.fuse_(model)
@@ -49,9 +50,15 @@ def test_fuse_and_a_training_step_on_the_meta_device(name):
 @pytest.mark.parametrize("where", ["fake", "meta"])
 def test_explain_tells_the_bytes_without_values(where):
     shape = (2, 3, 8, 8)
-    expected = fusedres.explain(Small(), input_shape=shape).to_json()
+    expected = fusedres.explain(Small(), input_shape=shape)
     with fake() if where == "fake" else torch.device("meta"):
-        assert fusedres.explain(Small(), input_shape=shape).to_json() == expected
+        found = fusedres.explain(Small(), input_shape=shape)
+    # (The convolution of a shortcut is called where its weight is a fake one, which is a note.)
+    told = [
+        [(row.where, row.status, row.reason, row.moves, row.saves) for row in report.rows]
+        for report in (found, expected)
+    ]
+    assert told[0] == told[1]
 
 
 @pytest.mark.once
