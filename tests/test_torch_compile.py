@@ -255,6 +255,8 @@ def kept_bytes(model, state: nn.Module, x: Tensor, labels: Tensor) -> int:
 @pytest.mark.parametrize(
     "name", ["small", pytest.param("small bottleneck", marks=pytest.mark.slow)]
 )
+# PyTorch 2.11 says it of itself while the partitioner is imported.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 @pytest.mark.composes("torch.compile, what is kept for the backward pass", "works")
 def test_compiled_keeps_no_more_for_the_backward_than_eager(pair, name, device):
     plain, fused = pair(name)
