@@ -6,8 +6,7 @@ is what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.b
 where a launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or
 `triton`, and `make test` runs both, of `triton` every other case, and a sample of `ptx`. Marks say more: `kernels`
 needs the kernels to run, `interpreter` reads Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs
-the kernels not to run, `once` does not depend on the backend, `gpu`
-needs one.
+the kernels not to run, `once` does not depend on the backend, `gpu` needs a GPU.
 """
 
 from __future__ import annotations
