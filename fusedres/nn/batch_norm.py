@@ -21,6 +21,7 @@ from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
+from .script import NotScriptable
 
 _is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
@@ -303,7 +304,8 @@ def _straight_pair(
         )  # fmt: skip
     except (AttributeError, KeyError):
         return None
-    key = (id(norm), id(other), type(norm), type(other), into, activation, training, trained, _grad_mode(), keep)  # fmt: skip
+    kind = type(norm), type(other), into, activation, training, trained, _grad_mode(), keep
+    key = (id(norm), id(other), *kind)
     planned = find(key, tensors)
     if (
         planned is not None
@@ -452,7 +454,7 @@ def _finished(
     return activate(output, activation)
 
 
-class _BatchNormAct(nn.Module):
+class _BatchNormAct(NotScriptable, nn.Module):
     """The shared part: a real BatchNorm child named `bn`, whose state appears under this module's own name.
 
     Why a child and not a subclass of nn.BatchNorm2d: `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every
