@@ -116,6 +116,8 @@ if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ];
 else
     verdicts+=("statistics shared by two GPUs (NCCL): there are not two")
 fi
+part "CUDA graphs" 30 "$python" -m pytest "$repository/tests/test_cuda_graphs.py" --rootdir="$repository" -c "$work/pytest.ini" \
+    --import-mode=importlib -p no:cacheprovider -q -ra --tb=short -m gpu --backend triton
 part "operators, batch 256, beside torch.compile" 55 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 40
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
