@@ -10,7 +10,7 @@ from . import functional, models, nn
 from .dispatch import backend, get_backend, set_backend
 from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FuseConfig",
