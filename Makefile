@@ -15,7 +15,7 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
 
 help:
 	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
@@ -27,13 +27,17 @@ help:
 demo: $(READY)
 	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
 
-test: lint types test-aten test-triton test-ptx-sample
+test: lint types test-aten test-triton-sample test-ptx-sample
 
 test-aten: $(READY)
 	$(PYTEST) -m 'not slow' --backend aten $(ARGS)
 
 test-triton: $(READY)
 	$(PYTEST) -m 'not slow' --backend triton $(ARGS)
+
+# Of each test every other case: the interpreter takes most of the time.
+test-triton-sample: $(READY)
+	$(PYTEST) -m 'not slow' --backend triton --sample 2 $(ARGS)
 
 # What Triton compiles of the kernels, run on the CPU (docs/testing.md); it needs gcc. ARCH is 80 or 90.
 ARCH := 90
