@@ -68,9 +68,9 @@ bench: $(READY)
 sweep: $(READY)
 	$(BIN)/python -W ignore -m fusedres.benchmarks.sweep --out $(OUT)/sweep $(ARGS)
 
-# In an environment of its own without PyTorch: half a minute from nothing. A warning is an error.
+# In an environment of its own without PyTorch: half a minute from nothing. A warning is an error (--quiet would lose it).
 docs: .venv-docs/ready
-	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --quiet --site-dir $(OUT)/docs
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --site-dir $(OUT)/docs
 
 .venv-docs/ready: pyproject.toml constraints.txt | .venv-docs/bin/pip
 	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
