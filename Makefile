@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DEMO := $(VENV)/demo-ready
 OUT := out
 # One thread a process: the tensors are small, and processes that share cores must not wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -18,14 +19,14 @@ PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 pyth
 .PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
 
 help:
-	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
+	@echo 'make demo    a ResNet-18 and its fused form side by side, the kernels beside PyTorch, the bytes that they move'
 	@echo 'make test    lint, types, and the tests over plain PyTorch, over the Triton kernels and over their machine code'
 	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
 	@echo 'make docs    the pages of docs/ as a site in $(OUT)/docs'
 	@echo 'also: sweep test-aten test-triton test-ptx test-slow test-oldest lint format types wheel clean'
 
-demo: $(READY)
-	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
+demo: $(DEMO)
+	$(BIN)/fusedres demo --out $(OUT)
 
 test: lint types test-aten test-triton-sample test-ptx-sample
 
@@ -56,7 +57,7 @@ test-slow: $(READY)
 test-oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' \
-		'setuptools>=77' '.[demo,models,test]'
+		'setuptools>=77' '.[demo,models,recipes,test]'
 	.venv-oldest/bin/pytest -m 'not slow' --backend aten $(ARGS)
 	.venv-oldest/bin/pytest -m 'not slow' --backend triton $(ARGS)
 
@@ -101,7 +102,14 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
-		--editable '.[demo,models,test]'
+		--editable '.[demo,models,recipes,test]'
+	@touch $@
+
+# The demo needs no linter and no test runner.
+$(DEMO): pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing into $(VENV): PyTorch is most of it, a download of about 3 GB and 5.5 GB of disk'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 # A Python without ensurepip (Debian's, before python3-venv) lends its own pip.

@@ -18,7 +18,8 @@ from .batch_norm import (
 )
 from .norms import FUSED_NORMS, why_called
 from .projection import CONVOLUTIONS, Projection
-from .shortcuts import Change, Weighed, check_choice, make_shortcut
+from .script import NotScriptable
+from .shortcuts import Change, Weighed, check_choice, check_count, make_shortcut
 
 BATCH_NORM_ACTS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 _STRIDE_ON = ("3x3", "1x1")
@@ -34,7 +35,7 @@ class _Convolution(NamedTuple):
     groups: int = 1
 
 
-class _Block(nn.Module):
+class _Block(NotScriptable, nn.Module):
     """What all four have in common: a branch of two or three convolutions with their BatchNorms, and a shortcut."""
 
     expansion = 1
@@ -61,6 +62,12 @@ class _Block(nn.Module):
         owner = type(self).__name__
         check_choice(owner, "dims", dims, (1, 2, 3))
         check_choice(owner, "stride_on", stride_on, _STRIDE_ON)
+        counts = {
+            "in_channels": in_channels, "channels": channels, "stride": stride, "groups": groups,
+            "base_width": base_width,
+        }  # fmt: skip
+        for argument, count in counts.items():
+            check_count(owner, argument, count)
         check_activation(owner, activation)
         self.activation = activation
         self.out_channels = channels * self.expansion
@@ -323,7 +330,7 @@ class PreActBottleneck(_Bottleneck, _PreActivation):
     """
 
 
-class PreActSequential(nn.Sequential):
+class PreActSequential(NotScriptable, nn.Sequential):
     """An nn.Sequential that runs the addition at the end of a pre-activation block with what the next child begins by.
 
     That is `bn1` and the activation of another such block, or a whole `BatchNormAct1d/2d/3d`, with which a net ends.
