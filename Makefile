@@ -8,7 +8,7 @@ DEMO := $(VENV)/demo-ready
 OUT := out
 # One thread a process: the tensors are small, and processes that share cores must not wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
-CODE := fusedres kernels benchmarks tests examples setup.py
+CODE := fusedres kernels benchmarks tests examples docs setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The newest Python with a full set of pinned wheels (torchvision refuses 3.14.1), able to make a virtual environment.
@@ -16,12 +16,13 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
 
 help:
 	@echo 'make demo    a ResNet-18 and its fused form side by side, the kernels beside PyTorch, the bytes that they move'
 	@echo 'make test    lint, types, and the tests over plain PyTorch, over the Triton kernels and over their machine code'
 	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
+	@echo 'make docs    the pages of docs/ as a site in $(OUT)/docs'
 	@echo 'also: sweep test-aten test-triton test-ptx test-slow test-oldest lint format types wheel clean'
 
 demo: $(DEMO)
@@ -68,6 +69,15 @@ bench: $(READY)
 sweep: $(READY)
 	$(BIN)/python -W ignore -m fusedres.benchmarks.sweep --out $(OUT)/sweep $(ARGS)
 
+# In an environment of its own without PyTorch: half a minute from nothing. A warning is an error (--quiet would lose it).
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --site-dir $(OUT)/docs
+
+.venv-docs/ready: pyproject.toml constraints.txt | .venv-docs/bin/pip
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -87,7 +97,7 @@ wheel: $(READY)
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-docs $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
@@ -103,7 +113,7 @@ $(DEMO): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	@touch $@
 
 # A Python without ensurepip (Debian's, before python3-venv) lends its own pip.
-$(BIN)/pip:
+$(BIN)/pip .venv-docs/bin/pip:
 	@test -n '$(PYTHON)' || { echo 'no Python 3.10 to 3.14 found; name one: make PYTHON=/path/to/python' >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) \
-		&& $(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt pip; }
+	$(PYTHON) -m venv --clear $(@:/bin/pip=) || { $(PYTHON) -m venv --clear --without-pip $(@:/bin/pip=) \
+		&& $(PYTHON) -m pip --python $(@D)/python install --constraint constraints.txt pip; }

@@ -9,7 +9,7 @@ Importing the package compiles nothing and touches no device; Triton is imported
 import sys
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FuseConfig",

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,12 +31,17 @@ def tracked() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tracked files: what the checkout has lying about must not get in, nor be touched."""
-    copy = tmp_path_factory.mktemp("source")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked files alone: what the checkout has lying about must not get in, nor be touched."""
+    folder = tmp_path_factory.mktemp("source")
     for name in tracked():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_bytes((ROOT / name).read_bytes())
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(copy: Path) -> Path:
     run(
         sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index",
         "--wheel-dir", copy / "dist", copy, cwd=copy,
@@ -90,6 +96,27 @@ def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(wheel):
     needs = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in needs] == ["torch", "triton"]
     assert 'platform_system == "Linux"' in needs[1]
+
+
+def test_the_source_distribution_holds_what_is_tracked(copy):
+    """All but what a repository's host alone reads: its tests and its `make` run as those of a checkout do."""
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    run(sys.executable, "-c", build, cwd=copy)
+    (built,) = (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        held = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg"}
+    of_the_host = {name for name in tracked() if name.startswith((".git", ".ci/"))}
+    ours = {name for name in held - made if ".egg-info/" not in name}
+    assert ours == set(tracked()) - of_the_host
+
+
+def test_the_metadata_name_the_project_s_addresses(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    urls = [line.split()[1].rstrip(",") for line in lines if line.startswith("Project-URL:")]
+    assert urls == ["Source", "Documentation", "Changelog", "Issues"]
 
 
 def test_kernels_come_with_it_and_run_nowhere_else(python, tmp_path):

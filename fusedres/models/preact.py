@@ -19,8 +19,8 @@ class PreActResNet(Network):
 
     Args:
         block: `fusedres.nn.PreActBasicBlock` or `fusedres.nn.PreActBottleneck`.
-        layers, num_classes, in_channels, widths, stem, shortcut, stride_on, groups, base_width, activation, gate_bias,
-            init, zero_init_residual, channels_last, dims, device, dtype: as for `ResNet`.
+        layers, num_classes, in_channels, widths, stem, shortcut, stride_on, groups, base_width: as for `ResNet`.
+        activation, gate_bias, init, zero_init_residual, channels_last, dims, device, dtype: as for `ResNet`.
 
     Raises:
         TypeError: a number that is no whole one.

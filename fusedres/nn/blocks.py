@@ -303,8 +303,9 @@ class PreActBasicBlock(_Basic, _PreActivation):
     In a `PreActSequential` the addition runs with the BatchNorm and the activation of the next block.
 
     Args:
-        in_channels, channels, stride, shortcut, groups, base_width, stride_on, activation, dims, gate_bias, device,
-            dtype: as for `BasicBlock`. The child is `shortcut`; its convolution, if it is one, has no BatchNorm and is
+        in_channels, channels, stride, groups, base_width, stride_on: as for `BasicBlock`.
+        activation, dims, gate_bias, device, dtype: as for `BasicBlock`.
+        shortcut: as for `BasicBlock`. The child is `shortcut`; its convolution, if it is one, has no BatchNorm and is
             given `act(bn1(x))`, as in the paper's appendix; all other shortcuts are given `x`.
         zero_init_last: begin as the shortcut alone: the last convolution's weight is zero.
         input_activated: the input is an activation already, as for the first block of a net: there is no `bn1` then.
@@ -321,8 +322,8 @@ class PreActBottleneck(_Bottleneck, _PreActivation):
 
     Args:
         groups, base_width, stride_on: as for `Bottleneck`.
-        in_channels, channels, stride, shortcut, activation, zero_init_last, dims, gate_bias, device, dtype,
-            input_activated: as for `PreActBasicBlock`; the output has 4 times `channels`.
+        in_channels, stride, shortcut, activation, dims, gate_bias, device, dtype: as for `PreActBasicBlock`.
+        channels, zero_init_last, input_activated: as for `PreActBasicBlock`; the output has 4 times `channels`.
 
     Raises:
         ValueError: as `BasicBlock`.

@@ -57,7 +57,7 @@ def fuse_(
             training step.
 
     Returns:
-        A `FuseReport`: `print` it for a table.
+        A `FuseReport`; `print` it for a table.
 
     Raises:
         TypeError: an argument of the wrong type.
