@@ -1,13 +1,14 @@
-"""What the experiments share: arguments, images, the training loop, the picture's style, the JSON.
+"""What the examples share: arguments, images, models by name; of experiments the loop, the picture's style, the JSON.
 
 An experiment says what is compared and what to look at. Everything else is here, once, so that two curves differ in
-what the experiment says and in nothing else.
+what the experiment says and in nothing else. A recipe is there to be copied: of it only the frame is here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import statistics
 import sys
 import time
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fusedres.models
 from fusedres.cli.compare import at_least
 from fusedres.cli.data import CHANNELS, HELD_OUT, Images, batches, load_digits
 from fusedres.cli.env import versions
 from fusedres.cli.errors import CommandError, require
+from fusedres.cli.models import build_model
 from fusedres.cli.progress import Progress
 from fusedres.cli.record import finite
 
@@ -110,12 +113,11 @@ def main(
     name = Path(sys.modules[experiment.__module__].__file__ or "").stem
     options = _parser(name, experiment.__doc__ or "", defaults).parse_args(arguments)
     torch.set_num_threads(THREADS)
-    try:
+
+    def work() -> None:
         _run(name, experiment, runs * options.repeat, size, options)
-    except CommandError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return in_a_line(name, work)
 
 
 def _parser(name: str, description: str, defaults: dict[str, Any]) -> argparse.ArgumentParser:
@@ -124,12 +126,7 @@ def _parser(name: str, description: str, defaults: dict[str, Any]) -> argparse.A
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--data",
-        default="digits",
-        metavar="PATH",
-        help="'digits', or a folder with one sub-folder of images for each class",
-    )
+    add_data(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="where PNG and JSON go"
     )
@@ -142,6 +139,16 @@ def _parser(name: str, description: str, defaults: dict[str, Any]) -> argparse.A
     parser.add_argument("--repeat", **number, help="with so many seeds, the first being --seed")
     parser.set_defaults(**defaults)
     return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The option --data, as `load` takes it."""
+    parser.add_argument(
+        "--data",
+        default="digits",
+        metavar="PATH",
+        help="'digits', or a folder with one sub-folder of images for each class",
+    )
 
 
 def _run(
@@ -175,19 +182,137 @@ def _run(
     print(f"wrote {picture} and {json_file} in {time.perf_counter() - start:.0f} s")
 
 
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipe(
+    work: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    given: Sequence[str] | None,
+) -> int:
+    """Run a recipe from the command line: what `work` returns (None: 0), or 2 and a line as `main`."""
+    options = parser.parse_args(given)
+    return in_a_line(Path(parser.prog).stem, lambda: work(options))
+
+
+def recipe_parser(name: str, description: str, model: str | None = None) -> argparse.ArgumentParser:
+    """The options that recipes have in common; with a `model`, the default one, `--model` too."""
+    parser = argparse.ArgumentParser(
+        prog=f"python examples/{name}.py",
+        description=description.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    if model is not None:
+        parser.add_argument(
+            "--model",
+            default=model,
+            metavar="NAME",
+            help="of fusedres.models, torchvision, or timm:NAME",
+        )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="weights, order, held-out images"
+    )
+    return parser
+
+
+def in_a_line(name: str, work: Callable[[], int | None]) -> int:
+    """What `work` returns (None: 0), or 2 and a line for what the user can put right."""
+    try:
+        return work() or 0
+    except CommandError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+
+
+def build(name: str, classes: int) -> nn.Module:
+    """A classifier with fresh weights: of fusedres.models, of torchvision, or `timm:NAME`.
+
+    Raises:
+        CommandError: there is none of this name.
+    """
+    ours = getattr(fusedres.models, name, None) if name in fusedres.models.__all__ else None
+    if ours is not None and not isinstance(ours, type):
+        return ours(num_classes=classes)
+    return build_model(name, classes)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a file that `torch.save` wrote.
+
+    Raises:
+        CommandError: there is no such file, or it holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CommandError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise CommandError(f"{str(path)!r} is not a file that torch.save has written") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CommandError(f"{str(path)!r} holds no state_dict: save model.state_dict() alone")
+    return state
+
+
+def load_weights(model: nn.Module, path: Path, without: str = "") -> None:
+    """Load a state_dict from a file, all of it but what belongs to the child `without`.
+
+    Raises:
+        CommandError: as `read_weights`; or it is another model's.
+    """
+    state = read_weights(path)
+    if without:
+        own = {k: v for k, v in model.state_dict().items() if k.startswith(f"{without}.")}
+        state = {k: v for k, v in state.items() if k not in own} | own
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CommandError(
+            f"{str(path)!r} is another model's: {str(error).splitlines()[1].strip()}"
+        ) from error
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The state_dict in a file, on the CPU: whoever loads it may have no GPU.
+
+    Raises:
+        CommandError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: value.cpu() for name, value in model.state_dict().items()}, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError of a folder
+        raise CommandError(f"{str(path)!r} cannot be written") from error
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
+    """The share of images that is named rightly, in eval mode; NaN where there are none."""
+    model.eval()
+    right = [model(part).argmax(1) for part in images.split(batch)]
+    return (torch.cat(right) == labels).double().mean().item()
+
+
+def largest_difference(values: Tensor, reference: Tensor) -> float:
+    """The largest difference, over the largest value of the reference."""
+    return ((values - reference).abs().max() / reference.abs().max()).item()
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
-def load(source: str, size: int, seed: int) -> Images:
-    """The digits, or the images of a folder, at `size` x `size` pixels.
+def load(source: str, size: int, seed: int, most: int = LARGEST_FOLDER) -> Images:
+    """The digits, or the images of a folder (at most so many), at `size` x `size` pixels.
 
     Raises:
         CommandError: the folder is none, or is not laid out as one sub-folder a class.
     """
-    return load_digits(size, seed) if source == "digits" else load_folder(source, size, seed)
+    return load_digits(size, seed) if source == "digits" else load_folder(source, size, seed, most)
 
 
-def load_folder(path: str, size: int, seed: int) -> Images:
+def load_folder(path: str, size: int, seed: int, most: int) -> Images:
     """As `load_digits`, of torchvision's ImageFolder: scaled and cropped to a square, normalised, a fifth held out.
 
     Raises:
@@ -213,7 +338,7 @@ def load_folder(path: str, size: int, seed: int) -> Images:
     if len(folder.classes) < 2:
         raise CommandError(f"--data {path!r} has one class only, {folder.classes[0]!r}; {expected}")
     order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))
-    order = order[:LARGEST_FOLDER]
+    order = order[:most]
     held = round(len(order) * HELD_OUT)
     try:
         pixels = torch.stack([folder[i][0] for i in order.tolist()]).float()
