@@ -7,7 +7,9 @@ what the experiment says and in nothing else. A recipe is there to be copied: of
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import pickle
 import statistics
 import sys
@@ -33,9 +35,8 @@ from fusedres.cli.record import finite
 # The tensors are small: a second thread mostly waits. Another number rounds sums differently, so it is not left open.
 THREADS = 1
 LARGEST_FOLDER = 10_000  # images; a larger folder is sampled, since all of them stay in memory
-# Told apart in grey and by colour-blind readers (Okabe and Ito 2008).
-BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
-ORANGE, PURPLE, GREY = "#e69f00", "#cc79a7", "#666666"
+# What a band goes from and to; with three values quartiles would be guessed.
+RANGE, QUARTILES = "from the lowest to the highest", "quartiles"
 
 
 @dataclass
@@ -89,18 +90,20 @@ class Bench:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment gives back: curves by name, the numbers that its caption states, and the picture."""
+    """What an experiment gives back: curves by name, and the numbers that its caption states."""
 
     series: dict[str, Any]
     findings: dict[str, Any]
-    figure: Any
 
 
 Experiment = Callable[[Bench], Outcome]
+# From `Outcome.series`, as it comes back from the JSON.
+Picture = Callable[[dict[str, Any]], Any]
 
 
 def main(
     experiment: Experiment,
+    picture: Picture,
     runs: int,
     size: int,
     arguments: Sequence[str] | None = None,
@@ -115,7 +118,10 @@ def main(
     torch.set_num_threads(THREADS)
 
     def work() -> None:
-        _run(name, experiment, runs * options.repeat, size, options)
+        if options.redraw is None:
+            _run(name, experiment, picture, runs * options.repeat, size, options)
+        else:
+            _save_picture(picture, options.redraw)
 
     return in_a_line(name, work)
 
@@ -132,6 +138,9 @@ def _parser(name: str, description: str, defaults: dict[str, Any]) -> argparse.A
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="weights, held-out images, order, dropout"
+    )
+    parser.add_argument(
+        "--redraw", type=Path, metavar="JSON", help="train nothing; draw what an earlier run wrote"
     )
     number = {"type": at_least(1), "metavar": "N"}
     parser.add_argument("--steps", **number, help="of each training; None: an epoch")
@@ -152,7 +161,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(
-    name: str, experiment: Experiment, runs: int, size: int, options: argparse.Namespace
+    name: str,
+    experiment: Experiment,
+    picture: Picture,
+    runs: int,
+    size: int,
+    options: argparse.Namespace,
 ) -> None:
     require("matplotlib", "demo", "the plot")
     try:
@@ -165,7 +179,7 @@ def _run(
     print(f"data     {data.description}, {size}x{size}", flush=True)
     start = time.perf_counter()
     outcome = experiment(Bench(options, data, runs))
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "redraw")}
     record = {
         "experiment": name,
         "settings": settings | {"size": size, "threads": THREADS},
@@ -174,12 +188,36 @@ def _run(
         "findings": outcome.findings,
         "series": outcome.series,
     }
-    json_file, picture = (options.out / f"{name}.{suffix}" for suffix in ("json", "png"))
+    json_file = options.out / f"{name}.json"
     json_file.write_text(_dump(finite(_rounded(record))) + "\n", encoding="utf-8")
-    outcome.figure.savefig(picture, dpi=100)
+    drawn = _save_picture(picture, json_file)
     for key, value in outcome.findings.items():
         print(f"{key.replace('_', ' ')}: {_short(value)}")
-    print(f"wrote {picture} and {json_file} in {time.perf_counter() - start:.0f} s")
+    print(f"wrote {drawn} and {json_file} in {time.perf_counter() - start:.0f} s")
+
+
+def _save_picture(picture: Picture, json_file: Path) -> Path:
+    """Draw a run beside its JSON, from that alone; the file names the numbers in its metadata."""
+    try:
+        text = json_file.read_text(encoding="utf-8")
+        series = json.loads(text)["series"]
+    except OSError as error:
+        raise CommandError(f"{str(json_file)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{str(json_file)!r} is not what an experiment has written") from error
+    figure = picture(_as_numbers(series))
+    path = json_file.with_suffix(".png")
+    figure.savefig(path, dpi=100, metadata={"Source": hashlib.sha256(text.encode()).hexdigest()})
+    return path
+
+
+def _as_numbers(value: Any) -> Any:
+    """What JSON has no number for is NaN again."""
+    if isinstance(value, dict):
+        return {key: _as_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_numbers(item) for item in value]
+    return math.nan if value is None else value
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -407,15 +445,37 @@ def draw(
     window: int = 1,
     **style: Any,
 ) -> None:
-    """The median of several curves, smoothed over `window` steps, and the band from their lowest to their highest."""
+    """The median of several curves, smoothed over `window` steps, and a band as `name_bands` says."""
     curves = [smooth(run, window) for run in runs]
     by_step = list(zip(*curves, strict=True))
     steps = range(1, len(by_step) + 1)
     if len(curves) > 1:
-        low, high = map(min, by_step), map(max, by_step)
-        axes.fill_between(steps, list(low), list(high), color=colour, alpha=0.18, linewidth=0)
+        low, high = zip(*map(band, by_step), strict=True)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     middle = [statistics.median(values) for values in by_step]
     axes.plot(steps, middle, color=colour, label=label, **{"linewidth": 1.6, **style})
+
+
+def band(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles, or of fewer than five values the lowest and the highest."""
+    if len(values) < 5:
+        return min(values), max(values)
+    low, _, high = statistics.quantiles(values, method="inclusive")
+    return low, high
+
+
+def name_bands(figure: Any, seeds: int) -> None:
+    """What lines and bands are, below the plots."""
+    kind = RANGE if seeds < 5 else QUARTILES
+    words = f"lines: medians of {seeds} seeds; bands: {kind}" if seeds > 1 else "one seed"
+    figure.supxlabel(words, fontsize=8)
+
+
+def plain_numbers(axis: Any, ticks: Sequence[float]) -> None:
+    """A logarithmic axis that says 100 and 0.1, not powers of ten."""
+    axis.set_major_locator(require("matplotlib.ticker", "demo", "the plot").FixedLocator(ticks))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def name_axes(axes: Any, title: str, x: str, y: str, legend: bool = True) -> None:
