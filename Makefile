@@ -4,6 +4,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DEMO := $(VENV)/demo-ready
 OUT := out
 # One thread a process: the tensors are small, and processes that share cores must not wait for each other's threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
@@ -15,24 +16,28 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-ptx test-ptx-sample test-slow test-oldest bench sweep lint format types wheel clean
+.PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep lint format types wheel clean
 
 help:
-	@echo 'make demo    train the original and the fused ResNet-18 side by side on handwritten digits'
+	@echo 'make demo    a ResNet-18 and its fused form side by side, the kernels beside PyTorch, the bytes that they move'
 	@echo 'make test    lint, types, and the tests over plain PyTorch, over the Triton kernels and over their machine code'
 	@echo 'make bench   measure what this machine can measure; the page is $(OUT)/bench/README.md'
 	@echo 'also: sweep test-aten test-triton test-ptx test-slow test-oldest lint format types wheel clean'
 
-demo: $(READY)
-	$(BIN)/python -m fusedres compare resnet18 --data digits --out $(OUT)
+demo: $(DEMO)
+	$(BIN)/fusedres demo --out $(OUT)
 
-test: lint types test-aten test-triton test-ptx-sample
+test: lint types test-aten test-triton-sample test-ptx-sample
 
 test-aten: $(READY)
 	$(PYTEST) -m 'not slow' --backend aten $(ARGS)
 
 test-triton: $(READY)
 	$(PYTEST) -m 'not slow' --backend triton $(ARGS)
+
+# Of each test every other case: the interpreter takes most of the time.
+test-triton-sample: $(READY)
+	$(PYTEST) -m 'not slow' --backend triton --sample 2 $(ARGS)
 
 # What Triton compiles of the kernels, run on the CPU (docs/testing.md); it needs gcc. ARCH is 80 or 90.
 ARCH := 90
@@ -88,6 +93,13 @@ $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
 		--editable '.[demo,models,test]'
+	@touch $@
+
+# The demo needs no linter and no test runner.
+$(DEMO): pyproject.toml setup.py constraints.txt | $(BIN)/pip
+	@echo 'installing into $(VENV): PyTorch is most of it, a download of about 3 GB and 5.5 GB of disk'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
 	@touch $@
 
 # A Python without ensurepip (Debian's, before python3-venv) lends its own pip.

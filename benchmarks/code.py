@@ -24,6 +24,8 @@ from .traffic import backward_of_two
 ARCHITECTURES = (80, 90, 100)
 SHAPES = {"first stage": (256, 256, 56, 56), "last stage": (256, 2048, 7, 7)}
 STEM = {"stem": (256, 64, 112, 112)}
+# Where a direction is one launch, of one kernel for all tails and forks.
+ONE_LAUNCH = {"last stage, 32 images": (32, 2048, 7, 7)}
 # The tail of a projected shortcut, the pass that adds at a fork, and the 1x1 convolution itself (its input's shape).
 SHORTCUT = {
     "bn_bn_add_relu": (256, 256, 56, 56),
@@ -59,6 +61,7 @@ def targets(quick: bool) -> list[Target]:
             for layout in ("channels_last", "contiguous_format"):
                 shapes = [("bn_add_relu", w, s) for w, s in SHAPES.items()]
                 shapes += [("bn_relu", w, s) for w, s in STEM.items()]
+                shapes += [("bn_bn_add_relu", w, s) for w, s in ONE_LAUNCH.items()]
                 if layout == "channels_last":
                     shapes += [(kernel, "first stage", s) for kernel, s in SHORTCUT.items()]
                 for kernel, where, shape in shapes[:1] if quick else shapes:

@@ -26,7 +26,7 @@ from .record import Row
 
 CHIP = Chip("cuda", 90, 32, MULTIPROCESSORS[90])
 NETWORK, BATCH, IMAGE = "resnet50", 256, 224
-OTHER_BATCH, OTHER_IMAGES = 32, (160, 192, 256)
+OTHER_BATCHES, OTHER_IMAGES = (128, 32), (160, 192, 256)
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # What is counted. Tails: every BatchNorm with what follows it, projected shortcuts with their two BatchNorms.
 TAILS, FORKS, PRODUCTS = "tails", "tails and forks", "tails, forks and products"
@@ -49,22 +49,18 @@ class Counted:
         with in_triton() if part == PRODUCTS else contextlib.nullcontext():
             return jobs_of(step, CHIP)
 
-    def more(self, part: str, batch: int = BATCH, image: int = IMAGE) -> set[Job]:
-        """The kernels that another size needs and the first one did not."""
-        return set(self.jobs(part, batch, image)) - set(self.jobs(part))
-
     def added(self, part: str, batch: int = BATCH, image: int = IMAGE) -> int:
-        """How many these are."""
-        return len(self.more(part, batch, image))
+        """How many kernels another size needs that the first one did not."""
+        return len(set(self.jobs(part, batch, image)) - set(self.jobs(part)))
 
     def rows(self, part: str, times: bool) -> Iterator[Row]:
         jobs = self.jobs(part)
         by_kernel = Counter(job.kernel for job in jobs)
         images = {image: self.added(part, image=image) for image in OTHER_IMAGES}
         yield self._row(part, "kernels", len(jobs), _listed(by_kernel))
-        batch = Counter(job.kernel for job in self.more(part, batch=OTHER_BATCH))
-        note = f"{OTHER_BATCH} images; {_listed(dict(sorted(batch.items())))}"
-        yield self._row(part, "kernels_added_by_batch", batch.total(), note)
+        batches = {batch: self.added(part, batch=batch) for batch in OTHER_BATCHES}
+        named = {f"{batch} images": more for batch, more in batches.items()}
+        yield self._row(part, "kernels_added_by_batch", max(batches.values()), _listed(named))
         named = {f"{image}x{image}": more for image, more in images.items()}
         yield self._row(part, "kernels_added_by_image", max(images.values()), _listed(named))
         if times:

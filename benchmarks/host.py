@@ -11,7 +11,7 @@ where that cannot be, to a stand-in for Triton's driver that notes its launches 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,10 +125,11 @@ def compare(
     seconds: float,
 ) -> list[Row]:
     """Time one kind of step of several modules, taking turns."""
-    with one_thread(), fusedres.backend("aten"), _launched(device) as (how, forget):
+    with one_thread(), _launched(device) as (how, forget), ExitStack() as chosen:
 
         def turn(name: str) -> None:
-            fusedres.set_backend("triton" if name == TRITON else "aten")
+            chosen.close()
+            chosen.enter_context(fusedres.backend("triton" if name == TRITON else "aten"))
             forget()
 
         def step(name: str) -> Step:

@@ -79,8 +79,8 @@ def _processor() -> str:
     return named.partition(":")[2].strip() or platform.processor() or "cpu"
 
 
-def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> None:
-    """Measure everything; each unit's rows are written as soon as they exist.
+def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> bool:
+    """Measure everything; each unit's rows are written as soon as they exist. False where Ctrl-C has ended it.
 
     What a level cannot do here becomes a row that says why. Units that the budget has no time for are named likewise.
     """
@@ -110,13 +110,14 @@ def run(wish: Wish, book: Book, say: Callable[[str], None], progress) -> None:
         except KeyboardInterrupt:
             book.add([_skipped(name, "stopped from outside; what would follow is left out")])
             say(f"  stopped at {name}; what was measured is kept")
-            return
+            return False
         except CommandError as error:
             book.add([_skipped(name, f"not run: {error}")])
             say(f"  {name}: not run: {error}")
         except Exception as error:
             book.add([_skipped(name, f"failed: {first_line(error)}")])
             say(f"  {name} failed: {first_line(error)}")
+    return True
 
 
 def _skipped(name: str, note: str) -> Row:

@@ -161,8 +161,9 @@ class Listing:
             if first is not None and first <= i:
                 yield first, i
 
-    def way(self, first: int, last: int) -> list[Instruction]:
-        """From `first` to `last`: the way that moves most bytes of global memory, and of those the shortest."""
+    def way(self, first: int, last: int, shortest: bool = False) -> list[Instruction]:
+        """From `first` to `last`: the way that moves most bytes of global memory, and of those the shortest; or the
+        shortest of all."""
         code = self.instructions
         starts = {first} | {at for at in self.labels.values() if first <= at <= last}
         starts |= {i + 1 for i in range(first, last) if code[i].target or code[i].name == "EXIT"}
@@ -177,8 +178,8 @@ class Listing:
                 continue  # leaves the loop
             then = max(following, key=lambda j: best[j][0], default=None)
             moved, length = best[then][0] if then is not None else (0, 0)
-            here = moved + sum(i.moved for i in block), length - len(block)
-            best[k] = here, then
+            more = 0 if shortest else sum(i.moved for i in block)
+            best[k] = (moved + more, length - len(block)), then
         found: list[Instruction] = []
         at: int | None = 0 if 0 in best else None
         while at is not None:
@@ -245,6 +246,19 @@ def steady_loops(cubin: bytes) -> tuple[Steady, ...]:
     inner = [k for k in ways if not any(k != o and k[0] <= o[0] and o[1] <= k[1] for o in ways)]
     order = [chosen, *(k for k in inner if k != chosen)]
     return tuple(_counted(ways[k], True) for k in order)
+
+
+@functools.lru_cache(maxsize=512)
+def inner_loops(cubin: bytes) -> tuple[tuple[Steady, Steady], ...]:
+    """The innermost loops that move global memory, as they stand in the code, each by the way that moves most and by
+    the shortest one: what a kernel for several cases does in the fullest and in the plainest of them."""
+    listing = disassemble(cubin)
+    moving = [k for k in listing.loops() if any(i.moved for i in listing.way(*k))]
+    inner = [k for k in moving if not any(k != o and k[0] <= o[0] and o[1] <= k[1] for o in moving)]
+    return tuple(
+        (_counted(listing.way(*k), True), _counted(listing.way(*k, shortest=True), True))
+        for k in sorted(inner)
+    )
 
 
 def _counted(way: Sequence[Instruction], looped: bool) -> Steady:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedres.models
-from fusedres.cli.compare import at_least
-from fusedres.cli.data import CHANNELS, HELD_OUT, Images, batches, load_digits
+from fusedres.cli.arguments import at_least
+from fusedres.cli.data import Images, batches, load_digits, load_folder
 from fusedres.cli.env import versions
 from fusedres.cli.errors import CommandError, require
 from fusedres.cli.models import build_model
@@ -245,7 +245,7 @@ def recipe_parser(name: str, description: str, model: str | None = None) -> argp
             "--model",
             default=model,
             metavar="NAME",
-            help="of fusedres.models, torchvision, or timm:NAME",
+            help="of fusedres.models or torchvision, timm:NAME, hf:NAME, FILE.py:CALLABLE",
         )
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one"
@@ -266,14 +266,13 @@ def in_a_line(name: str, work: Callable[[], int | None]) -> int:
 
 
 def build(name: str, classes: int) -> nn.Module:
-    """A classifier with fresh weights: of fusedres.models, of torchvision, or `timm:NAME`.
+    """A classifier with fresh weights: of fusedres.models, or any that the command line takes.
 
     Raises:
         CommandError: there is none of this name.
     """
-    ours = getattr(fusedres.models, name, None) if name in fusedres.models.__all__ else None
-    if ours is not None and not isinstance(ours, type):
-        return ours(num_classes=classes)
+    if name in fusedres.models.list_models():
+        return getattr(fusedres.models, name)(num_classes=classes)
     return build_model(name, classes)
 
 
@@ -347,53 +346,9 @@ def load(source: str, size: int, seed: int, most: int = LARGEST_FOLDER) -> Image
     Raises:
         CommandError: the folder is none, or is not laid out as one sub-folder a class.
     """
-    return load_digits(size, seed) if source == "digits" else load_folder(source, size, seed, most)
-
-
-def load_folder(path: str, size: int, seed: int, most: int) -> Images:
-    """As `load_digits`, of torchvision's ImageFolder: scaled and cropped to a square, normalised, a fifth held out.
-
-    Raises:
-        CommandError: as `load`; an image cannot be read.
-    """
-    expected = "expected 'digits' or a folder with one sub-folder of images for each class"
-    if not Path(path).is_dir():
-        raise CommandError(f"--data {path!r} is not a folder; {expected}")
-    datasets = require("torchvision.datasets", "demo", "--data PATH")
-    transforms = require("torchvision.transforms.v2", "demo", "--data PATH")
-    square = transforms.Compose(
-        [
-            transforms.Resize(size, antialias=True),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ]
-    )
-    try:
-        folder = datasets.ImageFolder(path, transform=square)
-    except FileNotFoundError as error:
-        said = str(error).split(". ")[0].rstrip(".")
-        raise CommandError(f"--data {path!r}: {said}; {expected}") from error
-    if len(folder.classes) < 2:
-        raise CommandError(f"--data {path!r} has one class only, {folder.classes[0]!r}; {expected}")
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(seed))
-    order = order[:most]
-    held = round(len(order) * HELD_OUT)
-    try:
-        pixels = torch.stack([folder[i][0] for i in order.tolist()]).float()
-    except OSError as error:
-        raise CommandError(f"--data {path!r}: {error}") from error
-    pixels = (pixels - pixels[held:].mean()) / pixels[held:].std().clamp(min=1e-6)
-    labels = torch.tensor(folder.targets)[order]
-    assert pixels.shape[1] == CHANNELS  # ImageFolder opens everything as RGB
-    classes, train = len(folder.classes), len(order) - held
-    return Images(
-        description=f"{Path(path).name} ({classes} classes), {train} to train on, {held} held out",
-        classes=classes,
-        images=pixels[held:].contiguous(),
-        labels=labels[held:],
-        held_out_images=pixels[:held].contiguous(),
-        held_out_labels=labels[:held],
-    )
+    if source == "digits":
+        return load_digits(size, seed)
+    return load_folder(source, size, seed, most)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

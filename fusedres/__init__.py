@@ -6,9 +6,8 @@
 Importing the package compiles nothing and touches no device; Triton is imported when a kernel is first needed.
 """
 
-from . import functional, models, nn
-from .dispatch import backend, get_backend, set_backend
-from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -26,3 +25,40 @@ __all__ = [
     "set_backend",
     "unfuse_",
 ]
+
+
+def _is_command_line() -> bool:
+    """Whether the script `fusedres` or `python -m fusedres` is what begins here.
+
+    They answer `--help` and mistakes before PyTorch is imported, which takes seconds. Python runs a module with "-m" in
+    the place of its name until the package is imported.
+    """
+    arguments = getattr(sys, "argv", [])
+    if not arguments:
+        return False
+    if arguments[0] == "-m":
+        return sys.orig_argv[-len(arguments)].endswith("fusedres")
+    return arguments[0].replace("\\", "/").rpartition("/")[2] in ("fusedres", "fusedres.exe")
+
+
+# Of a package that is executed again, as `__getattr__` does, this is no longer the beginning.
+_WAITS = "_WAITS" not in globals() and _is_command_line()
+
+if TYPE_CHECKING or not _WAITS:
+    from . import functional, models, nn
+    from .dispatch import backend, get_backend, set_backend
+    from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Of the command line: the rest of the package, when something of it is first asked for."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        del globals()["__getattr__"]
+        return getattr(importlib.reload(sys.modules[__name__]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

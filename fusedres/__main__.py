@@ -1,4 +1,4 @@
-"""`python -m fusedres`."""
+"""`python -m fusedres`, and the script `fusedres`."""
 
 import sys
 

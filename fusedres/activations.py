@@ -85,18 +85,18 @@ def activate(input: Tensor, activation: str | None, in_place: bool = False) -> T
     Only ReLU makes use of it: out of place it keeps its output for the backward pass as well, so whoever writes to that
     output afterwards sees no difference. The others keep their input.
     """
-    name, slope = parse(activation)
-    if name is None:
+    if activation is None:
         return input
-    if name == "relu":
+    if activation == "relu":
         return torch.relu_(input) if in_place else torch.relu(input)
+    name, slope = parse(activation)
     if name == "relu6":
         return F.relu6(input)
     if name == "leaky_relu":
         return F.leaky_relu(input, slope)
     if name in ("gelu", "gelu_tanh"):
         return F.gelu(input, approximate="tanh" if name == "gelu_tanh" else "none")
-    return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[name](input)
+    return {"silu": F.silu, "hardswish": F.hardswish, "mish": F.mish}[str(name)](input)
 
 
 def gradient(dy: Tensor, z: Tensor, activation: str | None) -> Tensor:

@@ -34,6 +34,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .activations import activate
 
 _level = torch._C._functorch.maybe_current_level
+_is_compiling, _cudnn = torch.compiler.is_compiling, torch._C._get_cudnn_enabled
 _BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
@@ -61,7 +62,8 @@ def scaled_add_act(
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
     # To a wider input everything is of its dtype already.
     if input.dtype not in _BELOW_FLOAT32 or not _are_mixed(running_mean, running_var, weight, bias):
-        cudnn = torch.backends.cudnn.enabled
+        # A property of a module, which costs as much as the sum; torch.compile knows nothing of what is behind it.
+        cudnn = torch.backends.cudnn.enabled if _is_compiling() else _cudnn()
         return torch.batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
         )

@@ -22,6 +22,7 @@ from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
     arithmetic,
+    only_if,
     row_vectors,
     tile_columns,
     tile_offsets,
@@ -47,12 +48,15 @@ def apply_tiles(
     outer,
     inner,
     columns,
-    step,
+    own,
     spread,
     tiles_inner,
     tiles,
     i_program,
     programs,
+    adds,
+    normalizes,
+    writes_bits,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -63,7 +67,11 @@ def apply_tiles(
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y (and bits) <- x, the tiles of a program; norm: what `load_norm` gives; residual_norm likewise, or None."""
+    """y (and bits) <- x, the tiles of a program; norm: what `load_norm` gives; residual_norm likewise, or None.
+
+    Whether the residual is added, has its BatchNorm, and bits are written, if they are given at all: constants, or
+    integers of a kernel that is one for all of these.
+    """
     BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
     b_mean, b_mean_low, b_scale, b_bias = norm
     b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
@@ -82,22 +90,27 @@ def apply_tiles(
         b_z = normalize(b_x, b_scale, b_high, b_low)
         if p_residual is not None:
             o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_y)
-            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
-            if residual_norm is not None:
-                b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
-            b_z += b_residual
+            b_residual = widen(
+                tl.load(p_residual + o_residual, mask=only_if(m, adds), other=0.0), ACC
+            )
+            if adds:
+                if residual_norm is not None:
+                    if normalizes:
+                        b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
+                b_z += b_residual
         b_y = activate(b_z, ACTIVATION, SLOPE)
         tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
         if p_bits is not None:
-            o_byte, m_byte = byte_tile(
-                i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
-                PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-            )  # fmt: skip
-            m_bit = passes(b_z, ACTIVATION)
-            if not WHOLE_BYTES:
-                m_bit &= m
-            b_byte = pack(m_bit, PACK_CHANNELS)
-            tl.store(p_bits + o_byte, b_byte, mask=m_byte)
+            if writes_bits:
+                o_byte, m_byte = byte_tile(
+                    i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
+                    PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
+                )  # fmt: skip
+                m_bit = passes(b_z, ACTIVATION)
+                if not WHOLE_BYTES:
+                    m_bit &= m
+                b_byte = pack(m_bit, PACK_CHANNELS)
+                tl.store(p_bits + o_byte, b_byte, mask=m_byte)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
@@ -159,6 +172,7 @@ def bn_apply_kernel(
     apply_tiles(
         p_x, p_residual, p_y, p_bits, norm, residual_norm, x_stride, residual_stride, y_stride, bits_stride,
         o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        True, True, True,
         ACTIVATION, SLOPE, PACK_CHANNELS, WHOLE_BYTES, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ def byte_tile(
     outer,
     inner,
     columns,
-    step,
+    own,
     tiles_inner,
     stride,
     PACK_CHANNELS: tl.constexpr,
@@ -57,19 +57,19 @@ def byte_tile(
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `byte_strides` gives it; step as
+    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `bits_layout` gives it; own as
     in `tile_columns`."""
     if PACK_CHANNELS:
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
         )
-        step = None if step is None else step // 8
-        o_column, m_column = tile_columns((columns + 7) // 8, step, BLOCK_CHANNELS // 8, OFFSET)
+        own = None if own is None else (own[0] // 8, own[1] // 8)
+        o_column, m_column = tile_columns((columns + 7) // 8, own, BLOCK_CHANNELS // 8, OFFSET)
     else:
         o_outer, o_inner, m_row = tile_rows(
             i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
         )
-        o_column, m_column = tile_columns(columns, step, BLOCK_CHANNELS, OFFSET)
+        o_column, m_column = tile_columns(columns, own, BLOCK_CHANNELS, OFFSET)
     if stride is None:
         o_plane = o_outer[:, None] * columns + o_column[None, :]
         o_byte = o_plane * ((inner + 7) // 8) + o_inner[:, None]

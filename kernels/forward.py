@@ -6,32 +6,34 @@ x, residual, y [rows, columns]; saved [4, C] and the running statistics as `fina
 BatchNorm of its own. Reads x twice (the second time from the cache), the residual once, or twice if it is normalised;
 writes y and, for a tail that will be differentiated, one bit an element. Parallel over blocks of channels alone
 (`launch.choose_whole`): a program walks all rows of its own, so that nothing is exchanged between programs and a launch
-gives the same bits every time. The loops are those of `stats` and `apply`; the arithmetic is theirs too.
+gives the same bits every time. The loops are those of `stats` and `apply`; the arithmetic is theirs too. Whether there
+is a residual, a BatchNorm of it and a mask to write is told by integers: one kernel for all tails of a layout, dtype.
 """
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .apply import apply_tiles
 from .finalize import Running, count_batch, finish_moments
-from .launch import BITS, Tile, is_aligned
-from .layout import RowMap, mask_of
+from .launch import Whole
 from .moments import load_pivot, merge
-from .norm import NO_NORM, Norm
+from .norm import Norm
 from .plan import Planner
 from .stats import group_moments
 from .tile import (
     ANY_MULTIPLE,
-    ANY_VALUE,
+    ANY_WHOLE,
     arithmetic,
-    channel_step,
+    by_channel,
+    by_part,
     load_vector,
-    of_channels,
     own_channels,
-    row_vectors,
+    own_columns,
+    own_stride,
     tile_columns,
     to_columns,
 )
@@ -53,14 +55,15 @@ def _norm_of(
     channels,
     spread,
     whole,
+    slots,
+    width,
     momentum,
     eps,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SPREAD: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -75,34 +78,38 @@ def _norm_of(
         p_x, None, None, b_pivot, x_stride, None, None, o_column, m_column, outer, inner, spread, whole, 0, 1,
         ACC, ONE_OUTER, EVEN, GROUP, RUN, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
-    o_channel, m_channel = own_channels(o_column, m_column, channels, CHANNELS)
+    o_channel, m_channel = own_channels(o_column, m_column, slots, PARTS)
     # Several threads hold a channel, and one of them stores it: all have read before.
     b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
     b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
     tl.debug_barrier()
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
     b_first = b_pivot.to(tl.float64)
-    if CHANNELS > 0:
+    if PARTS > 0:
         b_n, b_mean, b_m2 = merge(
-            of_channels(b_n, spread, CHANNELS, SPREAD),
-            of_channels(b_mean, spread, CHANNELS, SPREAD),
-            of_channels(b_m2, spread, CHANNELS, SPREAD),
+            by_part(b_n, slots, width, PARTS),
+            by_part(b_mean, slots, width, PARTS),
+            by_part(b_m2, slots, width, PARTS),
         )
-        b_first = tl.gather(b_first, tl.arange(0, CHANNELS) * spread, 0)
+        b_n, b_mean, b_m2 = merge(
+            by_channel(b_n, slots, PARTS), by_channel(b_mean, slots, PARTS), by_channel(b_m2, slots, PARTS)
+        )  # fmt: skip
+        o_first = tl.minimum(tl.arange(0, PARTS), slots - 1) * (width // slots)
+        b_first = tl.gather(b_first, o_first, 0)
     b_mean, b_low, b_invstd, b_bias = finish_moments(
         (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
         o_channel, m_channel, channels, momentum, eps,
     )  # fmt: skip
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
-    if CHANNELS > 0:
-        b_mean = to_columns(b_mean, o_column, spread, CHANNELS)
-        b_low = to_columns(b_low, o_column, spread, CHANNELS)
-        b_scale = to_columns(b_scale, o_column, spread, CHANNELS)
-        b_bias = to_columns(b_bias, o_column, spread, CHANNELS)
+    if PARTS > 0:
+        b_mean = to_columns(b_mean, slots, width, o_column.shape[0])
+        b_low = to_columns(b_low, slots, width, o_column.shape[0])
+        b_scale = to_columns(b_scale, slots, width, o_column.shape[0])
+        b_bias = to_columns(b_bias, slots, width, o_column.shape[0])
     return b_mean, b_low, b_scale, b_bias
 
 
-@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
+@triton.jit(do_not_specialize=ANY_WHOLE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_forward_kernel(
     p_x,
     p_residual,
@@ -120,17 +127,22 @@ def bn_forward_kernel(
     p_residual_saved,
     p_y,
     p_bits,
-    x_stride,
-    residual_stride,
-    y_stride,
-    bits_stride,
+    row_stride,
+    bits_outer,
+    bits_inner,
+    bits_piece,
     outer,
     inner,
     channels,
     spread,
+    slots,
+    width,
     whole,
     tiles_inner,
     tiles,
+    adds,
+    normalizes,
+    writes_bits,
     momentum: "fp64",
     eps: "fp64",
     residual_momentum: "fp64",
@@ -139,46 +151,54 @@ def bn_forward_kernel(
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    NORMALIZE_RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
     WHOLE_BYTES: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
     BLOCK_OUTER: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     OFFSET: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y (and bits), saved [4, C] and the running statistics; likewise residual_saved. CHANNELS: of a program, in a flat
-    walk, whose columns are at most SPREAD each; else 0.
+    """y, saved [4, C] and the running statistics, and bits with `writes_bits`. adds: whether y has a residual;
+    normalizes: whether that has a BatchNorm, which leaves residual_saved. What is not there has a stand-in.
+
+    PARTS: what the columns of a flat walk are added up in (`by_part`), else 0.
     """
     ACC: tl.constexpr = p_saved.dtype.element_ty
-    inner = row_vectors(inner, ROW_VECTORS)
-    columns = channels * spread
-    step = channel_step(spread, CHANNELS, 32 // (p_x.dtype.element_ty.primitive_bitwidth // 8))
-    o_column, m_column = tile_columns(columns, step, BLOCK_CHANNELS, OFFSET)
+    SECTOR: tl.constexpr = 32 // (p_x.dtype.element_ty.primitive_bitwidth // 8)
+    own = own_columns(spread, slots, width, PARTS, SECTOR)
+    stride = own_stride(channels, row_stride, own)
+    bits_stride = (bits_outer, bits_inner, bits_piece, 1)
+    o_column, m_column = tile_columns(channels, own, BLOCK_CHANNELS, OFFSET)
     norm = _norm_of(
-        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_saved, y_stride if x_stride is None else x_stride,
-        o_column, m_column, outer, inner, channels, spread, whole, momentum, eps,
-        ONE_OUTER, EVEN, GROUP, RUN, CHANNELS, SPREAD, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_saved, stride,
+        o_column, m_column, outer, inner, channels, spread, whole, slots, width, momentum, eps,
+        ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
-    residual_norm = None
-    if NORMALIZE_RESIDUAL:
-        residual_norm = _norm_of(
-            p_residual, p_residual_weight, p_residual_bias, p_residual_running_mean, p_residual_running_var,
-            p_residual_saved, y_stride if residual_stride is None else residual_stride,
-            o_column, m_column, outer, inner, channels, spread, whole, residual_momentum, residual_eps,
-            ONE_OUTER, EVEN, GROUP, RUN, CHANNELS, SPREAD, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-        )  # fmt: skip
     count_batch(p_batches)
-    count_batch(p_residual_batches)
+    residual_norm = None
+    if p_residual_saved is not None:
+        b_mean = tl.zeros([BLOCK_CHANNELS], ACC)
+        b_low = tl.zeros([BLOCK_CHANNELS], ACC)
+        b_scale = tl.zeros([BLOCK_CHANNELS], ACC)
+        b_bias = tl.zeros([BLOCK_CHANNELS], ACC)
+        if normalizes:
+            b_mean, b_low, b_scale, b_bias = _norm_of(
+                p_residual, p_residual_weight, p_residual_bias, p_residual_running_mean, p_residual_running_var,
+                p_residual_saved, stride,
+                o_column, m_column, outer, inner, channels, spread, whole, slots, width,
+                residual_momentum, residual_eps,
+                ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+            )  # fmt: skip
+            count_batch(p_residual_batches)
+        residual_norm = (b_mean, b_low, b_scale, b_bias)
     apply_tiles(
-        p_x, p_residual, p_y, p_bits, norm, residual_norm, x_stride, residual_stride, y_stride, bits_stride,
-        o_column, m_column, outer, inner, columns, step, spread, tiles_inner, tiles, 0, 1,
+        p_x, p_residual, p_y, p_bits, norm, residual_norm, None, None, stride, bits_stride,
+        o_column, m_column, outer, inner, channels, own, spread, tiles_inner, tiles, 0, 1,
+        adds, normalizes, writes_bits,
         ACTIVATION, SLOPE, PACK_CHANNELS, WHOLE_BYTES, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, 1,
     )  # fmt: skip
 
@@ -190,49 +210,38 @@ def launch_bn_forward(
     norms: Sequence[tuple[Norm, Running]],
     y: Tensor,
     bits: Tensor | None,
-    rows: RowMap,
-    tile: Tile,
+    whole: Whole,
     activation: tuple[str | None, float],
 ) -> None:
-    """y (and bits) and saved <- x, and what is running moves; rows.strides are those of y, x and, where there is one,
-    the residual. norms: that of x, and that of the residual where it has one."""
-    (norm, running), (other, moved) = (*norms, (NO_NORM, Running()))[:2]
-    mask = mask_of(bits, rows)
+    """y (and bits) and saved <- x, and what is running moves; all tensors are walked alike. norms: that of x, and that
+    of the residual where it has one."""
+    (norm, running), (other, moved) = norms[0], norms[-1]
     p.start(
         bn_forward_kernel,
-        tile.grid,
+        whole.tile.grid,
         (
-            x, residual,
+            x, x if residual is None else residual,
             norm.weight, norm.bias, running.mean, running.var, running.batches, norm.saved,
             other.weight, other.bias, moved.mean, moved.var, moved.batches, other.saved,
-            y, bits,
+            y, p.empty((1,), torch.uint8) if bits is None else bits,
         ),
         (
-            rows.others[1],
-            rows.others[2] if residual is not None else None,
-            rows.strides[0],
-            mask.stride,
-            rows.outer,
-            rows.inner,
-            rows.channels,
-            rows.spread,
-            tile.whole,
-            tile.tiles_inner if rows.outer > 1 else None,
-            tile.tiles,
+            *whole.integers(),
+            whole.tile.whole,
+            whole.tile.tiles_inner if whole.is_flat else None,
+            whole.tile.tiles,
+            int(residual is not None),
+            int(len(norms) > 1),
+            int(bits is not None),
         ),
         (running.momentum, norm.eps, moved.momentum, other.eps),
         {
-            "ONE_OUTER": rows.outer == 1,
-            "EVEN": tile.even,
-            **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
-            **tile.kept(rows.spread),
-            "NORMALIZE_RESIDUAL": len(norms) > 1,
+            **whole.constants,
+            "OFFSET": arithmetic(x.dtype, whole.walk)["OFFSET"],
+            "ONE_OUTER": not whole.is_flat,
             "ACTIVATION": activation[0],
             "SLOPE": activation[1],
-            "PACK_CHANNELS": mask.packs_channels,
-            "WHOLE_BYTES": (rows.columns if mask.packs_channels else rows.inner) % BITS == 0,
-            "ROW_VECTORS": rows.row_vectors,
-            "OFFSET": arithmetic(x.dtype, rows)["OFFSET"],
+            "WHOLE_BYTES": whole.has_whole_bytes,
         },
-        tile.options,
+        whole.tile.options,
     )  # fmt: skip

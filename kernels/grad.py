@@ -13,7 +13,7 @@ from torch import Tensor
 from .activation import keep_passing, through
 from .bits import byte_tile, unpack
 from .norm import NO_NORM, Norm
-from .tile import load_tile, tile_offsets, widen
+from .tile import load_tile, only_if, tile_offsets, widen
 
 
 class Operand(NamedTuple):
@@ -59,13 +59,15 @@ def load_dz(
     outer,
     inner,
     columns,
-    step,
+    own,
     spread,
     tiles_inner,
     dy_stride,
     skip_stride,
     skip_place,
     bits_stride,
+    adds,
+    everything,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -77,28 +79,35 @@ def load_dz(
     STAGES: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None)."""
+    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None).
+
+    Of a kernel that is one for several cases, as integers: whether the second gradient is added, and whether everything
+    passes the mask (else None).
+    """
     o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
     b_dy = tl.load(p_dy + o_dy, mask=m, other=0.0)
     b_dz = widen(b_dy, ACC) if STAGES == 1 else b_dy.to(ACC)
     if p_skip is not None:
-        m_skip = m
+        m_skip = only_if(m, adds)
         if skip_place is not None:
             if FLAT:  # the positions are columns
                 o_column, m_column = visited(o_column, skip_place)
-                m_skip = m & m_column[None, :]
+                m_skip &= m_column[None, :]
             else:
                 o_inner, m_row = visited(o_inner, skip_place)
-                m_skip = m & m_row[:, None]
+                m_skip &= m_row[:, None]
         o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread, o_first)
-        b_dz += load_tile(p_skip, o_skip, m_skip, ACC)
-        b_dz = b_dz.to(p_dy.dtype.element_ty).to(ACC)
+        b_skip = load_tile(p_skip, o_skip, m_skip, ACC)
+        if adds:
+            b_dz = (b_dz + b_skip).to(p_dy.dtype.element_ty).to(ACC)
     if p_bits is not None:
         o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, columns, step, tiles_inner, bits_stride,
+            i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
             PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
         )  # fmt: skip
         b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
+        if everything is not None:
+            b_byte |= tl.full(b_byte.shape, tl.where(everything != 0, 255, 0), tl.uint8)
         b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
     elif b_z is not None:
         b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)

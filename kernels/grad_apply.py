@@ -24,6 +24,7 @@ from .tile import (
     ANY_VALUE,
     arithmetic,
     load_vector,
+    only_if,
     row_vectors,
     tile_columns,
     tile_offsets,
@@ -66,12 +67,15 @@ def grad_apply_tiles(
     outer,
     inner,
     columns,
-    step,
+    own,
     spread,
     tiles_inner,
     tiles,
     i_program,
     programs,
+    normalizes,
+    everything,
+    writes_residual,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     PACK_CHANNELS: tl.constexpr,
@@ -83,6 +87,9 @@ def grad_apply_tiles(
 ):
     """dx and dresidual (each where given) <- dy, x, the tiles of a program. norm: what `load_norm` gives; coefficients:
     (slope, level) of the columns, or None. The same of the residual.
+
+    normalizes, writes_residual: whether the residual has a BatchNorm, and a gradient, if these are given at all;
+    everything: as in `load_dz`.
     """
     BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
     b_mean, b_mean_low, b_scale, b_bias = norm
@@ -111,7 +118,8 @@ def grad_apply_tiles(
             b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
         if IN_Z or residual_coefficients is not None:
             o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            b_residual = widen(tl.load(p_residual + o_residual, mask=m, other=0.0), ACC)
+            m_residual = m if IN_Z else only_if(m, normalizes)
+            b_residual = widen(tl.load(p_residual + o_residual, mask=m_residual, other=0.0), ACC)
         if AGAIN:
             b_z = normalize(b_x, b_scale, b_high, b_low)
             if IN_Z:
@@ -120,7 +128,8 @@ def grad_apply_tiles(
             b_z = None
         b_dz = load_dz(
             p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, step, spread, tiles_inner, dy_stride, None, None, bits_stride,
+            outer, inner, columns, own, spread, tiles_inner, dy_stride, None, None, bits_stride,
+            True, everything,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
         )  # fmt: skip
         if p_dx is not None:
@@ -133,13 +142,16 @@ def grad_apply_tiles(
                 b_dx += widen(tl.load(p_addend + o_addend, mask=m, other=0.0), ACC)
             tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if p_dresidual is not None:
-            if residual_coefficients is not None:
-                b_dx = _grad_input(
-                    b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
-                )
-            else:
-                b_dx = b_rscale[None, :] * b_dz
-            tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
+            if writes_residual:
+                if residual_coefficients is None:
+                    b_dx = b_rscale[None, :] * b_dz
+                else:
+                    b_dx = b_dz
+                    if normalizes:
+                        b_dx = _grad_input(
+                            b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
+                        )
+                tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -215,6 +227,7 @@ def bn_grad_apply_kernel(
         norm, residual_norm, coefficients, residual_coefficients,
         dy_stride, x_stride, residual_stride, addend_stride, bits_stride, out_stride,
         o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        True, None, True,
         ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
 

@@ -37,6 +37,7 @@ from .tile import (
     arithmetic,
     load_tile,
     load_vector,
+    only_if,
     row_vectors,
     sum_groups,
     tile_columns,
@@ -128,12 +129,14 @@ def grad_sums(
     outer,
     inner,
     columns,
-    step,
+    own,
     spread,
     tiles_inner,
     tiles,
     i_program,
     programs,
+    adds,
+    normalizes,
     FLAT: tl.constexpr,
     GROUP: tl.constexpr,
     RUN: tl.constexpr,
@@ -150,6 +153,8 @@ def grad_sums(
 ):
     """sum(dz), sum(dz * (x - mean)), sum(dz * (residual - its mean)) of the tiles of a program, each as (value, low)
     [groups of rows, columns], the last 0 where the residual has no BatchNorm. norm: what `load_norm` gives.
+
+    adds, normalizes: whether there are a second gradient and a BatchNorm of the residual, if these are given at all.
     """
     BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
     ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
@@ -181,7 +186,8 @@ def grad_sums(
         b_x = load_tile(p_x, o_x, m, ACC)
         if IN_Z or p_residual_saved is not None:
             o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            b_residual = load_tile(p_residual, o_residual, m, ACC)
+            m_residual = m if IN_Z else only_if(m, normalizes)
+            b_residual = load_tile(p_residual, o_residual, m_residual, ACC)
         if AGAIN:
             b_z = normalize(b_x, b_scale, b_high, b_low)
             if IN_Z:
@@ -190,19 +196,22 @@ def grad_sums(
             b_z = None
         b_dz = load_dz(
             p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, step, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
+            outer, inner, columns, own, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
+            adds, None,
             ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
         )  # fmt: skip
         if p_dz is not None:
-            tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
+            if adds:
+                tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
         if p_dx is not None:
             tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
         b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, RUN, COMPENSATED)
         b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
         b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, RUN, COMPENSATED)
         if p_residual_saved is not None:
-            b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
-            b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
+            if normalizes:
+                b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
+                b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
     return (b_sum, b_sum_low), (b_dot, b_dot_low), (b_rdot, b_rdot_low)
 
 
@@ -272,6 +281,7 @@ def bn_grad_reduce_kernel(
         p_dy, p_skip, p_x, p_bits, p_residual, p_residual_saved, p_dz, p_dx, norm, residual_norm,
         dy_stride, skip_stride, skip_place, x_stride, residual_stride, out_stride, bits_stride,
         o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
+        True, True,
         FLAT, GROUP, RUN, ALIKE, EVEN, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
 

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from .chip import Chip
-from .layout import PLANE_ROWS, VECTOR, RowMap
+from .layout import PLANE_ROWS, VECTOR, RowMap, bits_layout
 
 ROWS_A_PROGRAM = 256  # at least, so that partial sums stay below 3 percent of what a pass reads
 MAX_PARTIALS = 512  # the finalising step holds all partials of 8 channels in registers
@@ -104,11 +105,6 @@ class Tile:
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.programs
-
-    def kept(self, spread: int) -> dict[str, int]:
-        """What a program that has all rows keeps of a flat walk, as keyword arguments: its channels, and the columns
-        that it has room for in each."""
-        return {"CHANNELS": self.slots, "SPREAD": _power_of_two(spread)}
 
     def groups(self, are_vectors: bool) -> dict[str, int]:
         """The rows that a thread holds, as keyword arguments; none where its values are loaded one by one."""
@@ -243,10 +239,19 @@ SMALL = ((64 << 10, 0.2), (16 << 10, 0.0))
 # Of a tensor: the second walk finds it and its gradient in the last-level cache (50 MB), and beyond it launches are a
 # small part of the time.
 SMALL_IN_ALL = 16 << 20
+# What takes the form, by the tensors: all of one walk and no mask apart from it. A ResNet's tails and forks do; the
+# gradient of its average pooling (one value for all positions), a strided second gradient (a projected shortcut's), one
+# without a mask, slices, and fewer than 8 images of planes that 8 does not divide (`layout.FEWEST_FLAT`) take the three
+# passes, whose kernels there are: each would be a kernel of its own.
 SECTOR = 32  # bytes that the memory moves at a time: a program's channels are whole ones
-MOST_KEPT = 1024  # columns of a flat walk that a program has room for
+# Columns of a flat walk that a program has room for, by element size: 2 KiB, and the 49, 196, 784, 3136 and 12544
+# values of a ResNet's planes all come to 784 columns, or 392: one kernel for them.
+MOST_KEPT = {2: 1024, 4: 512, 8: 512}
 FORWARD = Pass(16384, 8, 1, 3, half=1)
 BACKWARD = Pass(8192, 8, 1, 3, half=1)
+# Of a thread in the backward; 8 warps of them fill a multiprocessor. ptxas aims at two programs' 128 without a word,
+# and spills. AMD's compiler is not told.
+MOST_REGISTERS = 248
 
 # Whether the last program of the statistics takes the final step too (`merging`), where its partials are few and of one
 # column a channel. Off until benchmarks/ordering.py has passed on a GPU: no other place can show that its order holds.
@@ -289,14 +294,63 @@ def _choose(how: str) -> None:
             told()
 
 
-def choose_whole(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Tile | None:
-    """The tile of a direction in one launch, in which a program has all rows of its channels; None: three launches."""
-    if _passes == "three":
+@dataclass(frozen=True)
+class Whole:
+    """A direction in one launch: its tile, and how a program walks the rows of its channels.
+
+    walk: rows of all channels; or a flat walk, whose outer rows are images, of pieces (inner) of so many columns as a
+    program has. bits: bytes from one outer row, inner row and eight columns of the mask to the next.
+    """
+
+    tile: Tile
+    walk: RowMap
+    bits: tuple[int, int, int]
+    packs_channels: bool
+    values: int
+    parts: int
+
+    @property
+    def is_flat(self) -> bool:
+        return self.tile.slots > 0
+
+    @property
+    def has_whole_bytes(self) -> bool:
+        along = self.walk.channels if self.packs_channels else self.walk.inner
+        return self.is_flat or along % BITS == 0
+
+    def integers(self) -> tuple:
+        """What both kernels are told of the walk, in their order."""
+        walk, tile = self.walk, self.tile
+        row = walk.strides[0][0] if self.is_flat else None
+        return (
+            row,
+            *self.bits,
+            walk.outer,
+            walk.inner,
+            walk.channels,
+            walk.spread,
+            tile.slots,
+            tile.width,
+        )
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        return {
+            "EVEN": self.tile.even,
+            **self.tile.groups(True),
+            "PARTS": self.parts,
+            "PACK_CHANNELS": self.packs_channels,
+        }
+
+
+def choose_whole(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Whole | None:
+    """A direction in one launch, in which a program has all rows of its channels; None: three launches."""
+    if _passes == "three" or len(set(rows.strides)) > 1:
         return None
-    tile = _whole_tile(rows, element_size, kind, chip)
-    if tile is None or _passes == "one":
-        return tile
-    return tile if _is_small(rows, element_size, tile, chip) else None
+    whole = _whole(rows, element_size, kind, chip)
+    if whole is None or _passes == "one":
+        return whole
+    return whole if _is_small(rows, element_size, whole.tile, chip) else None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -309,56 +363,75 @@ def _is_small(rows: RowMap, element_size: int, tile: Tile, chip: Chip) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _whole_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Tile | None:
+def _whole(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Whole | None:
     elements = kind.tile_bytes // element_size
-    sector = SECTOR // element_size
-    slots = 0
-    if rows.spread > 1:
-        # Whole bytes of the mask, too.
-        slots = max(sector, BITS) // math.gcd(max(sector, BITS), rows.spread)
-        while 2 * slots * rows.spread <= FLAT_COLUMNS and rows.channels % (2 * slots) == 0:
-            slots *= 2
-        block_channels = _power_of_two(slots * rows.spread)
-        if rows.channels % slots or block_channels > MOST_KEPT:
+    least = max(SECTOR // element_size, BITS)  # columns, and whole bytes of the mask
+    packs_channels, _, stride = bits_layout(rows)
+    if rows.spread == 1 and rows.channels_fastest:
+        if rows.outer > 1:
             return None
-        block_inner, block_outer = max(1, elements // block_channels), 1
+        walk, slots, parts = rows, 0, 0
+        block_channels = width = min(_power_of_two(rows.channels), least)
+        block_outer, block_inner = 1, elements // block_channels
+        channel_blocks = _ceil(rows.channels, block_channels)
+        bits = (0, stride[1], stride[2] if len(stride) == 4 else BITS)
     else:
-        if rows.channels_fastest:
-            least = max(sector, BITS)
-        else:
-            least = sector // math.gcd(sector, rows.inner)
-            if (
-                rows.inner % VECTOR
-            ):  # values are loaded one by one: each address takes registers of its own
-                elements //= 4
-        block_channels = min(_power_of_two(rows.columns), least)
-        block_inner = _whole_inner(rows.inner, rows.outer, elements // block_channels)
-        block_outer = elements // (block_channels * block_inner) if rows.outer > 1 else 1
-    channel_blocks = rows.channels // slots if slots else _ceil(rows.columns, block_channels)
-    tiles_inner = _ceil(rows.inner, block_inner)
+        found = _flat_walk(rows, element_size, least)
+        if found is None:
+            return None
+        (walk, slots), parts = found, least
+        width, channel_blocks = walk.strides[0][1], rows.channels // slots
+        if rows.spread > 1:
+            bits = (stride[1], 0, stride[2] if len(stride) == 4 else BITS)
+        else:  # bytes of a plane follow each other, as its values do
+            bits = (walk.strides[0][0] // BITS, width // BITS, BITS)
+        packs_channels = True
+        block_channels = _power_of_two(width)
+        block_outer = min(elements // block_channels, _power_of_two(walk.outer))
+        block_inner = elements // block_channels // block_outer
+    tiles_inner = _ceil(walk.inner, block_inner)
     group, run = _rows_a_thread(
-        rows, block_outer * block_inner, block_channels, element_size, chip.warp_size * kind.warps
+        walk, block_outer * block_inner, block_channels, element_size, chip.warp_size * kind.warps
     )
-    return Tile(
+    tile = Tile(
         block_outer, block_inner, block_channels, kind.warps, kind.stages,
-        tiles_inner, tiles_inner * _ceil(rows.outer, block_outer), 1, channel_blocks,
-        whole=(rows.inner // block_inner) * (rows.outer // block_outer),
-        even=not slots and rows.columns % block_channels == 0,
+        tiles_inner, tiles_inner * _ceil(walk.outer, block_outer), 1, channel_blocks,
+        whole=(walk.inner // block_inner) * (walk.outer // block_outer),
+        even=not slots and rows.channels % block_channels == 0,
         group=group,
         run=run,
         slots=slots,
-        width=rows.channels,
+        width=width,
+        registers=MOST_REGISTERS if kind is BACKWARD and chip.backend == "cuda" else 0,
     )  # fmt: skip
+    return Whole(tile, walk, bits, packs_channels, rows.values, parts)
 
 
-def _whole_inner(inner: int, outer: int, most: int) -> int:
-    """The longest power of two that pads the inner rows by at most a third, whatever that leaves of a tile: one kernel
-    for all batches, of few tiles."""
-    if outer == 1:
-        return most
-    candidates = [1 << k for k in range(3, most.bit_length())]
-    good = [b for b in candidates if 3 * _ceil(inner, b) * b <= 4 * inner]
-    return max(good) if good else min(candidates, key=lambda b: (_ceil(inner, b) * b, -b))
+def _flat_walk(rows: RowMap, element_size: int, least: int) -> tuple[RowMap, int] | None:
+    """A flat walk of planes that follow each other, and how many a program has; None where `least` columns at a time do
+    not come out even."""
+    outer, inner, column, *_ = rows.strides[0]
+    if rows.spread > 1 and len(rows.strides[0]) == 3:
+        images, row, plane = rows.inner, inner, rows.spread
+    elif rows.spread == 1 and (inner, column) == (1, rows.inner) and rows.inner % BITS == 0:
+        images, row, plane = rows.outer, outer, rows.inner
+    else:
+        return None
+    most, slots, pieces = MOST_KEPT[element_size], 1, 1
+    if plane > most:
+        pieces = next(
+            (n for n in range(2, plane) if plane % (n * least) == 0 and plane <= n * most), 0
+        )
+    else:
+        slots = least // math.gcd(least, plane)
+        while (
+            2 * slots * plane <= FLAT_COLUMNS and slots < least and rows.channels % (2 * slots) == 0
+        ):
+            slots *= 2
+    if pieces == 0 or rows.channels % slots or slots * plane > most * pieces:
+        return None
+    walk = (row, slots * plane // pieces, 1)
+    return RowMap(images, pieces, rows.channels, (walk,), rows.needs_int64, plane), slots
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,11 @@ from .layout import VECTOR, GatherMap, RowMap
 # Triton compiles a kernel anew for an integer that is 1, and for one that 16 divides. What it makes of these is the
 # same, or no better: so they are not looked at, and a kernel is there for other batches and image sizes too.
 ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slots"]
+# So of a whole direction: what a program walks, and which of a tail's tensors are there.
+ANY_WHOLE = [
+    *ANY_VALUE, "bits_outer", "bits_inner", "bits_piece",
+    "adds", "normalizes", "writes_bits", "plain", "writes_residual",
+]  # fmt: skip
 # Of these 1 is worth a kernel, since divisions go.
 ANY_MULTIPLE = ["outer", "spread"]
 _VECTOR = tl.constexpr(VECTOR)
@@ -136,58 +141,92 @@ def sum_groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(columns, step, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
+def tile_columns(columns, own, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
     """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0.
 
-    step: columns of a program, where these are fewer than its tile has room for (and divide `columns`); else None.
+    own: (columns from one program to the next, columns in a row of a program), where these are fewer than its tile has
+    room for; else None.
     """
     o = tl.arange(0, BLOCK_CHANNELS).to(OFFSET)
-    if step is None:
+    if own is None:
         o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + o
         m_column = o_column < columns
     else:
-        o_column = tl.program_id(0).to(OFFSET) * step + o
-        m_column = o < step
+        o_column = tl.program_id(0).to(OFFSET) * own[0] + o
+        m_column = o < own[1]
     return o_column, m_column
 
 
 @triton.jit
-def channel_step(spread, CHANNELS: tl.constexpr, SECTOR: tl.constexpr):
-    """Columns of a program that has whole channels of a flat walk, in whole sectors, which the compiler learns; None
-    where there is no flat walk."""
-    if CHANNELS == 0:
-        step = None
+def own_columns(spread, slots, width, PARTS: tl.constexpr, SECTOR: tl.constexpr):
+    """`own` of `tile_columns` for a program that has `slots` channels, in whole sectors, which the compiler learns;
+    None where it has a column of each channel."""
+    if PARTS == 0:
+        own = None
     else:
-        step = CHANNELS * spread // SECTOR * SECTOR
-    return step
+        own = (slots * spread // SECTOR * SECTOR, width // SECTOR * SECTOR)
+    return own
 
 
 @triton.jit
-def own_channels(o_column, m_column, channels, CHANNELS: tl.constexpr):
-    """(c, mask) of the channels of this program: its columns, or CHANNELS of a flat walk."""
-    if CHANNELS == 0:
+def own_stride(channels, row_stride, own):
+    """The strides of a walk of whole channels: rows of all channels, or rows of a flat walk (outer) in pieces (inner),
+    where there are columns of its own."""
+    if own is None:
+        stride = (0, channels, 1)
+    else:
+        stride = (row_stride, own[1], 1)
+    return stride
+
+
+@triton.jit
+def own_channels(o_column, m_column, slots, PARTS: tl.constexpr):
+    """(c, mask) of the channels of this program: its columns, or `slots` of them."""
+    if PARTS == 0:
         o_channel, m_channel = o_column, m_column
     else:
-        o_channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-        m_channel = o_channel < channels
+        o_slot = tl.arange(0, PARTS)
+        o_channel = tl.program_id(0) * slots + o_slot
+        m_channel = o_slot < slots
     return o_channel, m_channel
 
 
 @triton.jit
-def of_channels(b_value, spread, CHANNELS: tl.constexpr, SPREAD: tl.constexpr):
-    """[columns] -> [SPREAD, CHANNELS]: the columns of each channel that a program of a flat walk has, then zeros."""
-    o_within = tl.arange(0, SPREAD)
-    o_column = o_within[:, None] + tl.arange(0, CHANNELS)[None, :] * spread
-    o_column = tl.reshape(tl.minimum(o_column, b_value.shape[0] - 1), (SPREAD * CHANNELS,))
-    b = tl.reshape(tl.gather(b_value, o_column, 0), (SPREAD, CHANNELS))
-    return tl.where((o_within < spread)[:, None], b, 0.0)
+def by_part(b_value, slots, width, PARTS: tl.constexpr):
+    """[columns] -> [columns / PARTS, PARTS], then zeros: a program's `width` columns, of `slots` channels one after the
+    other, of which each is PARTS / slots parts. So one kernel adds up many short channels, or few long ones.
+    """
+    ROOM: tl.constexpr = b_value.shape[0] // PARTS
+    each = width // slots
+    parts = PARTS // slots
+    length = (each + parts - 1) // parts
+    o, o_part = tl.arange(0, ROOM)[:, None], tl.arange(0, PARTS)[None, :]
+    o_within = (o_part % parts) * length + o
+    m = (o < length) & (o_within < each)
+    o_column = tl.where(m, (o_part // parts) * each + o_within, 0)
+    b = tl.gather(b_value, tl.reshape(o_column, (ROOM * PARTS,)), 0)
+    return tl.where(m, tl.reshape(b, (ROOM, PARTS)), 0.0)
 
 
 @triton.jit
-def to_columns(b_value, o_column, spread, CHANNELS: tl.constexpr):
-    """[CHANNELS] -> [columns] of a program of a flat walk; those beyond its channels get the last one's."""
-    o = tl.arange(0, o_column.shape[0]) // spread
-    return tl.gather(b_value, tl.minimum(o, CHANNELS - 1), 0)
+def by_channel(b_part, slots, PARTS: tl.constexpr):
+    """[PARTS] -> [PARTS, channels]: the parts of each channel, and zeros."""
+    o_slot = tl.arange(0, PARTS) // (PARTS // slots)
+    m = o_slot[:, None] == tl.arange(0, PARTS)[None, :]
+    return tl.where(m, b_part[:, None], 0.0)
+
+
+@triton.jit
+def to_columns(b_value, slots, width, BLOCK_CHANNELS: tl.constexpr):
+    """[PARTS] of a program's channels -> [columns]; those beyond get the last one's."""
+    o = tl.arange(0, BLOCK_CHANNELS) // (width // slots)
+    return tl.gather(b_value, tl.minimum(o, b_value.shape[0] - 1), 0)
+
+
+@triton.jit
+def only_if(m, flag):
+    """m, or nothing without the flag, which is a constant or an integer of the launch."""
+    return m & (tl.full(m.shape, flag, tl.int32) != 0)
 
 
 @triton.jit

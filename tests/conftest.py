@@ -1,12 +1,12 @@
 """Options of the tests. `--backend {aten,triton,ptx}` is what they run over, `--share K/N` runs the K-th of N shares,
 `--seconds S` stops after so long, `--sample N` takes about every N-th case of each test.
 
-`aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. `ptx` is
-what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.benchmarks.ptx): a test fails, too, where a
-launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or `triton`, and
-`make test` runs both, and a sample of `ptx`. Marks say more: `kernels` needs the kernels to run, `interpreter` reads
-Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs the kernels not to run, `once` does not depend
-on the backend.
+`aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. `ptx`
+is what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.benchmarks.ptx): a test fails, too,
+where a launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or
+`triton`, and `make test` runs both, of `triton` every other case, and a sample of `ptx`. Marks say more: `kernels`
+needs the kernels to run, `interpreter` reads Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs
+the kernels not to run, `once` does not depend on the backend.
 """
 
 from __future__ import annotations

@@ -101,6 +101,18 @@ def test_nothing_spills(case, shape, layout, dtype):
     assert faults(launches(CASES[case], shape, dtype, layout)) == {}
 
 
+@pytest.mark.by_size
+@pytest.mark.parametrize("layout", [NHWC, NCHW], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=["bf16", "fp32"]
+)  # fmt: skip
+def test_nor_does_one_launch_a_direction(dtype, layout):
+    """One kernel a direction for all kinds of tails: what the fullest takes, all take."""
+    found = launches(CASES["dual"], (32, 2048, 7, 7), dtype, layout)
+    assert [each.kernel for each in found] == ["bn_forward_kernel", "bn_backward_kernel"]
+    assert faults(found) == {}
+
+
 @pytest.mark.parametrize("activation", ["gelu", "mish", "silu"])
 def test_nor_do_smooth_activations(activation):
     def run(x, r):

@@ -253,7 +253,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch, ca
         return []
 
     monkeypatch.setattr(code, "compile_target", interrupt_the_second)
-    assert bench("--level", "code", "--quick", "--out", str(tmp_path)) == 0
+    assert bench("--level", "code", "--quick", "--out", str(tmp_path)) == 130
     assert "stopped at code: sm_90" in capsys.readouterr().out
     assert "stopped from outside" in (tmp_path / "README.md").read_text()
 

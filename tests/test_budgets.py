@@ -7,14 +7,17 @@ that differ in kind are held to the budgets; `-m slow` takes all.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import pytest
 import triton
 
-from fusedres.benchmarks import code, machine
+from fusedres.benchmarks import code, machine, sass
 from fusedres.benchmarks.code import Target
+from fusedres.benchmarks.compile_only import Launch
 from fusedres.benchmarks.machine import MODE, Pass, Place
+from fusedres.kernels import launch as launching
 
 pytestmark = pytest.mark.compiler
 
@@ -180,6 +183,63 @@ def test_nothing_spills_elsewhere(operator, layout, dtype, architecture):
             if launch.code.spills:
                 spilt[launch.kernel, shape] = launch.code.spills
     assert spilt == {}
+
+
+# --- one launch for a whole direction ---------------------------------------------------------------------------------
+
+# Instructions an element of its loops, over those of the passes that it replaces. The floor is 1: it does the same work
+# on the same values. What it takes more: its tiles are half as large, or a quarter, so that what is done once a tile
+# weighs more (a thread has 8 values of a float32 tensor in the backward's); all kinds of tails are one kernel, which
+# decides on the way. The backward of a plain one has loops of its own.
+WHOLE = {"bfloat16": 1.25, "float32": 1.45}
+PLACES = {"channels_last": (32, 2048, 7, 7), "contiguous_format": (32, 2048, 7, 7)}
+
+
+def loops_of(launch: Launch) -> list[tuple[float, float]]:
+    """Instructions an element of each loop: in the fullest case, and in the plainest."""
+    given = launch.arguments
+    tile = math.prod(given[f"BLOCK_{name}"] for name in ("OUTER", "INNER", "CHANNELS"))
+    return [
+        (
+            most.instructions * 32 * launch.warps / tile,
+            least.instructions * 32 * launch.warps / tile,
+        )
+        for most, least in sass.inner_loops(launch.cubin)
+    ]
+
+
+def in_one(target: Target) -> tuple[float, float]:
+    """Of the forward and of the backward."""
+    forward, backward = map(loops_of, code.compile_target(target))
+    # Of x and of the residual: whole tiles, then the partial ones.
+    moments, _, moments_of_residual, _, apply = forward
+    plain, tail = backward[:2], backward[2:]
+    if target.kernel == "bn_relu":
+        return moments[1] + apply[1], sum(least for _, least in plain)
+    return moments[0] + moments_of_residual[0] + apply[0], sum(most for most, _ in tail)
+
+
+def in_three(target: Target) -> tuple[float, float]:
+    with launching.passes("three"):
+        found = passes.__wrapped__(target)
+    forward = [of.instructions for of in found if of.kernel in ("bn_stats", "bn_apply")]
+    backward = [of.instructions for of in found if "grad" in of.kernel]
+    return sum(forward), sum(backward)
+
+
+@pytest.mark.by_size
+@pytest.mark.parametrize("operator", ["bn_relu", "bn_bn_add_relu_fork"])
+@pytest.mark.parametrize("dtype", WHOLE)
+@pytest.mark.parametrize("layout", PLACES)
+def test_one_launch_takes_little_more_than_the_passes_that_it_replaces(layout, dtype, operator):
+    target = Target(90, operator, "one launch", PLACES[layout], dtype, layout)
+    found = {
+        way: (one, three)
+        for way, one, three in zip(
+            ("forward", "backward"), in_one(target), in_three(target), strict=True
+        )
+    }
+    assert all(one <= WHOLE[dtype] * three for one, three in found.values()), found
 
 
 def test_a_pass_over_its_budget_is_named(monkeypatch):

@@ -151,7 +151,8 @@ def test_what_is_no_folder_of_images_is_refused_in_a_line(make, text, experiment
     data = str(tmp_path / "data")
     assert experiment("depth")(["--data", data, "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    assert (text in told, "expected 'digits' or a folder" in told, told.count("\n")) == (True, True, 1)  # fmt: skip
+    wanted = "expected a folder with one sub-folder"
+    assert (text in told, wanted in told, told.count("\n")) == (True, True, 1)
 
 
 def test_a_batch_larger_than_the_data_is_refused(experiment, tmp_path, capsys):

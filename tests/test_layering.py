@@ -18,6 +18,7 @@ FLOORS = (
         "dispatch",
         "checks",
         "layouts",
+        "tables",
         "fork",
         "ops",
         "projection",

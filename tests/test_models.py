@@ -84,7 +84,7 @@ def test_the_papers_count_as_many_parameters(name):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", [n for n in models.__all__ if n[0].islower()])
+@pytest.mark.parametrize("name", models.list_models())
 def test_the_name_says_how_many_layers(name):
     """Convolutions on the longest path, and the classifier."""
     model = getattr(models, name)(device="meta")
@@ -233,3 +233,51 @@ def test_a_bad_argument_is_told(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         models.resnet18(**options)
+
+
+# --- what it is asked for in vain ---------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("name", "options", "kind", "text"),
+    [
+        ("resnet50", {"weights": "DEFAULT"}, TypeError, r"resnet50\(weights='DEFAULT'\).state_dict\(\)"),
+        ("resnet18", {"pretrained": True}, TypeError, r"resnet18: pretrained is True, .*model.load_state_dict"),
+        ("resnet20", {"weights": "DEFAULT"}, TypeError, r"load your own with model.load_state_dict"),
+        ("resnet18", {"num_class": 10}, TypeError, r"there is no argument 'num_class'; did you mean 'num_classes'"),
+        ("resnet18", {"xyzzy": 10}, TypeError, r"there is no argument 'xyzzy'; there are num_classes, in_channels"),
+        ("resnet18", {"num_classes": -1}, ValueError, r"ResNet: num_classes is -1, expected a whole number"),
+        ("resnet18", {"num_classes": "10"}, TypeError, r"num_classes is '10', expected a whole number"),
+        ("resnet18", {"num_classes": 10.0}, TypeError, r"num_classes is 10.0, expected a whole number"),
+        ("preact_resnet110", {"in_channels": 0}, ValueError, r"PreActResNet: in_channels is 0, expected"),
+        ("resnet50", {"groups": 0}, ValueError, r"groups is 0, expected"),
+        ("resnet50", {"base_width": 0}, ValueError, r"base_width is 0, expected"),
+        ("resnet18", {"widths": (64, 128, 0, 512)}, ValueError, r"widths\[2\] is 0, expected"),
+    ],
+)  # fmt: skip
+def test_what_there_is_not_is_said(name, options, kind, text):
+    with pytest.raises(kind, match=text):
+        getattr(models, name)(device="meta", **options)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("layers", "text"), [((2, 2, -1, 2), r"layers\[2\] is -1"), ((2, 2), "layers has 2 entries")]
+)
+def test_layers_that_are_none(layers, text):
+    with pytest.raises(ValueError, match=text):
+        ResNet(BasicBlock, layers, device="meta")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("argument", ["in_channels", "channels", "stride", "groups", "base_width"])
+def test_a_blocks_numbers_are_looked_at(argument):
+    with pytest.raises(ValueError, match=f"Bottleneck: {argument} is 0, expected a whole number"):
+        Bottleneck(**{"in_channels": 8, "channels": 8, argument: 0})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("options", [{"weights": None}, {"pretrained": False}])
+def test_no_weights_are_what_there_is(options):
+    assert isinstance(models.resnet18(device="meta", **options), ResNet)

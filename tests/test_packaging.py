@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedres
+
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +110,16 @@ except ModuleNotFoundError:
 
 def test_the_command_line_runs_from_the_wheel(python, tmp_path):
     assert "fusedres" in run(python, "-m", "fusedres", "env", cwd=tmp_path)
+
+
+def test_the_script_fusedres_answers_before_pytorch_is_loaded(python, tmp_path):
+    """Seen from what is left when PyTorch cannot be imported at all."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('PyTorch is imported')")
+    done = subprocess.run(
+        [python.parent / "fusedres", "--version"],
+        cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"fusedres {fusedres.__version__}\n", "")
 
 
 def test_in_the_checkout_the_folder_refuses_the_short_name():

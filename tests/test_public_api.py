@@ -1,6 +1,8 @@
 """The public names: all of `__all__` exists, has a docstring, and shows itself readably."""
 
 import inspect
+import pydoc
+import rlcompleter
 import types
 
 import pytest
@@ -24,8 +26,9 @@ PUBLIC = {
         "PreActBottleneck", "PreActSequential", "Projection", "Residual",
     },
     fusedres.models: {
-        "PreActResNet", "ResNet", "preact_resnet110", "preact_resnet164", "preact_resnet200", "preact_resnet1001",
-        "resnet18", "resnet20", "resnet32", "resnet34", "resnet44", "resnet50", "resnet56", "resnet101", "resnet110",
+        "PreActResNet", "ResNet", "list_models", "preact_resnet110", "preact_resnet164", "preact_resnet200",
+        "preact_resnet1001", "resnet18", "resnet20",
+        "resnet32", "resnet34", "resnet44", "resnet50", "resnet56", "resnet101", "resnet110",
         "resnet152", "resnet1202", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2",
         "wide_resnet101_2",
     },
@@ -94,3 +97,44 @@ def test_a_fused_model_shows_itself(block):
     fusedres.fuse_(model)
     assert "BatchNorm2d(64" in repr(model)
     assert " object at 0x" not in repr(model)
+
+
+# --- what completion and help() show -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_dir_shows_the_public_names_only(module):
+    more = {"__version__"} if module is fusedres else set()
+    assert set(dir(module)) == PUBLIC[module] | more
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_completion_offers_the_public_names_only(module):
+    completer = rlcompleter.Completer({"it": module})
+    offered = set(completer.attr_matches("it."))
+    assert {name[len("it.") :].rstrip("()") for name in offered} <= PUBLIC[module]
+
+
+def test_list_models_gives_every_function_that_builds_one():
+    functions = {name for name, value in vars(fusedres.models).items() if name in fusedres.models.__all__
+                 and inspect.isfunction(value)}  # fmt: skip
+    assert set(fusedres.models.list_models()) == functions - {"list_models"}
+
+
+@pytest.mark.parametrize("name", fusedres.models.list_models())
+def test_a_models_signature_is_what_it_takes(name):
+    """Names and defaults: what is given as they say changes nothing."""
+    build = getattr(fusedres.models, name)
+    signature = inspect.signature(build)
+    defaults = {each.name: each.default for each in signature.parameters.values()}
+    assert {each.kind for each in signature.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    if name in ("resnet20", "resnext50_32x4d", "preact_resnet110"):  # one with each set of its own
+        given = repr(build(**defaults | {"device": "meta"}))
+        assert given == repr(build(device="meta"))
+    assert signature.return_annotation in (fusedres.models.ResNet, fusedres.models.PreActResNet)
+
+
+def test_help_shows_names_and_defaults():
+    text = pydoc.render_doc(fusedres.models.resnet20, renderer=pydoc.plaintext)
+    assert "num_classes: int = 10" in text
+    assert "shortcut: str = 'pad'" in text

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import html
 import json
+import os
 import re
+import sys
 from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
@@ -27,34 +30,55 @@ from .swap_blocks import make, relu_child, tail, tail_projected
 
 pytestmark = pytest.mark.once
 
-TABLE = """\
+# As rich lays it out, and as it is without it; in 80 columns.
+TABLES = {
+    "rich": """\
 fusedres: 20 BatchNorm: 20 fused
-where                                     n  block       pattern         status
-----------------------------------------  -  ----------  --------------  ------
-bn1                                       1  ResNet      BN+ReLU         fused
-layer1.0.bn1 ... layer4.1.bn1             8  BasicBlock  BN+ReLU         fused
-layer1.0.bn2, layer1.1.bn2,               5  BasicBlock  BN+add+ReLU     fused
-layer2.1.bn2, layer3.1.bn2, layer4.1.bn2
-layer2.0.bn2, layer3.0.bn2, layer4.0.bn2  3  BasicBlock  BN+BN+add+ReLU  fused
-layer2.0.downsample.1,                    3  BasicBlock  BN+BN+add+ReLU  fused
-layer3.0.downsample.1,
-layer4.0.downsample.1
-    1x1 by the library: faster where both were timed
-""".rstrip()
+n  block       pattern         status  why  where
+-- ----------- --------------- ------- ---- ------------------------------------
+1  ResNet      BN+ReLU         fused        bn1
+8  BasicBlock  BN+ReLU         fused        layer1.0.bn1 ... layer4.1.bn1
+5  BasicBlock  BN+add+ReLU     fused        layer1.0.bn2, layer1.1.bn2,
+                                            layer2.1.bn2, layer3.1.bn2,
+                                            layer4.1.bn2
+3  BasicBlock  BN+BN+add+ReLU  fused        layer2.0.bn2, layer3.0.bn2,
+                                            layer4.0.bn2
+3  BasicBlock  BN+BN+add+ReLU  fused   1    layer2.0.downsample.1,
+                                            layer3.0.downsample.1,
+                                            layer4.0.downsample.1
+1: 1x1 by the library: faster where both were timed""",
+    "plain": """\
+fusedres: 20 BatchNorm: 20 fused
+n  block       pattern         status  why  where
+-  ----------  --------------  ------  ---  ------------------------------------
+1  ResNet      BN+ReLU         fused        bn1
+8  BasicBlock  BN+ReLU         fused        layer1.0.bn1 ... layer4.1.bn1
+5  BasicBlock  BN+add+ReLU     fused        layer1.0.bn2, layer1.1.bn2,
+                                            layer2.1.bn2, layer3.1.bn2,
+                                            layer4.1.bn2
+3  BasicBlock  BN+BN+add+ReLU  fused        layer2.0.bn2, layer3.0.bn2,
+                                            layer4.0.bn2
+3  BasicBlock  BN+BN+add+ReLU  fused   1    layer2.0.downsample.1,
+                                            layer3.0.downsample.1,
+                                            layer4.0.downsample.1
+1: 1x1 by the library: faster where both were timed""",
+}
+LAYOUTS = tuple(TABLES)
+
+
+def text_of(report: FuseReport, layout: str, width: int) -> str:
+    """What is printed on a terminal of this width, with rich or as if it were not installed."""
+    hidden = {} if layout == "rich" else {"rich.table": None}
+    with mock.patch.dict(os.environ, COLUMNS=str(width)), mock.patch.dict(sys.modules, hidden):
+        return str(report)
+
+
+def signs(*texts: str) -> str:
+    """All that is not white."""
+    return "".join("".join(texts).split())
 
 
 # The cells of each rendering, the names of the columns first.
-
-
-def cells_of_text(report: FuseReport) -> list[list[str]]:
-    """Without the reasons, which stand below their lines, and without the names that do."""
-    _, head, rule, *lines = str(report).split("\n")
-    columns = [slice(*dashes.span()) for dashes in re.finditer("-+", rule)]
-    return [
-        [line[column].rstrip() for column in columns]
-        for line in (head, *lines)
-        if len(line) > columns[0].stop and not line.startswith("    ")
-    ]
 
 
 def cells_of_markdown(report: FuseReport) -> list[list[str]]:
@@ -74,14 +98,19 @@ def cells_of_html(report: FuseReport) -> list[list[str]]:
 
 def assert_it_is_shown_whole(report: FuseReport) -> None:
     """Every line has all cells, in the text, in Markdown and in HTML the same ones; JSON and `n` leave no row out."""
-    text, markdown, (columns, *groups) = (
-        cells_of(report) for cells_of in (cells_of_text, cells_of_markdown, cells_of_html)
-    )
+    markdown, (columns, *groups) = cells_of_markdown(report), cells_of_html(report)
     assert markdown == [columns, *groups]
     assert {len(cells) for cells in groups} == {len(columns)}
-    assert [cells[1:] for cells in text[1:]] == [
-        [cell.rstrip() for cell in cells[1:-1]] for cells in groups
-    ]
+    numbers = {
+        reason: k for k, reason in enumerate(dict.fromkeys(g[-1] for g in groups if g[-1]), 1)
+    }
+    for layout in LAYOUTS:
+        wide, narrow = text_of(report, layout, 10**6), text_of(report, layout, 60)
+        lines = [signs(line) for line in wide.split("\n")[3 : 3 + len(groups)]]
+        assert lines == [
+            signs(*cells, str(numbers.get(reason, "")), where) for where, *cells, reason in groups
+        ]
+        assert sorted(signs(narrow).replace("-", "")) == sorted(signs(wide).replace("-", ""))
     assert sum(int(cells[1]) for cells in groups) == len(report.rows)
     assert json.loads(report.to_json())["rows"] == [asdict(row) for row in report.rows]
 
@@ -92,13 +121,38 @@ def report() -> FuseReport:
         return fusedres.fuse_(torchvision.models.resnet18())
 
 
-def test_table(report):
-    assert str(report) == TABLE
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_table(report, layout):
+    assert text_of(report, layout, 80) == TABLES[layout]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["resnet50", "timm:repvgg_a0"])
+def test_no_line_is_wider_than_the_terminal(name, layout, width):
+    with torch.device("meta"):
+        model = build_model(name)
+    where = [n for n, module in model.named_modules() if is_batch_norm(module)]
+    rows = [
+        Row(n, "Block", f"BN+{'add' * (len(n) % 9)}", "fused", "a" * (len(n) % 99)) for n in where
+    ]
+    lines = text_of(FuseReport(tuple(rows)), layout, width).split("\n")
+    assert max(map(len, lines)) <= width
+
+
+def test_a_terminal_is_asked_for_its_width_and_80_are_none(report, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    widths = []
+    for columns in (50, 100, 0):  # 0: what is no terminal
+        size = os.terminal_size((columns, 24 if columns else 0))
+        monkeypatch.setattr(os, "get_terminal_size", lambda *_, size=size: size)
+        widths.append(max(map(len, str(report).split("\n"))))
+    assert (widths[0] <= 50, 80 < widths[1] <= 100, 50 < widths[2] <= 80) == (True, True, True)
 
 
 def test_markdown(report):
     lines = report.to_markdown().splitlines()
-    assert lines[0] == TABLE.splitlines()[0]
+    assert lines[0] == TABLES["rich"].splitlines()[0]
     assert lines[4] == "| bn1 | 1 | ResNet | BN+ReLU | fused |  |"
 
 
@@ -264,11 +318,11 @@ def test_what_is_left_alone_moves_and_saves_nothing():
 def test_the_table_of_a_network_with_bytes():
     with torch.device("meta"):
         report = fusedres.fuse_(torchvision.models.resnet50(), input_shape=(256, 3, 224, 224))
-    lines = str(report).splitlines()
+    lines = text_of(report, "rich", 200).splitlines()
     assert lines[0].endswith(
         "; with an input of [256, 3, 224, 224] a training step moves 62.0 GB less of 157.2 GB"
     )
-    assert lines[3].split()[-2:] == ["4.1", "GB"]
+    assert lines[3].split()[-3:] == ["4.1", "GB", "bn1"]
     assert report.bytes_saved == sum(row.saves for row in report.rows)
 
 
@@ -306,6 +360,19 @@ def test_of_a_fused_model_the_bytes_are_the_same():
         ((2, 3, 5, 5), ValueError, r"does not take a tensor of shape \[2, 3, 5, 5\]: RuntimeError"),
         ("2,4,5,5", TypeError, "input_shape is '2,4,5,5', expected whole numbers"),
         ((2, 4.0), TypeError, "expected whole numbers"),
+        (224, TypeError, "input_shape is 224, expected whole numbers, for example"),
+        (
+            torch.zeros(2, 4, 5, 5),
+            TypeError,
+            r"is a tensor of shape \[2, 4, 5, 5\], .*; pass its shape",
+        ),
+        ((0, 4, 5, 5), ValueError, r"input_shape is \(0, 4, 5, 5\), expected sizes of 1 or more"),
+        ((), ValueError, "expected sizes of 1 or more"),
+        (
+            (2, 1, 5, 5),
+            ValueError,
+            r"its first convolution takes 4 channels, and \[2, 1, 5, 5\] has 1",
+        ),
     ],
 )
 def test_a_shape_that_does_not_fit_is_refused_before_anything_is_changed(shape, error, text):

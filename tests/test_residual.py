@@ -352,7 +352,7 @@ class TestErrors:
         ("options", "kind", "text"),
         [
             ({"block": len}, TypeError, "block is a builtin_function_or_method, expected an nn.Module"),
-            ({"skip": "conv"}, ValueError, "skip is 'conv', expected None, a module, 'project' or 'pad'"),
+            ({"skip": "conv"}, ValueError, r"skip is 'conv', expected None .*, 'project' \(a 1x1 convolution"),
             ({"skip": 2}, TypeError, "skip is a int, expected None, an nn.Module, 'project' or 'pad'"),
             ({"scale": "row"}, ValueError, "scale is 'row', expected None, 'scalar', 'channel', a number or"),
             ({"scale": [1.0]}, TypeError, "scale is a list, expected None, a number, a tensor, 'scalar'"),
@@ -365,3 +365,17 @@ class TestErrors:
     def test_arguments(self, options, kind, text):
         with pytest.raises(kind, match="Residual: " + text):
             Residual(**{"block": nn.Identity(), **options})
+
+    @pytest.mark.parametrize(
+        ("block", "skip", "text"),
+        [
+            (nn.LSTM(4, 4), None, "the block, LSTM, gives a tuple, expected one tensor; wrap it in a module"),
+            (nn.Linear(4, 4), nn.LSTM(4, 4), "the skip connection, LSTM, gives a tuple, expected one tensor"),
+            (nn.ModuleDict(), None, None),
+        ],
+        ids=["block", "skip", "no forward"],
+    )  # fmt: skip
+    def test_what_is_no_tensor(self, block, skip, text):
+        """A module without a forward is PyTorch's to refuse."""
+        with pytest.raises(TypeError if text else NotImplementedError, match=text):
+            Residual(block, skip)(torch.randn(3, 2, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import threading
 import weakref
 from contextvars import copy_context
@@ -464,6 +465,32 @@ def test_a_module_that_was_changed_is_looked_at_again(change, device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+class Joined(nn.Module):
+    """A tail with a BatchNorm on either side."""
+
+    def __init__(self, device) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8, device=device)
+        self.shortcut = fusedres.nn.Projection(8, 8, device=device)
+
+    def forward(self, x, residual):
+        return self.shortcut.join(self.bn, x, residual)
+
+
+@pytest.mark.parametrize("side", ["main path", "shortcut"])
+@pytest.mark.parametrize("change", ["eps", "momentum", "no momentum", "eval", "no statistics", "a hook"])  # fmt: skip
+def test_a_pair_of_which_one_was_changed_is_looked_at_again(change, side, device):
+    module = Joined(device)
+    x, residual = images(2, device=device)
+    for _ in range(2):
+        module(x, residual).sum().backward()
+    fresh = copy.deepcopy(module)
+    for each in (module, fresh):
+        CHANGES[change](each.bn if side == "main path" else each.shortcut[1])
+    found, expected = (results(each, x, residual) for each in (module, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("vector", ["weight", "bias", "running_mean"])
 def test_a_vector_that_no_longer_fits_is_refused(vector, device):
@@ -484,6 +511,18 @@ def test_a_rank_that_the_module_does_not_take_is_refused_however_often(device):
     for _ in range(2):
         with pytest.raises(ValueError, match="expected 4D input"):
             module(three)
+
+
+def test_a_trace_calls_the_batchnorm_however_often_the_module_has_run(device):
+    def traced(module):
+        given = tuple(images(2, device=device))
+        graph = torch.jit.trace(module, given, check_trace=False).graph
+        return re.sub(r"___torch_mangle_\d+\.", "", str(graph))
+
+    fresh, met = (fusedres.nn.BatchNormAct2d(8, device=device).eval() for _ in range(2))
+    for _ in range(2):
+        met(*images(2, device=device))
+    assert traced(met) == traced(fresh)
 
 
 def test_batches_are_counted_once_a_call(device):

@@ -240,6 +240,23 @@ class TestErrors:
             function(make(tail), filter_fn="layer1")
 
     @pytest.mark.parametrize("function", [fusedres.fuse_, fusedres.explain])
+    @pytest.mark.parametrize(
+        ("filter_fn", "shown"),
+        [(lambda module: True, r"<lambda>\(module\)"), (lambda *, module, fqn: True, r"<lambda>\(\*, module, fqn\)")],
+    )  # fmt: skip
+    def test_filter_that_does_not_take_two_arguments(self, function, filter_fn, shown):
+        block = make(tail)
+        expected = (
+            rf"{function.__name__}: filter_fn is {shown}, expected a function of two arguments"
+        )
+        with pytest.raises(TypeError, match=expected):
+            function(block, filter_fn=filter_fn)
+        assert not fusedres.is_fused(block)
+
+    def test_filter_of_any_arguments(self):
+        assert fusedres.fuse_(make(tail), filter_fn=lambda *of_any: True).n_fused == 2
+
+    @pytest.mark.parametrize("function", [fusedres.fuse_, fusedres.explain])
     def test_config_of_another_type(self, function):
         expected = (
             rf"{function.__name__}: config is a dict, expected a FuseConfig or None; write config="

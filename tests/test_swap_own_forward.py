@@ -237,9 +237,9 @@ SCRIPTED = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
     ("make", "advice"),
     [
         (lambda: nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()), "run one batch first, then fuse"),
-        (lambda: torch.jit.script(SCRIPTED), "fuse before torch.jit.script"),
-        (lambda: nn.Sequential(torch.jit.script(SCRIPTED), nn.BatchNorm2d(4)), "fuse before torch.jit.script"),
-        (lambda: torch.fx.symbolic_trace(block(with_child)), "fuse before tracing"),
+        (lambda: torch.jit.script(SCRIPTED), "call fuse_ before torch.jit.script"),
+        (lambda: nn.Sequential(torch.jit.script(SCRIPTED), nn.BatchNorm2d(4)), "call fuse_ before torch.jit.script"),
+        (lambda: torch.fx.symbolic_trace(block(with_child)), "call fuse_ before symbolic_trace"),
     ],
     ids=["lazy", "script", "script inside", "fx"],
 )  # fmt: skip

@@ -278,6 +278,25 @@ def test_a_copy_runs_on_itself(make, name):
     torch.testing.assert_close(twin(X), plain(X))
 
 
+@pytest.mark.parametrize("is_gone", [False, True])
+@torch.no_grad()
+def test_clones_of_one_module_run_on_themselves_while_there_are_several(is_gone):
+    """Who calls a seat is asked only where several may: from when a second one is there, until it is gone."""
+    fused = fused_copy(Block().double().eval())
+    alone = fused(X)
+    clones = [Clone.of(fused) for _ in range(2)]
+    for k, clone in enumerate(clones, 2):
+        clone._modules["bn"].running_mean.fill_(k)
+    expected = [type(each).forward(each, X) for each in clones]
+    if is_gone:
+        fused = clones[0]
+        alone = expected[0]
+    found = [each(X) for each in clones]
+    torch.testing.assert_close(found, expected)
+    del clone, clones
+    torch.testing.assert_close(fused(X), alone)
+
+
 def test_a_fused_model_goes_when_it_is_let_go():
     model = small()
     fusedres.fuse_(model)

@@ -73,6 +73,10 @@ for name, sign in {**_ARITHMETIC, "mul.lo": "*"}.items():
         define(f"{name}.s16 {name}.u16", "u16", "u32 u32", f"a {sign} b")
 define("mul.wide.u16", "u32", "u32 u32", "(u16)a * (u32)(u16)b")
 define("mul.wide.s16", "u32", "u32 u32", "(s16)a * (s32)(s16)b")
+for t in ("s16", "u16"):
+    first, second = f"({t})a", f"({t})b"
+    define(f"div.{t}", "u16", "u32 u32", f"{second} ? {first} / {second} : -1")
+    define(f"rem.{t}", "u16", "u32 u32", f"{second} ? {first} % {second} : a")
 define("neg.s16", "u16", "u32", "0 - a")
 define("brev.b32", "u32", "u32", "brev(a)")
 define("bfi.b32", "u32", "u32 u32 u32 u32", "bfi(a, b, c, d)")

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -169,15 +170,25 @@ def compile_all(jobs: Sequence[Job], chip: Chip, processes: int) -> Iterator[Com
     order = sorted(jobs, key=lambda job: -len(job.specialization))
     processes = max(1, min(processes, len(order)))
     # Threads of PyTorch's may be running, and a GPU may be in use: no fork survives that.
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_leave_interrupts
+    )
+    with pool:
         waiting = {pool.submit(_compile, job, chip): job for job in order}
-        for done in as_completed(waiting):
-            error = done.exception()
-            if error is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-                job = waiting[done]
-                raise RuntimeError(f"{job.kernel} does not compile: {error}") from error
-            yield done.result()
+        try:
+            for done in as_completed(waiting):
+                error = done.exception()
+                if error is not None:
+                    job = waiting[done]
+                    raise RuntimeError(f"{job.kernel} does not compile: {error}") from error
+                yield done.result()
+        finally:  # of what has not begun, where it ends early
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that waits for the others answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _compile(job: Job, chip: Chip) -> Compiled:

@@ -1,92 +1,17 @@
-"""`python -m fusedres bench`: fusedres beside what one would run instead, measured here, as rows, plots and a page."""
+"""`fusedres bench`: fusedres beside what one would run instead, measured here, as rows, plots and a page."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from .. import dispatch
-from .compare import DTYPES, LAYOUTS, at_least
+from .arguments import LEVELS
 from .device import choose_device
-from .errors import CommandError
+from .errors import CommandError, Interrupted
 from .progress import Progress
-
-LEVELS = ("operator", "block", "model", "bytes", "code", "executed", "host")
-
-
-def add_to(commands) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="the benchmark suite",
-        description="Measure fusedres beside PyTorch eager, torch.compile and other peers: the time of operators, "
-        "blocks and models, and what needs no GPU: bytes, machine code, what it executes, host cost. Every result is "
-        "checked before it is timed. Rows are appended to results.json and results.csv; plots and a page are made from "
-        "them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--level",
-        action="append",
-        choices=LEVELS,
-        metavar="LEVEL",
-        help=f"{', '.join(LEVELS)}; may be given more than once; without it, all of them",
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer cases, shorter rounds")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/bench"),
-        metavar="DIR",
-        help="where rows, plots and page go",
-    )
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="OLD.json",
-        help="print what got slower or larger since that file",
-    )
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="measure nothing: make the page (and the comparison) from --out again",
-    )
-    parser.add_argument(
-        "--budget",
-        type=at_least(1),
-        metavar="SECONDS",
-        help="start nothing new after that time, and name what was left out",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one"
-    )
-    parser.add_argument(
-        "--batch", type=at_least(1), metavar="N", help="instead of what suits the device"
-    )
-    parser.add_argument(
-        "--dtype", action="append", choices=DTYPES, help="may be given more than once"
-    )
-    parser.add_argument(
-        "--layout",
-        action="append",
-        choices=("channels_last", "contiguous"),
-        help="may be given more than once",
-    )
-    parser.add_argument(
-        "--model",
-        action="append",
-        metavar="NAME",
-        help="for --level model: a torchvision model, timm:NAME or cifar_resnet18; may be given more than once",
-    )
-    parser.add_argument(
-        "--provider",
-        action="append",
-        metavar="NAME",
-        help="only these (eager is always there); may be given more than once",
-    )
-    parser.add_argument("--no-graphs", action="store_true", help="no CUDA graphs")
-    parser.set_defaults(run=run)
+from .training import DTYPES, LAYOUTS
 
 
 def run(options: argparse.Namespace) -> None:
@@ -112,6 +37,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
         book = record.Book.open(options.out, suite.stamp(device))
     except record.RecordError as error:
         raise CommandError(str(error)) from error
+    whole = True
     if options.report:
         if not book.rows:
             raise CommandError(f"--report: {options.out} has no {record.JSON_FILE}")
@@ -131,7 +57,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
             graphs=not options.no_graphs,
         )
         before = len(book.rows)
-        suite.run(wish, book, print, lambda units: Progress(units, lines=max(units, 1)))
+        whole = suite.run(wish, book, print, lambda units: Progress(units, lines=max(units, 1)))
         print(f"{len(book.rows) - before} rows")
     for path in report.write_page(book):
         print(f"wrote {path}")
@@ -139,6 +65,8 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
         print(f"fault: {fault}")
     if old is not None:
         print(f"\nsince {options.compare}:\n{changes.compare(old, book.rows)}")
+    if not whole:
+        raise Interrupted(f"interrupted; what was measured is in {options.out}")
 
 
 def _providers(names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +67,23 @@ EXPECTATIONS = {
 }
 
 
-def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
-    """Set the backend (None: keep the one that is set), and find out what will run for it.
+@contextmanager
+def chosen_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> Iterator[Choice]:
+    """The backend (None: the one that is set) for as long as a command runs, and what will run for it.
 
     Raises:
         CommandError: the triton backend is asked for and cannot run there.
     """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(fusedres.backend(name or fusedres.get_backend()))
+        except RuntimeError as error:
+            raise CommandError(str(error)) from error
+        yield _choice(device, dtype)
+
+
+def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
     try:
-        fusedres.set_backend(name or fusedres.get_backend())
         if fusedres.get_backend() == "off":
             return Choice("off", "swapped blocks run their own forward", EXPECTATIONS["off"])
         name, reason = dispatch.resolve(device, dtype)

@@ -1,4 +1,4 @@
-"""`python -m fusedres env`: the versions, the device and the backend, to paste into an issue."""
+"""`fusedres env`: the versions, the device and the backend, to paste into an issue."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import torch
 import fusedres
 from fusedres import dispatch
 
+from ..tables import table
 from .device import choose_device, device_name
 
-PACKAGES = ("triton", "torchvision", "timm", "scikit-learn", "matplotlib", "tqdm")
-
-
-def add_to(commands) -> None:
-    parser = commands.add_parser(
-        "env",
-        help="versions, device and backend",
-        description="Print versions, the device, and which backend runs and why; paste it into an issue.",
-    )
-    parser.set_defaults(run=run)
+PACKAGES = (
+    "triton", "torchvision", "timm", "transformers", "scikit-learn", "matplotlib", "tqdm", "rich",
+)  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> None:
@@ -33,9 +27,7 @@ def run(options: argparse.Namespace) -> None:
         ("backend", _asked_for()),
         *_backends(),
     ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+    print(table(rows, head=False))
 
 
 def versions() -> dict[str, str]:

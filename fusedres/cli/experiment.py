@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .data import Images, batches
 from .differences import Difference, difference
-from .errors import CommandError
+from .errors import CommandError, first_line
 from .progress import Progress
 from .summary import Spread
 from .training import Setting, Trainee
@@ -20,13 +22,26 @@ WARM_UP = 5
 
 @dataclass(frozen=True)
 class Outcome:
-    """Two trained models and how they compared, step by step; `itself` is the original against its own twin."""
+    """Two trained models and how they compared, step by step; `itself` is the original against its own twin.
+
+    There are fewer `differences` than `steps` where Ctrl-C has ended it.
+    """
 
     original: Trainee
     fused: Trainee
     differences: list[Difference]
     itself: Difference
-    warm_up: int
+    steps: int
+
+    @property
+    def warm_up(self) -> int:
+        """Steps that are not timed."""
+        return min(WARM_UP, len(self.differences) - 1)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C has ended it."""
+        return len(self.differences) < self.steps
 
     def seconds(self, trainee: Trainee) -> Spread:
         """The step times after the warm-up."""
@@ -36,43 +51,63 @@ class Outcome:
 def train_side_by_side(
     model: nn.Module,
     fused: nn.Module,
-    images: Images,
+    feed: Iterator[tuple[Tensor, Tensor]],
     setting: Setting,
-    batch: int,
     steps: int,
     seed: int,
+    itself: Difference,
 ) -> Outcome:
     """Train both, interleaved, each going first every other step, so that both see the same weather.
 
+    Ctrl-C ends it after the steps that both have made.
+
     Raises:
-        CommandError: the model cannot be trained on these images, or a batch is larger than the data.
+        CommandError: the device has too little memory.
+        KeyboardInterrupt: before the first step was made.
     """
-    feed = batches(images, batch, steps, seed)
-    itself = _against_itself(model, images, setting, batch, seed)
     original, swapped = Trainee("original", model, setting), Trainee("fused", fused, setting)
-    differences = []
+    differences: list[Difference] = []
     progress = Progress(steps)
-    for index, (pixels, labels) in zip(progress, feed, strict=True):
-        order = (original, swapped) if index % 2 == 0 else (swapped, original)
-        for trainee in order:
-            trainee.step(pixels, labels, seed + index)
-        differences.append(difference(original, swapped))
-        progress.tell(f"loss {original.losses[-1]:.4f} original, {swapped.losses[-1]:.4f} fused")
-    return Outcome(original, swapped, differences, itself, warm_up=min(WARM_UP, steps - 1))
+    try:
+        for index, (pixels, labels) in zip(progress, feed, strict=True):
+            order = (original, swapped) if index % 2 == 0 else (swapped, original)
+            for trainee in order:
+                trainee.step(pixels, labels, seed + index)
+            differences.append(difference(original, swapped))
+            progress.tell(
+                f"loss {original.losses[-1]:.4f} original, {swapped.losses[-1]:.4f} fused"
+            )
+    except torch.OutOfMemoryError as error:
+        raise CommandError(f"{first_line(error)}; a smaller --batch may help") from error
+    except KeyboardInterrupt:
+        if not differences:
+            raise
+        for trainee in (original, swapped):
+            trainee.forget_after(len(differences))
+    finally:
+        progress.close()
+    return Outcome(original, swapped, differences, itself, steps)
 
 
-def _against_itself(
-    model: nn.Module, images: Images, setting: Setting, batch: int, seed: int
+def against_itself(
+    name: str, model: nn.Module, images: Images, setting: Setting, batch: int, seed: int
 ) -> Difference:
-    """The original's first step, made twice: what the device's own convolutions leave undetermined."""
+    """A copy's first step, made twice: what the device's own convolutions leave undetermined.
+
+    It is also the proof that this model can be trained on these images.
+
+    Raises:
+        CommandError: it cannot.
+    """
     twins = [Trainee("original", copy.deepcopy(model), setting) for _ in range(2)]
     ((pixels, labels),) = batches(images, batch, 1, seed)
     try:
         for twin in twins:
             twin.step(pixels, labels, seed)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the model says to an input that it does not take
+        smaller = isinstance(error, torch.OutOfMemoryError)
+        hint = "a smaller --batch" if smaller else "another --image-size or a larger --batch"
         raise CommandError(
-            f"{type(model).__name__} cannot be trained on a batch of shape {list(pixels.shape)}: {error}; "
-            "a larger --image-size or --batch may help"
+            f"{name} cannot be trained on a batch of shape {list(pixels.shape)}: {first_line(error)}; {hint} may help"
         ) from error
     return difference(*twins)

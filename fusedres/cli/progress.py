@@ -28,8 +28,13 @@ class Progress:
             yield index
             if self._bar is not None:
                 self._bar.update()
-            elif (index + 1) % self._every == 0 or index + 1 == self._steps:
-                print(f"  step {index + 1:>{len(str(self._steps))}}/{self._steps}  {self._said}")
+            elif index in (0, self._steps - 1) or (index + 1) % self._every == 0:
+                words = f"  step {index + 1:>{len(str(self._steps))}}/{self._steps}  {self._said}"
+                print(words, flush=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar's line: before the end it is where the cursor stands."""
         if self._bar is not None:
             self._bar.close()
 

@@ -6,33 +6,38 @@ import argparse
 import math
 from typing import Any
 
+from ..tables import table
 from .differences import largest
 from .env import versions
 from .experiment import Outcome
-from .summary import compare_seconds, milliseconds, table
+from .summary import compare_seconds, milliseconds
 from .training import Trainee
 
 Accuracies = tuple[float, float] | None
 
 
 def speed_table(outcome: Outcome, batch: int, accuracies: Accuracies) -> str:
-    """Step time, images per second, peak memory, accuracy; the last column says what to make of it."""
+    """Step time, images per second, peak memory, accuracy; and a line that says what to make of the time."""
     trainees = (outcome.original, outcome.fused)
-    original, fused = spreads = [outcome.seconds(trainee) for trainee in trainees]
+    spreads = [outcome.seconds(trainee) for trainee in trainees]
     peaks = [_peak(trainee) for trainee in trainees]
+    low, middle, high = (
+        [milliseconds(getattr(spread, name)) for spread in spreads]
+        for name in ("low", "median", "high")
+    )
     rows = [
-        ["", "original", "fused", ""],
-        ["step time", *map(milliseconds, spreads), compare_seconds(original, fused)],
-        ["images per second", *(f"{batch / spread.median:.4g}" for spread in spreads), ""],
-        [
-            "peak memory of a step",
-            *("-" if peak is None else f"{peak / 2**20:.4g} MiB" for peak in peaks),
-            "the device does not tell" if None in peaks else "beyond weights and data",
-        ],
+        ["", "original", "fused"],
+        ["time of a step, median", *middle],
+        ["  lower quartile", *low],
+        ["  upper quartile", *high],
+        ["images per second", *(f"{batch / spread.median:.4g}" for spread in spreads)],
     ]
+    if None not in peaks:
+        sizes = (f"{peak / 2**20:.4g} MiB" for peak in peaks if peak is not None)
+        rows.append(["peak memory beyond weights, data", *sizes])
     if accuracies is not None:
-        rows.append(["accuracy, held out", *(f"{share:.1%}" for share in accuracies), ""])
-    return table(rows)
+        rows.append(["accuracy, held out", *(f"{share:.1%}" for share in accuracies)])
+    return f"{table(rows)}\ntime: {compare_seconds(*spreads)}"
 
 
 def difference_table(outcome: Outcome) -> str:
@@ -47,12 +52,11 @@ def difference_table(outcome: Outcome) -> str:
 
 def record(options: argparse.Namespace, outcome: Outcome, accuracies: Accuracies) -> dict[str, Any]:
     """Everything, ready for JSON."""
-    settings = {
-        name: value for name, value in vars(options).items() if name not in ("run", "command")
-    }
+    settings = {name: value for name, value in vars(options).items() if name != "command"}
     both: dict[str, Any] = {
         "settings": settings | {"out": str(options.out)},
         "versions": versions(),
+        "interrupted": outcome.interrupted,
         "warm_up_steps": outcome.warm_up,
         "differences": [step.to_dict() for step in outcome.differences],
         "largest_difference": largest(outcome.differences).to_dict(),

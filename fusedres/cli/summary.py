@@ -1,4 +1,4 @@
-"""Numbers to words: medians with their spread, whether two of them differ, and the table."""
+"""Numbers to words: medians with their spread, and whether two of them differ."""
 
 from __future__ import annotations
 
@@ -43,17 +43,5 @@ def compare_seconds(original: Spread, fused: Spread) -> str:
     return f"fused takes {fused.median / original.median:.2f}x as long"
 
 
-def milliseconds(spread: Spread) -> str:
-    low, middle, high = (f"{1e3 * t:.4g}" for t in (spread.low, spread.median, spread.high))
-    return f"{middle} ms ({low} to {high})"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 from .data import Images
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 LEARNING_RATE = 0.02
 MOMENTUM = 0.9
 # float16 gradients below 6e-8 vanish; the losses here are near 1, so a modest scale is enough and never overflows.
@@ -77,6 +80,11 @@ class Trainee:
         if resident is not None:
             self.peak_bytes.append(_peak(device) - resident)
 
+    def forget_after(self, steps: int) -> None:
+        """As if it had made only so many: of the step that Ctrl-C has ended, one of two may have its part."""
+        for kept in (self.losses, self.seconds, self.peak_bytes):
+            del kept[steps:]
+
     def gradients(self) -> dict[str, Tensor]:
         """The gradients of the last step, by parameter."""
         return {
@@ -103,9 +111,13 @@ class Trainee:
         return sum(map(int, right)) / len(data.held_out_labels)
 
 
-def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Inception and GoogLeNet answer with a tuple while training: the logits, then those of the auxiliary heads."""
-    return output if isinstance(output, Tensor) else output[0]
+def _logits(output: Any) -> Tensor:
+    """Inception and GoogLeNet answer with a tuple while training: the logits, then those of the auxiliary heads;
+    Hugging Face's models with an object that has them by name."""
+    if isinstance(output, Tensor):
+        return output
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits
 
 
 def _synchronize(device: torch.device) -> None:

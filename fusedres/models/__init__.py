@@ -3,11 +3,13 @@
     model = fusedres.models.resnet50(channels_last=True, device="cuda")
     model.load_state_dict(torchvision.models.resnet50(weights="DEFAULT").state_dict())
 
-Each function takes the keyword arguments of its class, `ResNet` or `PreActResNet`.
+Each function takes the keyword arguments of its class, `ResNet` or `PreActResNet`; `list_models()` gives their names.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +19,8 @@ from .preact import PreActResNet
 from .resnet import ResNet
 
 _Net = TypeVar("_Net", bound=Network)
+# How torchvision and timm are asked for trained weights.
+_WEIGHTS = ("weights", "pretrained")
 
 
 def _model(
@@ -25,15 +29,61 @@ def _model(
     """A function that builds this row of the table; what it is given goes over what is fixed."""
 
     def build(**options: Any) -> _Net:
+        _check_options(name, options, parameters, source in _WITH_WEIGHTS)
         return net(block, layers, **{**fixed, **options})
 
-    given = "".join(f", {key}={value!r}" for key, value in fixed.items())
+    described: Any = build
+    described.__signature__ = signature = _signature(net, fixed)
+    parameters = tuple(signature.parameters)
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
-        f"{source}.\n\nArgs:\n    **options: keyword arguments of `{net.__name__}`; the defaults are those of "
-        f"`{net.__name__}({block.__name__}, {layers}{given})`.\n\nRaises:\n    ValueError: as `{net.__name__}`.\n"
+        f"{source}.\n\n`{net.__name__}({block.__name__}, {layers}, ...)`; the arguments are those of `{net.__name__}`, "
+        f"by keyword.\n\nRaises:\n    TypeError, ValueError: as `{net.__name__}`; weights or pretrained, since there "
+        "are no weights here: the text says how to load torchvision's.\n"
     )
     return build
+
+
+def _signature(net: type[Network], fixed: dict[str, Any]) -> inspect.Signature:
+    """Of a function of the table: the arguments behind block and layers, with the defaults that it fixes."""
+    _, _, *rest = inspect.signature(net, eval_str=True).parameters.values()
+    keywords = [
+        each.replace(kind=each.KEYWORD_ONLY, default=fixed.get(each.name, each.default))
+        for each in rest
+    ]
+    return inspect.Signature(keywords, return_annotation=net)
+
+
+def _check_options(
+    name: str, options: dict[str, Any], known: tuple[str, ...], as_torchvision: bool
+) -> None:
+    """Refuse what is no argument, weights above all: but for none of them, which is what there is.
+
+    Raises:
+        TypeError: the text says what to do.
+    """
+    for option in [each for each in options if each not in known]:
+        if option in _WEIGHTS and not options[option]:
+            del options[option]
+        elif option in _WEIGHTS:
+            how = (
+                f"load torchvision's: model = fusedres.models.{name}(); model.load_state_dict("
+                f"torchvision.models.{name}(weights='DEFAULT').state_dict())"
+                if as_torchvision
+                else "load your own with model.load_state_dict(torch.load(path))"
+            )
+            raise TypeError(
+                f"{name}: {option} is {options[option]!r}, and there are none here; {how}"
+            )
+        else:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise TypeError(f"{name}: there is no argument {option!r}; {hint}")
+
+
+def list_models() -> list[str]:
+    """The names of the functions here that build a model, for `getattr(fusedres.models, name)`."""
+    return [name for name in __all__ if name[0].islower() and name != "list_models"]
 
 
 _IMAGENET = (
@@ -41,6 +91,7 @@ _IMAGENET = (
 )
 _WIDE = "Zagoruyko and Komodakis 2016 (arXiv:1605.07146), with torchvision's state_dict"
 _RESNEXT = "Xie et al. 2017 (arXiv:1611.05431), with torchvision's state_dict"
+_WITH_WEIGHTS = (_IMAGENET, _WIDE, _RESNEXT)
 _CIFAR_TEXT = (
     "He et al. 2015 (arXiv:1512.03385, section 4.2), for CIFAR, with shortcuts of option A"
 )
@@ -93,6 +144,7 @@ preact_resnet200 = _model(
 __all__ = [
     "PreActResNet",
     "ResNet",
+    "list_models",
     "preact_resnet110",
     "preact_resnet164",
     "preact_resnet200",
@@ -114,3 +166,7 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn.batch_norm import run_tail
 from ..nn.norms import FUSED_NORMS
 from ..nn.projection import CONVOLUTIONS
-from ..nn.shortcuts import SHORTCUTS, check_choice
+from ..nn.shortcuts import SHORTCUTS, check_choice, check_count
 
 _STEMS = ("7x7", "3x3")
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -57,6 +57,13 @@ class Network(nn.Module):
         check_choice(caller, "init", init, tuple(_INITS))
         check_choice(caller, "shortcut", shortcut, SHORTCUTS)
         check_choice(caller, "stem", stem, _STEMS)
+        counts = {
+            "num_classes": num_classes, "in_channels": in_channels, "groups": groups, "base_width": base_width,
+            **{f"layers[{k}]": count for k, count in enumerate(layers)},
+            **{f"widths[{k}]": width for k, width in enumerate(widths)},
+        }  # fmt: skip
+        for argument, count in counts.items():
+            check_count(caller, argument, count)
         if channels_last and dims not in _CHANNELS_LAST:
             raise ValueError(
                 f"{caller}: channels_last is {channels_last!r} and dims is {dims!r}; PyTorch has that memory format "

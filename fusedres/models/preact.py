@@ -23,6 +23,7 @@ class PreActResNet(Network):
             init, zero_init_residual, channels_last, dims, device, dtype: as for `ResNet`.
 
     Raises:
+        TypeError: a number that is no whole one.
         ValueError: an argument that is none of these; the text lists what is accepted.
     """
 

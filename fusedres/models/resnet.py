@@ -25,5 +25,6 @@ class ResNet(Network):
         device, dtype: of parameters and buffers.
 
     Raises:
+        TypeError: a number that is no whole one.
         ValueError: an argument that is none of these; the text lists what is accepted.
     """

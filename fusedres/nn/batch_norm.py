@@ -15,11 +15,12 @@ from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
-from ..ops.norm import How
+from ..ops.norm import BatchNorm, How
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
 
+_is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -30,12 +31,15 @@ def straight_tail(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    is_asked: bool = False,
 ) -> Tensor | None:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
+    is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
     """
-    if type(input) is not Tensor or not is_quiet():
+    # First: torch.compile knows the answer, and takes none of what follows into its graph.
+    if _is_compiling() or type(input) is not Tensor:
         return None
     if activation is not None and type(activation) is not str:
         return None
@@ -56,30 +60,23 @@ def straight_tail(
         into,
         training,
         residual is None,
-        torch.is_grad_enabled(),
+        _grad_mode(),
     )
     planned = find(key, tensors)
-    if (
-        planned is not None
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
-        and "forward" not in own
-        and own["track_running_stats"]
-        and type(momentum) is float
-        and type(eps) is float
-        and eps > 0
-    ):
+    if planned is not None and _is_usual(own, momentum, eps, is_asked):
         weight, bias = tensors[2], tensors[3]
-        if not planned.composed:
-            return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
-        if training:
-            tensors[6].add_(1)
-        return reference.batch_norm_act(
-            input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
-            residual=residual, activation=activation,
-        )  # fmt: skip
+        if planned.composed:  # of PyTorch's own operations, for whoever looks on
+            if training:
+                tensors[6].add_(1)
+            return reference.batch_norm_act(
+                input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
+                residual=residual, activation=activation,
+            )  # fmt: skip
+        if not is_quiet():
+            return None
+        return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
+    if not is_quiet():
+        return None
     found = usual(norm)
     if found is None:
         return None
@@ -88,6 +85,26 @@ def straight_tail(
         single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
         lambda: _fits(norm, input, residual, activation, into), key[1:],
     )  # fmt: skip
+
+
+def _is_usual(own: dict[str, Any], momentum: Any, eps: Any, is_asked: bool) -> bool:
+    """Whether a BatchNorm that calls of it were planned for is still one that they were planned for."""
+    return (
+        own["track_running_stats"]
+        and type(momentum) is float
+        and type(eps) is float
+        and eps > 0
+        and (
+            is_asked
+            or not (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            )
+        )
+    )
 
 
 def _fits(
@@ -219,8 +236,43 @@ def _straight_pair(
     norm: Any, input: Tensor, other: Any, residual: Tensor, activation: str | None, into: str | None,
     moments: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """As `straight_tail`, of two BatchNorms."""
-    if not is_quiet() or type(input) is not Tensor or type(residual) is not Tensor:
+    """As `straight_tail`, of two BatchNorms that were asked."""
+    if _is_compiling() or type(input) is not Tensor or type(residual) is not Tensor:
+        return None
+    if activation is not None and type(activation) is not str:
+        return None
+    try:
+        one, two = norm.__dict__, other.__dict__
+        training, momentum, eps = one["training"], one["momentum"], one["eps"]
+        trained, second_momentum, second_eps = two["training"], two["momentum"], two["eps"]
+        p, q, s, t = one["_parameters"], two["_parameters"], one["_buffers"], two["_buffers"]
+        tensors = (
+            input, residual, p["weight"], p["bias"], s["running_mean"], s["running_var"],
+            s["num_batches_tracked"] if training else NONE[6],
+            q["weight"], q["bias"], t["running_mean"], t["running_var"],
+            t["num_batches_tracked"] if training else NONE[11], NONE[12] if moments is None else moments,
+        )  # fmt: skip
+    except (AttributeError, KeyError):
+        return None
+    key = (id(norm), id(other), type(norm), type(other), into, activation, training, trained, _grad_mode())  # fmt: skip
+    planned = find(key, tensors)
+    if (
+        planned is not None
+        and _is_usual(one, momentum, eps, True)
+        and _is_usual(two, second_momentum, second_eps, True)
+    ):
+        weights = tensors[2], tensors[3], tensors[7], tensors[8]
+        floats = momentum, eps, second_momentum, second_eps
+        if planned.composed:
+            if training:
+                tensors[6].add_(1)
+                tensors[11].add_(1)
+            norms = BatchNorm(*tensors[2:6], momentum, eps), BatchNorm(*tensors[7:11], *floats[2:])
+            return dual.compose(input, residual, norms, planned.how)
+        if not is_quiet():
+            return None
+        return run(planned, tensors, floats, (input, residual, *weights))
+    if not is_quiet():
         return None
     if (first := usual(norm)) is None or (second := usual(other)) is None:
         return None
@@ -233,7 +285,6 @@ def _straight_pair(
         return _fits(norm, input, residual, activation, into)
 
     how = How(use_batch, activation)
-    key = (id(norm), id(other), type(norm), type(other), into, how, torch.is_grad_enabled())
     return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
 
 
@@ -248,7 +299,7 @@ def call_tail(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
-    output = straight_tail(norm, input, residual, activation, into)
+    output = straight_tail(norm, input, residual, activation, into, True)
     if output is not None:
         return output
     if left_to_pytorch(norm, input) and activates(norm):

@@ -18,7 +18,7 @@ from .batch_norm import (
 )
 from .norms import FUSED_NORMS, why_called
 from .projection import CONVOLUTIONS, Projection
-from .shortcuts import Change, Weighed, check_choice, make_shortcut
+from .shortcuts import Change, Weighed, check_choice, check_count, make_shortcut
 
 BATCH_NORM_ACTS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 _STRIDE_ON = ("3x3", "1x1")
@@ -61,6 +61,12 @@ class _Block(nn.Module):
         owner = type(self).__name__
         check_choice(owner, "dims", dims, (1, 2, 3))
         check_choice(owner, "stride_on", stride_on, _STRIDE_ON)
+        counts = {
+            "in_channels": in_channels, "channels": channels, "stride": stride, "groups": groups,
+            "base_width": base_width,
+        }  # fmt: skip
+        for argument, count in counts.items():
+            check_count(owner, argument, count)
         check_activation(owner, activation)
         self.activation = activation
         self.out_channels = channels * self.expansion

@@ -105,7 +105,7 @@ def _why_not_of_kind(kind: type, norm: Any) -> str | None:
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "it waits for its first input; run one batch first, then fuse"
     if isinstance(norm, torch.jit.ScriptModule):
-        return "it is a TorchScript module; fuse before torch.jit.script or trace"
+        return "it is a TorchScript module; call fuse_ before torch.jit.script or torch.jit.trace"
     return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
 
 

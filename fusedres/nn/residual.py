@@ -87,9 +87,12 @@ class Residual(_MadeLater):
         """[N, C, ...] -> the shape that the block gives.
 
         Raises:
+            TypeError: the block or the skip connection gives something else than a tensor.
             ValueError: the block and the skip connection give different shapes.
         """
         norm, out = self._branch(x)
+        if isinstance(out, (tuple, list, dict)) or out is None:
+            raise TypeError(_no_tensor("block", self.block, out))
         name = self.activation if isinstance(self.activation, str) else None
         if not isinstance(out, Tensor) or torch.jit.is_tracing():  # a proxy of torch.fx, a trace
             out = out if norm is None else norm(out)
@@ -107,6 +110,8 @@ class Residual(_MadeLater):
         if isinstance(self.skip, (_Project, _Pad)):
             return self.skip(x, out)
         residual = x if self.skip is None else self.skip(x)
+        if isinstance(residual, (tuple, list, dict)) or residual is None:
+            raise TypeError(_no_tensor("skip connection", self.skip, residual))
         if isinstance(out, Tensor) and _sizes(out) != _sizes(residual):
             raise ValueError(_mismatch(_sizes(out), _sizes(residual)))
         return residual
@@ -154,7 +159,8 @@ def _make_skip(skip: Any, where: dict[str, Any]) -> nn.Module | None:
         return _Pad()
     if isinstance(skip, str):
         raise ValueError(
-            f"Residual: skip is {skip!r}, expected None, a module, {' or '.join(map(repr, SKIPS))}"
+            f"Residual: skip is {skip!r}, expected None (the identity), a module, 'project' (a 1x1 convolution "
+            "where the shape changes), or 'pad' (channels of zeros where it changes)"
         )
     if skip is not None and not isinstance(skip, nn.Module):
         raise TypeError(
@@ -193,6 +199,13 @@ def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
             f"Residual: scale has shape {list(start.shape)}, expected one element, or one per channel [C]"
         )
     return start
+
+
+def _no_tensor(what: str, module: Any, given: Any) -> str:
+    return (
+        f"Residual: the {what}, {type(module).__name__}, gives a {type(given).__name__}, expected one tensor; wrap it "
+        "in a module whose forward returns the one that is to be added"
+    )
 
 
 def _mismatch(out: Sequence[int], residual: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ Options A to C are those of He et al. 2015 (arXiv:1512.03385, section 4.1), the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -180,3 +181,19 @@ def check_choice(caller: str, argument: str, value: object, choices: tuple[objec
     if value not in choices:
         listed = ", ".join(map(repr, choices))
         raise ValueError(f"{caller}: {argument} is {value!r}, expected one of {listed}")
+
+
+def check_count(caller: str, argument: str, value: object) -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Raises:
+        TypeError: no whole number; naming the argument and the value.
+        ValueError: one below 1.
+    """
+    wanted = f"{caller}: {argument} is {value!r}, expected a whole number of at least 1"
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(wanted) from None
+    if count < 1:
+        raise ValueError(wanted)

@@ -100,7 +100,6 @@ def _forward(
             [as_trained(p, norm, saved)],
             output,
             bits,
-            rows,
             whole,
             parse(how.activation),
         )
@@ -225,13 +224,15 @@ def _backward(
     written = dresidual if writes_residual else None
     asked = (dx, dresidual, dweight, dbias), (*[input.dtype] * 2, *[saved.dtype] * 2)
     results = tuple(dtype if t is None else t for t, dtype in zip(*asked, strict=True))
-    whole = (
-        choose_whole(rows, size, BACKWARD_PASS, p.chip) if how.training and needs.input else None
-    )
+    walked: Any = skips.walked(p, skip, rows, layout, dz)
+    whole = None
+    again = mask is None and how.activation is not None
+    if how.training and needs.input and skips.is_alike(walked, rows, again):
+        whole = choose_whole(rows, size, BACKWARD_PASS, p.chip)
     if whole is not None:
         main = Operand(input, norm, gradient=dx, dweight=dweight, dbias=dbias)
-        other, walked = Operand(residual, gradient=written), skips.walked(p, skip, rows, layout, dz)
-        launch_bn_backward(p, dy, main, other, mask, addend, walked, rows, whole, activation)
+        other = Operand(residual, gradient=written)
+        launch_bn_backward(p, dy, main, other, mask, addend, walked, whole, activation, is_smooth)
         return results
     coefficients = None
     # With running statistics dx waits for no sum: the pass that reduces writes everything.
@@ -244,7 +245,7 @@ def _backward(
         partial = p.empty((tile.programs, 2, tile.width), partial_dtype(input.dtype))
         second: Any = Second(None, None, None, written)
         if not is_whole:
-            second = skips.walked(p, skip, rows, layout, dz)
+            second = walked
         main = Operand(input, norm, partial)
         launch_bn_grad_reduce(
             p, dy, main, Operand(residual), mask, second, dx if is_whole else None, rows, tile, activation,

@@ -86,9 +86,7 @@ def _forward(
         whole = choose_whole(rows, input.element_size(), FORWARD_PASS, p.chip)
     if whole is not None:
         norms = [single.as_trained(p, *each) for each in zip((norm, other), both, strict=True)]
-        launch_bn_forward(
-            p, input, residual, norms, output, bits, rows, whole, parse(how.activation)
-        )
+        launch_bn_forward(p, input, residual, norms, output, bits, whole, parse(how.activation))
         return results
     if how.training:
         single.statistics(p, input, rows, norm, both[0])
@@ -159,19 +157,19 @@ def _backward(
         (*gradients, *vectors[0], *vectors[1]), (dtype, dtype, wide, wide, wide, wide), strict=True
     )
     results = tuple(other if tensor is None else tensor for tensor, other in found)
+    is_smooth = how.activation is not None and not is_piecewise(how.activation)
+    walked = skips.walked(p, skip, rows, layout, dz)
     whole = None
-    if how.training and any(needs[:2]):
+    if how.training and any(needs[:2]) and skips.is_alike(walked, rows, mask is None and is_smooth):
         whole = choose_whole(rows, size, BACKWARD_PASS, p.chip)
     if whole is not None:
-        walked = skips.walked(p, skip, rows, layout, dz)
-        launch_bn_backward(p, dy, main, second, mask, None, walked, rows, whole, activation)
+        launch_bn_backward(p, dy, main, second, mask, None, walked, whole, activation, is_smooth)
         return results
     if reduces:
         kind, share = (REDUCING, DUAL_SHARE) if skip.stride is None else (CROWDED, 2 * DUAL_SHARE)
         tile = choose_tile(rows, size, kind, p.chip, share)
         shape, dtype = (tile.programs, 2, tile.width), partial_dtype(input.dtype)
         main, second = (each._replace(partial=p.empty(shape, dtype)) for each in (main, second))
-        walked = skips.walked(p, skip, rows, layout, dz)
         launch_bn_grad_reduce(p, dy, main, second, mask, walked, None, rows, tile, activation)
         if how.training:
             wide = kept.saved.dtype

@@ -52,6 +52,14 @@ def walked(p: Planner, skip: Skip, rows: RowMap, dx: Tensor, dz: Tensor | None) 
     return Walked(full, mapped.strides[1], None, dz)
 
 
+def is_alike(skip: Any, rows: RowMap, again: bool) -> bool:
+    """Whether one launch may have the second gradient (as `walked`), where there is one: it is walked as the others
+    are, and what passes is told by a mask and not by z, computed `again`."""
+    if skip is None:
+        return True
+    return skip.place is None and skip.stride == rows.strides[0] and not again
+
+
 def _walked_as(rows: RowMap, dx: Tensor, small: Tensor) -> Strides | None:
     """The strides of a smaller image along the positions of a larger one, both dense in one layout; else None."""
     if dx.dim() != 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,25 @@ def check_arguments(name: str, model: Any, config: Any, filter_fn: Any) -> FuseC
             f"{name}: filter_fn is a {type(filter_fn).__name__}, expected a function "
             "(module, fqn) -> bool, or None"
         )
+    if filter_fn is not None:
+        _check_filter(name, filter_fn)
     return FuseConfig() if config is None else config
+
+
+def _check_filter(name: str, filter_fn: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with a module and a name."""
+    try:
+        signature = inspect.signature(filter_fn)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    try:
+        signature.bind(None, "")
+    except TypeError as error:
+        called = getattr(filter_fn, "__name__", type(filter_fn).__name__)
+        raise TypeError(
+            f"{name}: filter_fn is {called}{signature}, expected a function of two arguments, the module and its name "
+            "in the model: filter_fn=lambda module, fqn: ..."
+        ) from error
 
 
 def check_model(name: str, model: Any) -> None:

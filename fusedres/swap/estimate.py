@@ -53,12 +53,10 @@ def norm_outputs(
 
     Raises:
         TypeError: `input_shape` is not a sequence of whole numbers.
-        ValueError: the model does not take one tensor of this shape; the text says what it raised.
+        ValueError: one of them is below 1; or the model does not take one tensor of this shape, and the text says what
+            it raised.
     """
-    if isinstance(input_shape, str) or not all(type(size) is int for size in input_shape):
-        raise TypeError(
-            f"{caller}: input_shape is {input_shape!r}, expected whole numbers, for example (256, 3, 224, 224)"
-        )
+    _check_shape(caller, input_shape)
     found: Counter[str] = Counter()
     element_sizes: dict[str, int] = {}
 
@@ -82,8 +80,33 @@ def norm_outputs(
         text = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{caller}: the model does not take a tensor of shape {list(input_shape)}: {type(error).__name__}: {text}"
+            f"{_channels_wanted(model, input_shape)}"
         ) from error
     return {name: (count, element_sizes[name]) for name, count in found.items()}
+
+
+def _check_shape(caller: str, shape: Any) -> None:
+    wanted = "expected whole numbers, for example (256, 3, 224, 224)"
+    if isinstance(shape, torch.Tensor):
+        raise TypeError(
+            f"{caller}: input_shape is a tensor of shape {list(shape.shape)}, {wanted}; pass its shape"
+        )
+    is_sequence = isinstance(shape, Sequence) and not isinstance(shape, str)
+    if not is_sequence or not all(type(size) is int for size in shape):
+        raise TypeError(f"{caller}: input_shape is {shape!r}, {wanted}")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"{caller}: input_shape is {shape!r}, expected sizes of 1 or more")
+
+
+def _channels_wanted(model: nn.Module, shape: Sequence[int]) -> str:
+    """That the first convolution wants another number of channels, where it does: PyTorch's own words may not say."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            wanted = module.in_channels
+            if len(shape) > 1 and shape[1] != wanted:
+                return f"; its first convolution takes {wanted} channels, and {list(shape)} has {shape[1]}"
+            break
+    return ""
 
 
 def _double(model: nn.Module) -> nn.Module:

@@ -29,6 +29,8 @@ from .guards import compiled, why_not
 from .plan import Plan
 from .rewrite import compile_source, fingerprint
 
+_is_compiling = torch.compiler.is_compiling
+_is_tracing, _functions = torch._C._is_tracing, torch._C._len_torch_function_stack
 # What a seat puts into an instance.
 _ENTRIES = ("forward", "__prepare_scriptable__")
 # One function for all blocks of a kind that are fused alike; it goes when the last of them does.
@@ -82,18 +84,32 @@ def _make_forward(original: type[nn.Module], plan: Plan) -> Callable[..., Any]:
     def forward(self, *args, **kwargs):
         if may_bind and (kwargs or len(args) != count):
             args, kwargs = _bind(plan, args, kwargs)
-        is_compiled = torch.compiler.is_compiling()
-        if (
-            kwargs
-            or len(args) != count
-            or type(self).forward is not traced
-            or runs_own_forward(is_compiled)
-            or not (fits_compiled if is_compiled else fits)(self)
-            or not _are_plain_tensors(args)
-            or (smallest and any(arg.numel() < smallest for arg in args))
-        ):
+        if kwargs or len(args) != count or type(self).forward is not traced:
             return type(self).forward(self, *args, **kwargs)
-        return fused(self, *args)
+        # Hooks on all modules wait for the call of each child.
+        if _is_compiling():
+            is_own = (
+                current_backend() == "off"
+                or _has_any_global_hook()
+                or torch.jit.is_tracing()
+                or not fits_compiled(self)
+            )
+        else:
+            is_own = (
+                eager_backend() == "off"
+                or _has_any_global_hook()
+                or _is_tracing()
+                or (_functions() > 0 and _sees_functions())
+                or not fits(self)
+            )
+        if not is_own:
+            # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
+            for arg in args:
+                if (type(arg) is not Tensor and type(arg) is not nn.Parameter) or (
+                    smallest and arg.numel() < smallest
+                ):
+                    is_own = True
+        return type(self).forward(self, *args) if is_own else fused(self, *args)
 
     return forward
 
@@ -122,8 +138,8 @@ class Seat:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = self._module()
-        if not torch.compiler.is_compiling():
-            # nn.Module's call names itself `self`.
+        if not _is_compiling() and (module is None or _holders(module.__dict__) != _ONE):
+            # nn.Module's call names itself `self`. (What it takes to read that is not asked of each call.)
             caller = sys._getframe(1).f_locals.get("self")
             if caller is not module:
                 module = self._owner(module, caller)
@@ -187,6 +203,14 @@ def _nobody() -> None:
     return None
 
 
+def _holders(state: dict[str, Any], count: Callable[[Any], int] = sys.getrefcount) -> int:
+    """How many hold the second entry of a seat, which nobody calls but TorchScript: one for each `__dict__`."""
+    return count(state.get("__prepare_scriptable__"))
+
+
+_ONE = _holders({"__prepare_scriptable__": object()})
+
+
 def _seated(module: nn.Module | None, plan: Plan | None, kind: type[nn.Module]) -> Seat:
     """The seat of a pickle."""
     is_current = plan is not None and fingerprint(kind, plan.skipped) == plan.fingerprint
@@ -220,27 +244,6 @@ def _bind(plan: Plan, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
         if kwargs.get(name, default) is default:
             kwargs.pop(name, None)
     return tuple(values), kwargs
-
-
-def _are_plain_tensors(args: tuple) -> bool:
-    # A proxy, a DTensor or a NestedTensor knows the module's own operations, not ours.
-    for arg in args:  # noqa: SIM110 - `all(...)` takes three times as long
-        if type(arg) is not Tensor and type(arg) is not nn.Parameter:
-            return False
-    return True
-
-
-def runs_own_forward(is_compiled: bool) -> bool:
-    """Whether every module runs its own forward now: the backend is off, torch.jit.trace records, or hooks on all
-    modules wait for each child's call, a TorchFunctionMode for each function's."""
-    asked = current_backend() if is_compiled else eager_backend()
-    if asked == "off" or _has_any_global_hook():
-        return True
-    if is_compiled:
-        return torch.jit.is_tracing()
-    return torch._C._is_tracing() or (
-        torch._C._len_torch_function_stack() > 0 and _sees_functions()
-    )
 
 
 def _sees_functions() -> bool:

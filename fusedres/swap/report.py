@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import html
-import itertools
 import json
 import re
-import textwrap
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from ..tables import paragraph, table
 
 FUSED, FUSABLE, ALONE = "fused", "fusable", "left alone"
 EXCLUDED, FALLBACK = "excluded", "own forward"
 # The last one holds the reason against, or the note on what was done.
 _COLUMNS = ("where", "n", "block", "pattern", "status", "reason")
 _ESTIMATE = "saves"
-# Characters in a line of names; names in a group, of more only the first and the last are told.
-_WIDEST, _MOST_NAMED = 40, 6
+# Names of a group that are told; of more, only the first and the last.
+_MOST_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,19 @@ class FuseReport:
         return sum(row.status == status for row in self.rows)
 
     def __str__(self) -> str:
-        lines = [self._headline()]
+        """As wide as the terminal at most; reasons have numbers, and stand below the table."""
+        lines = [paragraph(self._headline())]
         if self.rows:
-            table = [(*self._columns()[:-1], ""), *self._grouped()]
-            names = [_wrapped(line[0], _WIDEST) for line in table]
-            cells = [line[1:-1] for line in table]
-            columns = (itertools.chain(*names), *zip(*cells, strict=True))
-            widths = [max(map(len, column)) for column in columns]
-            # More names, and the reason, stand below the line, so that the table fits a narrow terminal.
-            for (name, *more), rest, (*_, reason) in zip(names, cells, table, strict=True):
-                padded = map(str.ljust, (name, *rest), widths)
-                lines += ["  ".join(padded).rstrip(), *more]
-                lines += [f"    {part}" for part in _wrapped(reason, 76)]
-            lines.insert(2, "  ".join("-" * width for width in widths))
+            columns = self._columns()
+            reasons: dict[str, int] = {}
+            rows = [_in_text((*columns[:-1], "why"))]
+            for *cells, reason in self._grouped():
+                number = str(reasons.setdefault(reason, len(reasons) + 1)) if reason else ""
+                rows.append(_in_text((*cells, number)))
+            if not reasons:
+                rows = [(*row[:-2], row[-1]) for row in rows]
+            lines.append(table(rows))
+            lines += [paragraph(reason, f"{number}: ") for reason, number in reasons.items()]
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -138,8 +138,8 @@ class FuseReport:
         """The table in a notebook."""
         lines = [f"<p>{html.escape(self._headline())}</p>"]
         if self.rows:
-            for tag, table in (("th", [self._columns()]), ("td", self._grouped())):
-                for line in table:
+            for tag, group in (("th", [self._columns()]), ("td", self._grouped())):
+                for line in group:
                     cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line)
                     lines.append(f"<tr>{cells}</tr>")
             lines[1:] = ["<table>", *lines[1:], "</table>"]
@@ -174,14 +174,14 @@ class FuseReport:
             local = "" if local.isdigit() else local
             key = (local, row.block, row.pattern, row.status, row.reason or row.note)
             groups.setdefault(key, []).append(row)
-        table = []
+        lines = []
         for (_, block, pattern, status, reason), rows in groups.items():
             where = _told(dict.fromkeys(row.where for row in rows))
             size = _size(sum(row.saves or 0 for row in rows))
             saves = [] if self.input_shape is None else [size]
             line = (where, str(len(rows)), block, pattern, status, *saves, reason)
-            table.append(tuple(map(_one_line, line)))
-        return table
+            lines.append(tuple(map(_one_line, line)))
+        return lines
 
 
 def fallback_note(backend: str) -> str:
@@ -215,8 +215,10 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def _in_text(line: tuple[str, ...]) -> tuple[str, ...]:
+    """The names last: they are the longest."""
+    where, *others = line
+    return (*others, where)
 
 
 def _escaped(cell: str) -> str:

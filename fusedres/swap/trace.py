@@ -115,9 +115,11 @@ def copy_of(graph: fx.Graph) -> fx.Graph:
 
 def _refuse_special(module: nn.Module, original: type[nn.Module]) -> None:
     if isinstance(module, torch.jit.ScriptModule):
-        raise NotTraceable("it is a TorchScript module; fuse before torch.jit.script or trace")
+        raise NotTraceable(
+            "it is a TorchScript module; call fuse_ before torch.jit.script or torch.jit.trace"
+        )
     if isinstance(module, fx.GraphModule):
-        raise NotTraceable("it is a torch.fx.GraphModule; fuse before tracing")
+        raise NotTraceable("it is a torch.fx.GraphModule; call fuse_ before symbolic_trace")
     if is_lazy(module):
         raise NotTraceable("it has no parameters yet; run one batch first, then fuse")
     if is_replaced(module):
