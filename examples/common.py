@@ -245,7 +245,7 @@ def recipe_parser(name: str, description: str, model: str | None = None) -> argp
             "--model",
             default=model,
             metavar="NAME",
-            help="of fusedres.models or torchvision, timm:NAME, hf:NAME, FILE.py:CALLABLE",
+            help="of fusedres.models or torchvision, timm:NAME, FILE.py:CALLABLE",
         )
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1; auto: a GPU if there is one"
@@ -266,7 +266,7 @@ def in_a_line(name: str, work: Callable[[], int | None]) -> int:
 
 
 def build(name: str, classes: int) -> nn.Module:
-    """A classifier with fresh weights: of fusedres.models, or any that the command line takes.
+    """A classifier with fresh weights: of fusedres.models, or by a name that the command line takes.
 
     Raises:
         CommandError: there is none of this name.
