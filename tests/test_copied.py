@@ -12,7 +12,11 @@ import pytest
 import torch
 import torchvision
 
-pytestmark = pytest.mark.once
+pytestmark = [
+    pytest.mark.once,
+    # torch 2.11 says so of itself, when torch.fx.experimental.optimization is imported.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 NAMES = ("train_cifar", "finetune", "inference", "unet")
