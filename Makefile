@@ -56,7 +56,7 @@ test-slow: $(READY)
 test-oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' \
-		'setuptools>=77' '.[demo,models,test]'
+		'setuptools>=77' '.[demo,models,recipes,test]'
 	.venv-oldest/bin/pytest -m 'not slow' --backend aten $(ARGS)
 	.venv-oldest/bin/pytest -m 'not slow' --backend triton $(ARGS)
 
@@ -92,7 +92,7 @@ clean:
 $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
-		--editable '.[demo,models,test]'
+		--editable '.[demo,models,recipes,test]'
 	@touch $@
 
 # The demo needs no linter and no test runner.

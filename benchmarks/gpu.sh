@@ -110,6 +110,8 @@ part "operators, batch 256, without torch.compile" 60 "${bench[@]}" --quick --le
 part "tests" 190 bash -c "tests $shares 160"
 # Nothing but a GPU can show that the last program sees what the others left; see kernels/merging.py.
 part "statistics in one launch, order" 15 "$python" -m fusedres.benchmarks.ordering --device "$device"
+part "CUDA graphs" 30 "$python" -m pytest "$repository/tests/test_cuda_graphs.py" --rootdir="$repository" -c "$work/pytest.ini" \
+    --import-mode=importlib -p no:cacheprovider -q -ra --tb=short -m gpu --backend triton
 part "operators, batch 256, beside torch.compile" 55 "${bench[@]}" --quick --level operator --batch "${BATCH:-256}" "${bfloat16[@]}" --budget 40
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do

@@ -14,12 +14,15 @@ __version__ = "0.1.0"
 __all__ = [
     "FuseConfig",
     "FuseReport",
+    "MemoryReport",
     "backend",
+    "checkpoint",
     "explain",
     "functional",
     "fuse_",
     "get_backend",
     "is_fused",
+    "memory_report",
     "models",
     "nn",
     "set_backend",
@@ -46,7 +49,9 @@ _WAITS = "_WAITS" not in globals() and _is_command_line()
 
 if TYPE_CHECKING or not _WAITS:
     from . import functional, models, nn
+    from .checkpointing import checkpoint
     from .dispatch import backend, get_backend, set_backend
+    from .memory import MemoryReport, memory_report
     from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 else:
 

@@ -22,6 +22,7 @@ from .ops import add, dual, preactivation, scaled
 from .ops import batch_norm_act as single
 from .ops.norm import BatchNorm, How
 from .ops.projection import project
+from .ops.statistics import Statistics, keep_finite
 
 __all__ = [
     "add_act",
@@ -50,6 +51,7 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     activation: str | None = "relu",
+    keep_finite_statistics: bool = False,
 ) -> Tensor:
     """`activation(batch_norm(input) + residual)`, in as few passes over memory as it takes.
 
@@ -70,6 +72,7 @@ def batch_norm_act(
         residual: like `input` in shape, in any layout; added before the activation.
         activation: None, or a name: "relu", "relu6", "leaky_relu" ("leaky_relu(0.2)" for a slope that is not 0.01),
             "silu", "gelu", "gelu_tanh", "hardswish", "mish".
+        keep_finite_statistics: a channel whose running mean or variance would not be finite keeps both.
 
     Returns:
         A tensor with the input's shape, dtype and memory format. Arithmetic is in float32 (float64 for float64) and
@@ -92,6 +95,12 @@ def batch_norm_act(
     check_batch_norm_act(
         name, input, running_mean, running_var, weight, bias, training, eps, residual, activation
     )
+    if keep_finite_statistics and training and running_mean is not None and running_var is not None:
+        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+        return keep_finite(
+            [Statistics(running_mean, running_var)],
+            lambda: batch_norm_act(*arguments, residual=residual, activation=activation),
+        )
     if isinstance(momentum, Tensor):
         if not training or running_mean is None or running_var is None or input.numel() == 0:
             momentum = 0.0

@@ -24,7 +24,7 @@ MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
 # Partials that a program has room for: a kernel each. What a channel lacks of them is masked, and not read.
 ROOM = (128, 512)
 # Triton need not compile these steps anew for a size that is 1, or that 16 divides: they take no time.
-ANY_SIZE = ["outer", "inner", "spread", "programs", "each", "slots"]
+ANY_SIZE = ["outer", "inner", "spread", "programs", "each", "slots", "keep"]
 
 
 def _share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
@@ -69,12 +69,29 @@ def partial_offsets(
 
 
 @triton.jit
+def _is_finite(b):
+    return tl.abs(b.to(tl.float64)) < float("inf")
+
+
+@triton.jit
+def _count_batch(p_batches, o_channel, m_moves):
+    """One batch more, where there is a counter and the first channel moves. Every warp loads, and one thread stores."""
+    if p_batches is not None and tl.program_id(0) == 0:
+        m_first = m_moves & (o_channel == 0)
+        p_counter = p_batches + o_channel * 0
+        b_batches = tl.load(p_counter, mask=m_first, other=0)
+        tl.debug_barrier()
+        tl.store(p_counter, b_batches + 1, mask=m_first)
+
+
+@triton.jit
 def finish_moments(
-    moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-    o_channel, m_channel, channels, momentum, eps,
+    moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
+    o_channel, m_channel, channels, momentum, eps, keep,
 ):  # fmt: skip
     """(mean, mean_low, invstd, bias) [channels], which are left in saved [4, C]; the running statistics move from their
-    old values. moments: (count, mean, M2) in float64, the mean relative to b_first.
+    old values, and batches, where given, is one more. moments: (count, mean, M2) in float64, the mean relative to
+    b_first. With keep, a channel of which either would not be finite stays, and batches goes with the first one.
     """
     ACC: tl.constexpr = p_saved.dtype.element_ty
     b_n, b_offset, b_m2 = moments
@@ -91,30 +108,19 @@ def finish_moments(
     tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
     b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
     tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
+    m_moves = m_channel
     if p_running_mean is not None:
         b_momentum = tl.full(o_channel.shape, momentum, tl.float64)
         b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
-        tl.store(
-            p_running_mean + o_channel,
-            b_new.to(ACC).to(p_running_mean.dtype.element_ty),
-            mask=m_channel,
-        )
+        b_new_mean = b_new.to(ACC).to(p_running_mean.dtype.element_ty)
         b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
-        tl.store(
-            p_running_var + o_channel,
-            b_new.to(ACC).to(p_running_var.dtype.element_ty),
-            mask=m_channel,
-        )
+        b_new_var = b_new.to(ACC).to(p_running_var.dtype.element_ty)
+        m_any = tl.full(o_channel.shape, keep, tl.int32) == 0
+        m_moves = m_channel & (m_any | (_is_finite(b_new_mean) & _is_finite(b_new_var)))
+        tl.store(p_running_mean + o_channel, b_new_mean, mask=m_moves)
+        tl.store(p_running_var + o_channel, b_new_var, mask=m_moves)
+    _count_batch(p_batches, o_channel, m_moves)
     return b_mean, b_low, b_invstd, b_bias
-
-
-@triton.jit
-def count_batch(p_batches):
-    """One batch more, where there is a counter; by the first program. Every warp loads, and one thread stores."""
-    if p_batches is not None and tl.program_id(0) == 0:
-        i_batches = tl.load(p_batches)
-        tl.debug_barrier()
-        tl.store(p_batches, i_batches + 1)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
@@ -135,6 +141,7 @@ def bn_finalize_kernel(
     width,
     each,
     slots,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     COLUMNS: tl.constexpr,
@@ -143,7 +150,7 @@ def bn_finalize_kernel(
 ):
     """saved [4, C] <- mean, mean_low, invstd, bias; the running statistics move towards the batch's (var unbiased).
 
-    batches, where given, is one more.
+    batches, where given, is one more. keep: see `finish_moments`.
 
     The backward, which computes z again, is to have the bias of the forward, whatever has become of it since. The means
     in partial are relative to the pivots of x; without x they are the means themselves.
@@ -172,19 +179,21 @@ def bn_finalize_kernel(
     else:
         b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
     finish_moments(
-        moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-        o_channel, m_channel, channels, momentum, eps,
+        moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
+        o_channel, m_channel, channels, momentum, eps, keep,
     )  # fmt: skip
-    count_batch(p_batches)
 
 
 class Running(NamedTuple):
-    """What a batch moves: the running statistics [C] and how many batches there were ([], int64), each or None."""
+    """What a batch moves: the running statistics [C] and how many batches there were ([], int64), each or None.
+
+    keep: not where they would not be finite."""
 
     mean: Tensor | None = None
     var: Tensor | None = None
     batches: Tensor | None = None
     momentum: float = 0.0
+    keep: bool = False
 
 
 class Partial(NamedTuple):
@@ -214,7 +223,7 @@ def launch_bn_finalize(
         bn_finalize_kernel,
         (-(-channels // options["BLOCK_CHANNELS"]),),
         (partial.values, partial.x, bias, saved, running.mean, running.var, running.batches),
-        (*walk, channels, spread, programs, width, each, slots),
+        (*walk, channels, spread, programs, width, each, slots, int(running.keep)),
         (running.momentum, eps),
         {"COLUMNS": columns},
         options,

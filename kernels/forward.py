@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .apply import apply_tiles
-from .finalize import Running, count_batch, finish_moments
+from .finalize import Running, finish_moments
 from .launch import Whole
 from .moments import load_pivot, merge
 from .norm import Norm
@@ -46,6 +46,7 @@ def _norm_of(
     p_bias,
     p_running_mean,
     p_running_var,
+    p_batches,
     p_saved,
     x_stride,
     o_column,
@@ -59,6 +60,7 @@ def _norm_of(
     width,
     momentum,
     eps,
+    keep,
     ONE_OUTER: tl.constexpr,
     EVEN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -97,8 +99,8 @@ def _norm_of(
         o_first = tl.minimum(tl.arange(0, PARTS), slots - 1) * (width // slots)
         b_first = tl.gather(b_first, o_first, 0)
     b_mean, b_low, b_invstd, b_bias = finish_moments(
-        (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-        o_channel, m_channel, channels, momentum, eps,
+        (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
+        o_channel, m_channel, channels, momentum, eps, keep,
     )  # fmt: skip
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     if PARTS > 0:
@@ -143,6 +145,7 @@ def bn_forward_kernel(
     adds,
     normalizes,
     writes_bits,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     residual_momentum: "fp64",
@@ -174,11 +177,10 @@ def bn_forward_kernel(
     bits_stride = (bits_outer, bits_inner, bits_piece, 1)
     o_column, m_column = tile_columns(channels, own, BLOCK_CHANNELS, OFFSET)
     norm = _norm_of(
-        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_saved, stride,
-        o_column, m_column, outer, inner, channels, spread, whole, slots, width, momentum, eps,
+        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_batches, p_saved, stride,
+        o_column, m_column, outer, inner, channels, spread, whole, slots, width, momentum, eps, keep,
         ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
     )  # fmt: skip
-    count_batch(p_batches)
     residual_norm = None
     if p_residual_saved is not None:
         b_mean = tl.zeros([BLOCK_CHANNELS], ACC)
@@ -188,12 +190,11 @@ def bn_forward_kernel(
         if normalizes:
             b_mean, b_low, b_scale, b_bias = _norm_of(
                 p_residual, p_residual_weight, p_residual_bias, p_residual_running_mean, p_residual_running_var,
-                p_residual_saved, stride,
+                p_residual_batches, p_residual_saved, stride,
                 o_column, m_column, outer, inner, channels, spread, whole, slots, width,
-                residual_momentum, residual_eps,
+                residual_momentum, residual_eps, keep,
                 ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
             )  # fmt: skip
-            count_batch(p_residual_batches)
         residual_norm = (b_mean, b_low, b_scale, b_bias)
     apply_tiles(
         p_x, p_residual, p_y, p_bits, norm, residual_norm, None, None, stride, bits_stride,
@@ -233,6 +234,7 @@ def launch_bn_forward(
             int(residual is not None),
             int(len(norms) > 1),
             int(bits is not None),
+            int(running.keep),
         ),
         (running.momentum, norm.eps, moved.momentum, other.eps),
         {

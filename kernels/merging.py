@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .chip import current_chip
 from .dtypes import partial_dtype
-from .finalize import Running, count_batch, finish_moments, merging_options, partial_offsets
+from .finalize import Running, finish_moments, merging_options, partial_offsets
 from .launch import REGISTERS, STATISTICS, Tile, choose_tile, is_aligned
 from .layout import RowMap
 from .moments import load_pivot, merge, store_sums
@@ -34,6 +34,7 @@ def _finish(
     p_saved,
     p_running_mean,
     p_running_var,
+    p_batches,
     x_stride,
     o_channel,
     outer,
@@ -43,6 +44,7 @@ def _finish(
     width,
     momentum,
     eps,
+    keep,
     BLOCK_PARTIALS: tl.constexpr,
 ):
     """What `bn_finalize_kernel` does, of these channels."""
@@ -61,7 +63,7 @@ def _finish(
     )  # fmt: skip
     finish_moments(
         moments, b_first.to(tl.float64), b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-        o_channel, m_channel, channels, momentum, eps,
+        p_batches, o_channel, m_channel, channels, momentum, eps, keep,
     )  # fmt: skip
 
 
@@ -82,6 +84,7 @@ def bn_stats_finalize_kernel(
     whole,
     programs,
     width,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     ONE_OUTER: tl.constexpr,
@@ -123,10 +126,9 @@ def bn_stats_finalize_kernel(
         for i in range(BLOCK_CHANNELS // MERGED):
             o_channel = tl.program_id(0) * BLOCK_CHANNELS + i * MERGED + tl.arange(0, MERGED)
             _finish(
-                p_x, p_partial, p_bias, p_saved, p_running_mean, p_running_var, x_stride, o_channel,
-                outer, inner, channels, programs, width, momentum, eps, BLOCK_PARTIALS,
+                p_x, p_partial, p_bias, p_saved, p_running_mean, p_running_var, p_batches, x_stride, o_channel,
+                outer, inner, channels, programs, width, momentum, eps, keep, BLOCK_PARTIALS,
             )  # fmt: skip
-        count_batch(p_batches)
 
 
 def launch_bn_stats_finalize(
@@ -156,6 +158,7 @@ def launch_bn_stats_finalize(
             tile.whole,
             tile.programs,
             tile.width,
+            int(running.keep),
         ),
         (running.momentum, eps),
         {

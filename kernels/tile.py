@@ -8,7 +8,7 @@ from .layout import VECTOR, GatherMap, RowMap
 
 # Triton compiles a kernel anew for an integer that is 1, and for one that 16 divides. What it makes of these is the
 # same, or no better: so they are not looked at, and a kernel is there for other batches and image sizes too.
-ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slots"]
+ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slots", "keep"]
 # So of a whole direction: what a program walks, and which of a tail's tensors are there.
 ANY_WHOLE = [
     *ANY_VALUE, "bits_outer", "bits_inner", "bits_piece",

@@ -6,7 +6,7 @@ is what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.b
 where a launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or
 `triton`, and `make test` runs both, of `triton` every other case, and a sample of `ptx`. Marks say more: `kernels`
 needs the kernels to run, `interpreter` reads Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs
-the kernels not to run, `once` does not depend on the backend.
+the kernels not to run, `once` does not depend on the backend, `gpu` needs a GPU.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "cpu: its tensors are on the CPU (under --backend triton where there is no GPU, and ptx)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
+        "gpu: needs a GPU (under --backend triton, where there is one)",
         "by_size: shapes decide in how many launches a direction is; else tests have three, whose tensors are small",
         "composes(feature, outcome): a row of docs/composability.md; outcome: works, steps aside, refused",
     ):
@@ -71,6 +72,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             unwanted.add("interpreter")
             if config.getoption("--backend") != "ptx":
                 unwanted.add("cpu")
+    import torch
+
+    if config.getoption("--backend") != "triton" or not torch.cuda.is_available():
+        unwanted.add("gpu")
     share, shares = map(int, config.getoption("--share").split("/"))
     wanted = [i for i in items if not unwanted & {mark.name for mark in i.iter_markers()}]
     wanted = _sample(wanted, config.getoption("--sample"))[share - 1 :: shares]

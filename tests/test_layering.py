@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("nn",),
     ("models",),
-    ("swap", "cli", "benchmarks", "__main__", "__init__"),
+    ("swap", "cli", "benchmarks", "checkpointing", "memory", "__main__", "__init__"),
 )
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 BESIDE = ("kernels", "benchmarks")  # folders of the repository that are installed inside fusedres

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.once
 
 PUBLIC = {
     fusedres: {
-        "FuseConfig", "FuseReport", "backend", "explain", "functional", "fuse_", "get_backend", "is_fused", "models",
-        "nn", "set_backend", "unfuse_",
+        "FuseConfig", "FuseReport", "MemoryReport", "backend", "checkpoint", "explain", "functional", "fuse_",
+        "get_backend", "is_fused", "memory_report", "models", "nn", "set_backend", "unfuse_",
     },
     fusedres.functional: {
         "add_act", "add_batch_norm_act", "batch_norm_act", "dual_batch_norm_act", "projection",

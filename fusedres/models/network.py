@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn.batch_norm import run_tail
 from ..nn.norms import FUSED_NORMS
 from ..nn.projection import CONVOLUTIONS
+from ..nn.script import NotScriptable
 from ..nn.shortcuts import SHORTCUTS, check_choice, check_count
 
 _STEMS = ("7x7", "3x3")
@@ -24,7 +25,7 @@ _INITS: dict[str, Callable[[Tensor], Tensor]] = {
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
-class Network(nn.Module):
+class Network(NotScriptable, nn.Module):
     """Stem, stages `layer1`, `layer2`, ... of blocks, average pooling and a linear classifier."""
 
     _stage: type[nn.Sequential] = nn.Sequential

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from ..layouts import output_format
 from ..ops import batch_norm_act as single
 from ..ops import dual
 from ..ops.norm import BatchNorm, How
+from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, find, run, straight
 from .norms import activates, begin, left_to_pytorch, parts_inside, usual, why_not_fused
+from .script import NotScriptable
 
 _is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
@@ -32,11 +35,13 @@ def straight_tail(
     activation: str | None = None,
     into: str | None = None,
     is_asked: bool = False,
+    keep: bool = False,
 ) -> Tensor | None:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
     is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
+    keep: whether running statistics stay where they would not be finite.
     """
     # First: torch.compile knows the answer, and takes none of what follows into its graph.
     if _is_compiling() or type(input) is not Tensor:
@@ -61,6 +66,7 @@ def straight_tail(
         training,
         residual is None,
         _grad_mode(),
+        keep,
     )
     planned = find(key, tensors)
     if planned is not None and _is_usual(own, momentum, eps, is_asked):
@@ -81,6 +87,8 @@ def straight_tail(
     if found is None:
         return None
     one, use_batch = found
+    if keep:
+        one = one._replace(keep=True)
     return straight(
         single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
         lambda: _fits(norm, input, residual, activation, into), key[1:],
@@ -135,22 +143,52 @@ def call_batch_norm(
             norm.eps, residual=residual, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
-        if call.batches is not None:
-            call.batches.sub_(1)
+        _uncount(call.batches)
         raise
 
 
+def _uncount(*counters: Tensor | None) -> None:
+    """The counters as they were before a call that failed.
+
+    A mode that allows no such write (selective checkpointing, in the backward) is not heard of: the error that is on
+    its way is the one to tell.
+    """
+    for batches in counters:
+        try:
+            if batches is not None:
+                batches.sub_(1)
+        except Exception:
+            return
+
+
 def run_tail(
-    norm: Any, input: Tensor, residual: Tensor | None = None, activation: str | None = "relu"
+    norm: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual)` for whatever stands as `norm`: fused, or by calling it where it must be
     called (another module, hooks, parametrizations, a trace). What a module's own forward uses."""
-    output = straight_tail(norm, input, residual, activation)
+    output = straight_tail(norm, input, residual, activation, keep=keep)
     if output is not None:
         return output
+    if keep:
+        return _kept((norm,), lambda: run_tail(norm, input, residual, activation))
     if _is_called(norm, input):
         return plain_call(norm, input, residual, activation)
     return call_tail(norm, input, residual, activation)
+
+
+def _kept(norms: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+    """`run()`, which calls these BatchNorms; what their running statistics would not be finite in stays."""
+    moved = {}
+    for norm in norms:
+        buffers = norm._buffers if isinstance(norm, nn.Module) else {}
+        mean, var = buffers.get("running_mean"), buffers.get("running_var")
+        if mean is not None and var is not None and norm.training:
+            moved[id(mean)] = Statistics(mean, var, buffers.get("num_batches_tracked"))
+    return keep_finite(list(moved.values()), run)
 
 
 def _is_called(norm: Any, input: Tensor) -> bool:
@@ -164,12 +202,18 @@ def _is_called(norm: Any, input: Tensor) -> bool:
 
 
 def call_add_batch_norm(
-    norm: Any, input: Tensor, residual: Tensor, activation: str | None = "relu"
+    norm: Any,
+    input: Tensor,
+    residual: Tensor,
+    activation: str | None = "relu",
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`sum = input + residual` and `activation(norm(sum))`, fused where the two summands are alike.
 
     A norm that is no BatchNorm, or one that must be called itself (hooks, parametrizations), is called.
     """
+    if keep:
+        return _kept((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
     if _is_called(norm, input) or not is_like(residual, input):
         total = input + residual
         return total, activate(norm(total), activation)
@@ -185,8 +229,7 @@ def call_add_batch_norm(
             call.momentum, norm.eps, activation=activation,
         )  # fmt: skip
     except _REFUSALS:
-        if call.batches is not None:
-            call.batches.sub_(1)
+        _uncount(call.batches)
         raise
 
 
@@ -198,6 +241,7 @@ def call_dual_batch_norm(
     activation: str | None = None,
     into: str | None = None,
     moments: Tensor | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual_norm(residual))` for two real BatchNorms, as `call_batch_norm`.
 
@@ -205,9 +249,15 @@ def call_dual_batch_norm(
     Two that cannot run as one (one normalises with the batch and the other does not, a cumulative average, a residual
     that PyTorch would broadcast or promote) run one after the other.
     """
-    output = _straight_pair(norm, input, residual_norm, residual, activation, into, moments)
+    how = activation, into, moments
+    output = _straight_pair(norm, input, residual_norm, residual, *how, keep)
     if output is not None:
         return output
+    if keep:
+        again = call_dual_batch_norm
+        return _kept(
+            (norm, residual_norm), lambda: again(norm, input, residual_norm, residual, *how)
+        )
     (a, use_batch), (b, uses_batch_too) = begin(norm, input), begin(residual_norm, residual)
     if (
         use_batch != uses_batch_too
@@ -224,17 +274,17 @@ def call_dual_batch_norm(
         batches.add_(1)
     try:
         norms = (a._replace(batches=None), b._replace(batches=None))
-        how = How(use_batch, activation)
-        return dual.tail_of_two("dual_batch_norm_act", input, residual, norms, how, moments)
+        return dual.tail_of_two(
+            "dual_batch_norm_act", input, residual, norms, How(use_batch, activation), moments
+        )
     except _REFUSALS:
-        for batches in counters:
-            batches.sub_(1)
+        _uncount(*counters)
         raise
 
 
 def _straight_pair(
     norm: Any, input: Tensor, other: Any, residual: Tensor, activation: str | None, into: str | None,
-    moments: Tensor | None,
+    moments: Tensor | None, keep: bool,
 ) -> Tensor | None:  # fmt: skip
     """As `straight_tail`, of two BatchNorms that were asked."""
     if _is_compiling() or type(input) is not Tensor or type(residual) is not Tensor:
@@ -254,7 +304,8 @@ def _straight_pair(
         )  # fmt: skip
     except (AttributeError, KeyError):
         return None
-    key = (id(norm), id(other), type(norm), type(other), into, activation, training, trained, _grad_mode())  # fmt: skip
+    kind = type(norm), type(other), into, activation, training, trained, _grad_mode(), keep
+    key = (id(norm), id(other), *kind)
     planned = find(key, tensors)
     if (
         planned is not None
@@ -284,6 +335,8 @@ def _straight_pair(
         other._check_input_dim(residual)
         return _fits(norm, input, residual, activation, into)
 
+    if keep:
+        a, b = a._replace(keep=True), b._replace(keep=True)
     how = How(use_batch, activation)
     return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
 
@@ -294,14 +347,18 @@ def call_tail(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + residual)`, fused where the residual is like the input.
 
-    What PyTorch would broadcast or promote is left to PyTorch.
+    What PyTorch would broadcast or promote is left to PyTorch. keep: whether running statistics stay where they would
+    not be finite.
     """
-    output = straight_tail(norm, input, residual, activation, into, True)
+    output = straight_tail(norm, input, residual, activation, into, True, keep)
     if output is not None:
         return output
+    if keep:
+        return _kept((norm,), lambda: call_tail(norm, input, residual, activation, into))
     if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with.
@@ -325,8 +382,15 @@ def call_function(
     residual: Tensor | None = None,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(F.batch_norm(input, ...) + residual)`: `call_tail` for a BatchNorm that is called as a function."""
+    if keep and training and running_mean is not None and running_var is not None:
+        arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
+        return keep_finite(
+            [Statistics(running_mean, running_var)],
+            lambda: call_function(*arguments, residual, activation, into),
+        )
     vectors = running_mean, running_var, weight, bias
     fits = all(t is None or takes(t.dtype, input.dtype) for t in vectors)
     is_alone = residual is None and activation is None
@@ -390,7 +454,7 @@ def _finished(
     return activate(output, activation)
 
 
-class _BatchNormAct(nn.Module):
+class _BatchNormAct(NotScriptable, nn.Module):
     """The shared part: a real BatchNorm child named `bn`, whose state appears under this module's own name.
 
     Why a child and not a subclass of nn.BatchNorm2d: `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every
@@ -413,10 +477,12 @@ class _BatchNormAct(nn.Module):
         dtype: Any = None,
         *,
         bias: bool = True,
+        keep_finite_statistics: bool = False,
     ) -> None:
         super().__init__()
         check_activation(type(self).__name__, activation)
         self.activation = activation
+        self.keep_finite_statistics = keep_finite_statistics
         self.bn = self._norm(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -428,9 +494,16 @@ class _BatchNormAct(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
-        output = straight_tail(norm, input, residual, self.activation)
+        # By `get`: a module that an older version has pickled has none.
+        keep = self.__dict__.get("keep_finite_statistics", False)
+        output = straight_tail(norm, input, residual, self.activation, keep=keep)
         if output is not None:
             return output
+        if keep:
+            return _kept((norm,), lambda: self._by_itself(norm, input, residual))
+        return self._by_itself(norm, input, residual)
+
+    def _by_itself(self, norm: Any, input: Tensor, residual: Tensor | None) -> Tensor:
         if _is_called(norm, input):
             return plain_call(norm, input, residual, self.activation)
         return call_batch_norm(norm, input, residual, self.activation)
@@ -450,7 +523,10 @@ class _BatchNormAct(nn.Module):
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+        kept = (
+            ", keep_finite_statistics=True" if self.__dict__.get("keep_finite_statistics") else ""
+        )
+        return f"activation={self.activation}{kept}"
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -485,7 +561,7 @@ def _lower_state(module, state_dict, prefix, *args) -> None:
 class BatchNormAct1d(_BatchNormAct):
     """`activation(nn.BatchNorm1d(input) + residual)` for inputs [N, C] or [N, C, L]; arguments of nn.BatchNorm1d.
 
-    The state_dict is that of nn.BatchNorm1d, in both directions.
+    The state_dict is that of nn.BatchNorm1d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm1d
@@ -494,7 +570,7 @@ class BatchNormAct1d(_BatchNormAct):
 class BatchNormAct2d(_BatchNormAct):
     """`activation(nn.BatchNorm2d(input) + residual)` for inputs [N, C, H, W]; arguments of nn.BatchNorm2d.
 
-    The state_dict is that of nn.BatchNorm2d, in both directions.
+    The state_dict is that of nn.BatchNorm2d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm2d
@@ -503,7 +579,7 @@ class BatchNormAct2d(_BatchNormAct):
 class BatchNormAct3d(_BatchNormAct):
     """`activation(nn.BatchNorm3d(input) + residual)` for inputs [N, C, D, H, W]; arguments of nn.BatchNorm3d.
 
-    The state_dict is that of nn.BatchNorm3d, in both directions.
+    The state_dict is that of nn.BatchNorm3d, in both directions. keep_finite_statistics: as in `FuseConfig`.
     """
 
     _norm = nn.BatchNorm3d

@@ -18,6 +18,7 @@ from .batch_norm import (
 )
 from .norms import FUSED_NORMS, why_called
 from .projection import CONVOLUTIONS, Projection
+from .script import NotScriptable
 from .shortcuts import Change, Weighed, check_choice, check_count, make_shortcut
 
 BATCH_NORM_ACTS = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
@@ -34,7 +35,7 @@ class _Convolution(NamedTuple):
     groups: int = 1
 
 
-class _Block(nn.Module):
+class _Block(NotScriptable, nn.Module):
     """What all four have in common: a branch of two or three convolutions with their BatchNorms, and a shortcut."""
 
     expansion = 1
@@ -328,7 +329,7 @@ class PreActBottleneck(_Bottleneck, _PreActivation):
     """
 
 
-class PreActSequential(nn.Sequential):
+class PreActSequential(NotScriptable, nn.Sequential):
     """An nn.Sequential that runs the addition at the end of a pre-activation block with what the next child begins by.
 
     That is `bn1` and the activation of another such block, or a whole `BatchNormAct1d/2d/3d`, with which a net ends.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -91,9 +94,41 @@ def why_not_fused(norm: nn.Module) -> str | None:
     tensor_module = sys.modules.get("torch.distributed.tensor")
     if tensor_module is not None:
         for tensor in norm._parameters.values():
-            if isinstance(tensor, tensor_module.DTensor):
+            if isinstance(tensor, tensor_module.DTensor) and id(tensor) not in _gathered.get():
                 return "its parameters are DTensors"
     return None
+
+
+# The ids of parameters that are DTensors now and not when their module is called; empty at a call.
+_gathered: ContextVar[frozenset[int]] = ContextVar("fusedres_gathered", default=frozenset())
+
+
+@contextmanager
+def as_called(model: nn.Module) -> Iterator[None]:
+    """Look at a model as its calls will find it: FSDP (`fully_shard`) gathers its shards in front of them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    managed = () if fsdp is None else (m for m in model.modules() if isinstance(m, fsdp.FSDPModule))
+    found = frozenset(id(shard) for module in managed for shard in _shards(module))
+    token = _gathered.set(found)
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
+
+
+def _shards(module: Any) -> Iterator[Tensor]:
+    """What FSDP gathers for a call of this module to a plain tensor; a parameter that was a DTensor before stays one.
+
+    Inside of PyTorch, which has one group of parameters a module up to 2.11 and several in 2.15.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    for group in groups:
+        for parameter in group.fsdp_params if group is not None else ():
+            if not parameter.is_dtensor:
+                yield parameter.sharded_param
 
 
 def _why_not_of_kind(kind: type, norm: Any) -> str | None:

@@ -81,13 +81,16 @@ def call_projected_tail(
     shortcut: Tensor,
     activation: str | None = None,
     into: str | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """`activation(norm(input) + shortcut_norm(convolution(shortcut)))`; a convolution of None has been run already."""
     moments = None
     if convolution is not None:
         wanted = shortcut_norm.training or shortcut_norm._buffers.get("running_mean") is None
         shortcut, moments = call_projection(convolution, shortcut, wanted)
-    return call_dual_batch_norm(norm, input, shortcut_norm, shortcut, activation, into, moments)
+    return call_dual_batch_norm(
+        norm, input, shortcut_norm, shortcut, activation, into, moments, keep
+    )
 
 
 class Projection(nn.Sequential):

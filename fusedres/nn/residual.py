@@ -19,12 +19,13 @@ from .add import call_scaled_add
 from .batch_norm import run_tail
 from .norms import is_batch_norm, why_called, why_not_fused
 from .projection import Projection, why_not_projection
+from .script import NotScriptable
 
 SKIPS, SCALES = ("project", "pad"), ("scalar", "channel")
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class _MadeLater(nn.Module):
+class _MadeLater(NotScriptable, nn.Module):
     """A module with parameters whose shape is known at the first call."""
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

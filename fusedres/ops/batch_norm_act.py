@@ -127,7 +127,7 @@ def running_of(p: Planner, norm: BatchNorm) -> Any:
     batches = norm.batches
     if batches is None and norm.running_mean is not None:
         batches = p.empty((), torch.int64)
-    return Running(norm.running_mean, norm.running_var, batches, norm.momentum)
+    return Running(norm.running_mean, norm.running_var, batches, norm.momentum, bool(norm.keep))
 
 
 def as_applied(norm: BatchNorm, how: How, saved: Tensor | None) -> Any:

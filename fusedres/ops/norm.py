@@ -16,7 +16,9 @@ def names(kind: Any, *fields: str | None) -> Any:
 
 
 class BatchNorm(NamedTuple):
-    """One BatchNorm. The vectors are [C] or None; batches: its counter, where the finalising kernel is to count."""
+    """One BatchNorm. The vectors are [C] or None; batches: its counter, where the finalising kernel is to count.
+
+    keep: whether running statistics stay where they would not be finite (module `statistics`)."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -25,6 +27,7 @@ class BatchNorm(NamedTuple):
     momentum: float = 0.1
     eps: float = 1e-5
     batches: Tensor | None = None
+    keep: bool = False
 
 
 class Kept(NamedTuple):

@@ -43,7 +43,8 @@ class Operator:
 
     Args:
         schema: as `torch.library` takes it.
-        takes: the groups, each a name of the schema or a NamedTuple of names (None in one: not in the schema).
+        takes: the groups, each a name of the schema or a NamedTuple of names (of what is not in the schema: None for
+            a tensor, False for what decides about a plan).
         recipe: (planner, *groups) -> results, which the kernels do; None where there are none.
         plain: (*groups) -> results, in plain PyTorch; None where only the kernels do it.
         fake: (*groups) -> results of which only the shapes count.
@@ -77,11 +78,9 @@ class Operator:
         leaves = list(_leaves(takes))
         self._flat = [path for name in self.names for path, leaf in leaves if leaf == name]
         self._tensors = [
-            path for path, leaf in leaves if leaf is None or kinds[leaf] in ("Tensor", "Optional[Tensor]")
+            path for path, leaf in leaves if leaf is None or kinds.get(leaf) in ("Tensor", "Optional[Tensor]")
         ]  # fmt: skip
-        self._floats = [
-            path for path, leaf in leaves if leaf is not None and kinds[leaf] == "float"
-        ]
+        self._floats = [path for path, leaf in leaves if kinds.get(leaf) == "float"]
         known = (*self._tensors, *self._floats)
         self._others = [path for path, _ in leaves if path not in known]
         LIBRARY.impl(self.name, self._on_any, "CPU")
@@ -220,7 +219,9 @@ def _packer(takes: tuple, index: Mapping[str, int]) -> Callable[[tuple], tuple]:
     parts: list[tuple[Any, Any]] = []
     for group in takes:
         if isinstance(group, tuple):
-            parts.append((type(group), [None if name is None else index[name] for name in group]))
+            parts.append(
+                (type(group), [index[name] if isinstance(name, str) else None for name in group])
+            )
         else:
             parts.append((None, index[group]))
 

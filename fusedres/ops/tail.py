@@ -141,7 +141,7 @@ def straight(
     """
     given: list[Tensor | None] = [input, residual]
     floats: list[float] = []
-    for w, b, mean, var, momentum, eps, batches in norms:
+    for w, b, mean, var, momentum, eps, batches, _ in norms:
         given += w, b, mean, var, batches
         floats += momentum, eps
     given += more
@@ -152,6 +152,7 @@ def straight(
             return None
         ids = [id(t) for t in tensors]
         same = tuple([ids.index(each) for each in ids])  # which of them are one tensor
+        same += tuple([n.keep for n in norms])
         alike = (tail, dispatch.get_backend(), how, kind or key, same, *[look(t) for t in tensors])
         planned = _kinds.get(alike)
         if planned is None:
@@ -204,10 +205,13 @@ def _plan(
         or not all(t.is_contiguous() for t in vectors)
     ):
         return planned
+    keeps = how.training and any(n.keep for n in norms)
     if backend != "triton":
-        planned.composed = True
+        planned.composed = not keeps
         return planned
     planned.counts = all(_is_counter(n.batches, input) for n in norms)
+    if keeps and not planned.counts:
+        return planned
     if not planned.counts:
         norms = tuple(n._replace(batches=None) for n in norms)
     plan = tail.forward.plan((input, residual, *norms, how, planned.saves, *more))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..dispatch import current_backend
-from ..nn.norms import is_batch_norm
+from ..nn.norms import as_called, is_batch_norm
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
 from .inline import FILTERED, Traces
@@ -64,12 +65,19 @@ def fuse_(
 
     After an error the model is what it was.
     """
-    with _LOCK:
+    with _looking_at("fuse_", model):
         return _fuse(model, config, filter_fn, strict, input_shape)
 
 
 # A model that is being fused in one thread is not looked at in another; nothing outside of it is touched.
 _LOCK = threading.RLock()
+
+
+@contextmanager
+def _looking_at(caller: str, model: nn.Module) -> Iterator[None]:
+    check_model(caller, model)
+    with _LOCK, as_called(model):
+        yield
 
 
 def _fuse(
@@ -117,7 +125,7 @@ def explain(
         TypeError: an argument of the wrong type.
         ValueError: the model does not take an input of `input_shape`.
     """
-    with _LOCK:
+    with _looking_at("explain", model):
         owners = list(_decisions("explain", model, config, filter_fn, keep=True))
         return _estimated(_report(owners, dry=True), model, input_shape, "explain")
 

@@ -37,15 +37,27 @@ class FuseConfig:
             them by default.
         min_elements: a block that is called with an input of fewer elements runs its own forward; 0 by default, which
             fuses inputs of any size. Kernels pay by the byte: on small inputs there is little to gain.
+        keep_finite_statistics: in training, a channel whose running mean or variance would not be finite (the batch has
+            an infinity or a NaN in it, as where float16 overflows and `GradScaler` skips the step) keeps both as they
+            were; `num_batches_tracked` goes with the first channel. False by default, as PyTorch. It costs a fused site
+            nothing on the Triton backend, a few operations on [C] elsewhere; there is no host synchronisation. What is
+            not fused moves as ever, and so does a block that runs its own forward.
+        recompute: a `relu(batch_norm(x))` in training that nothing reads but a convolution of the same block is not
+            kept for its backward, but computed again there from `x`, which is kept anyway: fewer bytes for one more
+            pass, the same gradients bit for bit. False by default. Under `torch.compile` it steps aside, since the
+            compiler decides by itself what it computes again.
 
     Raises:
-        TypeError: `patterns` or `activations` is not a collection of strings, `min_elements` no whole number.
+        TypeError: `patterns` or `activations` is not a collection of strings, `min_elements` no whole number,
+            `keep_finite_statistics` or `recompute` no bool.
         ValueError: an unknown pattern or activation, a negative number.
     """
 
     patterns: tuple[str, ...] = PATTERNS
     activations: tuple[str, ...] = NAMES
     min_elements: int = 0
+    keep_finite_statistics: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for field, names in (("patterns", PATTERNS), ("activations", NAMES)):
@@ -60,6 +72,11 @@ class FuseConfig:
                         f"FuseConfig: unknown {field[:-1]} {name!r} in {field}; choose from {_quoted(names)}"
                     )
             object.__setattr__(self, field, tuple(name for name in names if name in given))
+        for field in ("keep_finite_statistics", "recompute"):
+            if type(getattr(self, field)) is not bool:
+                raise TypeError(
+                    f"FuseConfig: {field} is {getattr(self, field)!r}, expected True or False"
+                )
         if type(self.min_elements) is not int:
             raise TypeError(
                 f"FuseConfig: min_elements is {self.min_elements!r}, expected a whole number of elements"

@@ -42,7 +42,8 @@ class Match:
     operand of the add, and `shortcut` what is known of it where it is a BatchNorm itself. `note` says of a BatchNorm
     that runs by itself why nothing is fused with it, `into` which operand the add is written to ("output", "residual"),
     or that the residual stands first in it, `call` its arguments where it is called as a function, `trusted` the
-    children that must stay what they are, `before` the sum that it normalises, where that is written by the site.
+    children that must stay what they are, `before` the sum that it normalises, where that is written by the site,
+    `reader` the only convolution that reads what it gives, where that is not to be kept.
     """
 
     norm: fx.Node
@@ -58,6 +59,7 @@ class Match:
     call: NormCall | None = None
     trusted: Made = field(default_factory=Made)
     before: fx.Node | None = None
+    reader: fx.Node | None = None
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from ..activations import NAMES, parse
 from ..nn.blocks import BATCH_NORM_ACTS, norm_pattern
 from ..nn.norms import is_batch_norm, is_replaced, why_not_fused
+from ..nn.projection import CONVOLUTIONS
 from .config import SUM, FuseConfig
 from .guards import Guard, NotPortable, packed, unpacked, why_not
 from .inline import Traces, inline
@@ -167,6 +168,8 @@ def decide(
     graph = copy_of(traced.graph)
     inlined = inline(graph, modules, traces, allows)
     matches = find_matches(graph, modules, inlined, traces)
+    for match in matches if config.recompute else ():
+        match.reader = _reader(match, modules)
     sites, chosen = _sites(matches, norms, config)
     sites = tuple(_or_told(site, modules) for site in sites)
     taken = {node for match in matches if match.reason is None for node in match.nodes}
@@ -188,7 +191,7 @@ def decide(
         dict.fromkeys((*inlined.skipped, *inside, *_skipped([*chosen, *sums], modules)))
     )
     try:
-        source, imports = rewrite(graph, chosen, sums)
+        source, imports = rewrite(graph, chosen, sums, config)
     except NotTraceable as error:
         return Decision(None, sites).refused(str(error))
     norms = (*(match.name for match in chosen if match.call is None), *(s.norm for s in shortcuts))
@@ -238,7 +241,9 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
             continue
         left_out = _why_left_out(match, config) if match.reason is None else None
         excluded, reason = left_out is not None, left_out or match.reason
-        sites.append(Site(match.name, match.pattern, reason, excluded, match.note))
+        again = "computed again for the backward of its convolution" if match.reader else ""
+        note = "; ".join(filter(None, (match.note, again)))
+        sites.append(Site(match.name, match.pattern, reason, excluded, note))
         if (shortcut := match.shortcut) is not None:
             refused = shortcut.reason if reason is None else reason
             sites.append(
@@ -257,6 +262,18 @@ def _sites(matches: list[Match], norms: tuple[str, ...], config: FuseConfig):
         if norm not in called:
             sites.append(Site(norm, "BN", "it is not called by its owner's forward"))
     return tuple(sites), chosen
+
+
+def _reader(match: Match, modules: Mapping[str, nn.Module]) -> fx.Node | None:
+    """The convolution that is all that reads a `relu(batch_norm(x))`."""
+    if match.pattern != "BN+ReLU" or match.activation != "relu" or match.call is not None:
+        return None
+    readers = [*match.end.users]
+    if len(readers) != 1 or readers[0].op != "call_module":
+        return None
+    (reader,) = readers
+    is_read = reader.args == (match.end,) and not reader.kwargs
+    return reader if is_read and type(modules[str(reader.target)]) in CONVOLUTIONS else None
 
 
 def _modes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[Guard]:

@@ -123,7 +123,7 @@ class FuseReport:
             },
             indent=2,
         )
-        return _written(text, path)
+        return written(text, path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The table in Markdown; also written to `path` when one is given."""
@@ -132,7 +132,7 @@ class FuseReport:
             columns = self._columns()
             for line in (columns, ("---",) * len(columns), *self._grouped()):
                 lines.append(f"| {' | '.join(map(_escaped, line))} |")
-        return _written("\n".join(lines) + "\n", path)
+        return written("\n".join(lines) + "\n", path)
 
     def _repr_html_(self) -> str:
         """The table in a notebook."""
@@ -189,7 +189,8 @@ def fallback_note(backend: str) -> str:
     return "the backend is 'off': every module runs its own forward" if backend == "off" else ""
 
 
-def _written(text: str, path: str | Path | None) -> str:
+def written(text: str, path: str | Path | None) -> str:
+    """The text, which is also in a file where there is a path."""
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text

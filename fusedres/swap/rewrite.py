@@ -13,7 +13,9 @@ from torch import fx, nn
 from ..nn.add import call_add
 from ..nn.batch_norm import call_add_batch_norm, call_function, call_tail
 from ..nn.projection import call_projected_tail
+from ..nn.recompute import call_reader, call_tail_again
 from .alias import in_place
+from .config import FuseConfig
 from .guards import digest
 from .match import Match, Sum
 from .nodes import Skipped, operands
@@ -23,7 +25,9 @@ from .values import NotTraceable
 _FUNCTIONS: dict[tuple[Any, ...], types.FunctionType] = {}
 
 
-def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str, Imports]:
+def rewrite(
+    graph: fx.Graph, matches: list[Match], sums: list[Sum], config: FuseConfig
+) -> tuple[str, Imports]:
     """Replace each match and each sum by a call of what runs it; the new source, and where its globals come from.
 
     Raises:
@@ -31,12 +35,14 @@ def rewrite(graph: fx.Graph, matches: list[Match], sums: list[Sum]) -> tuple[str
     """
     # What stands now where an earlier match ended.
     now: dict[fx.Node, fx.Node] = {}
+    # Where it is not asked for, sources are as they were.
+    keeps: tuple[bool, ...] = (True,) if config.keep_finite_statistics else ()
     for match in matches:
         end = match.end
         if match.before is not None:
-            now[match.before], now[end] = _replace_pair(graph, match, match.before, now)
+            now[match.before], now[end] = _replace_pair(graph, match, match.before, now, keeps)
         else:
-            now[end] = _replace(graph, match, now)
+            now[end] = _replace(graph, match, now, keeps)
     for each in sums:
         _replace_sum(graph, each, now)
     try:
@@ -55,7 +61,9 @@ def _child(graph: fx.Graph, path: Any) -> fx.Node:
     return node
 
 
-def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.Node:
+def _replace(
+    graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node], keeps: tuple[bool, ...]
+) -> fx.Node:
     """Put the call that runs a site in its place; that call."""
     activation = match.activation
     input, shortcut, call = match.input, match.projected, match.call
@@ -63,11 +71,16 @@ def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.N
     obsolete = {*match.nodes}
     if call is not None:
         with graph.inserting_before(match.end):
-            site = graph.call_function(call_function, (*call, residual, activation, match.into))
+            site = graph.call_function(
+                call_function, (*call, residual, activation, match.into, *keeps)
+            )
     elif shortcut is None:
         with graph.inserting_before(match.end):
             norm = _child(graph, match.norm.target)
-            site = graph.call_function(call_tail, (norm, input, residual, activation, match.into))
+            tail = call_tail if match.reader is None else call_tail_again
+            site = graph.call_function(
+                tail, (norm, input, residual, activation, match.into, *keeps)
+            )
     else:
         with graph.inserting_before(match.end):
             norms = [_child(graph, path) for path in (match.norm.target, shortcut.norm)]
@@ -76,23 +89,32 @@ def _replace(graph: fx.Graph, match: Match, now: dict[fx.Node, fx.Node]) -> fx.N
                 convolution = _child(graph, shortcut.convolution)
             site = graph.call_function(
                 call_projected_tail,
-                (norms[0], input, norms[1], convolution, source, activation, match.into),
+                (norms[0], input, norms[1], convolution, source, activation, match.into, *keeps),
             )
         obsolete.update(shortcut.nodes)
     match.end.replace_all_uses_with(site)
+    if (reader := match.reader) is not None:
+        with graph.inserting_before(reader):
+            read = graph.call_function(call_reader, (_child(graph, reader.target), site))
+        reader.replace_all_uses_with(read)
+        obsolete.add(reader)
     for node in [node for node in graph.nodes if node in obsolete][::-1]:
         graph.erase_node(node)
     return site
 
 
 def _replace_pair(
-    graph: fx.Graph, match: Match, before: fx.Node, now: dict[fx.Node, fx.Node]
+    graph: fx.Graph,
+    match: Match,
+    before: fx.Node,
+    now: dict[fx.Node, fx.Node],
+    keeps: tuple[bool, ...],
 ) -> tuple[fx.Node, fx.Node]:
     """The sum and what follows it as one call; what stands for each now."""
     summands = [now.get(node, node) for node in operands(before) or ()]
     with graph.inserting_before(match.end):
         norm = _child(graph, match.norm.target)
-        pair = graph.call_function(call_add_batch_norm, (norm, *summands, match.activation))
+        pair = graph.call_function(call_add_batch_norm, (norm, *summands, match.activation, *keeps))
         total, output = (graph.call_function(operator.getitem, (pair, k)) for k in (0, 1))
     match.end.replace_all_uses_with(output)
     for node in sorted(match.nodes, key=list(graph.nodes).index, reverse=True):
