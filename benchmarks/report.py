@@ -9,19 +9,12 @@ from pathlib import Path
 from . import host, machine
 from .compile_time import METRICS as TO_COMPILE
 from .measure import COPY
-from .plots import save_plots
+from .plots import NAMES, save_plots
 from .providers import BASELINE, OURS
 from .record import Book, Row
 from .timing import verdict
 
 PAGE = "README.md"
-NAMES = {
-    "bn_relu": "BN + ReLU",
-    "bn_add_relu": "BN + add + ReLU",
-    "bn_bn_add_relu": "BN + BN + add + ReLU",
-    "bn": "BN",
-    "bn_add": "BN + add",
-}
 SELF = "fusedres"
 
 

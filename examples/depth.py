@@ -17,8 +17,6 @@ import sys
 
 import torch
 from common import (
-    BLUE,
-    RED,
     Bench,
     Outcome,
     draw,
@@ -26,11 +24,13 @@ from common import (
     last_loss,
     main,
     name_axes,
+    name_bands,
     new_figure,
     spread,
 )
 from torch import nn
 
+from fusedres.cli.picture import BLUE, RED
 from fusedres.nn import Residual
 
 SIZE, WIDTHS = 8, (8, 16, 32)
@@ -82,7 +82,7 @@ def experiment(bench: Bench) -> Outcome:
             for kind, by_depth in ends.items()
         },
     }
-    return Outcome({"losses": losses}, findings, picture(losses, ends))
+    return Outcome({"losses": losses}, findings)
 
 
 def train(bench: Bench, kind: str, depth: int, seed: int) -> list[float]:
@@ -95,8 +95,12 @@ def train(bench: Bench, kind: str, depth: int, seed: int) -> list[float]:
     return bench.train(f"{kind} {depth}", model, seed, optimizer)
 
 
-def picture(losses, ends):
+def picture(series):
     """The curves of both kinds, and what they end at over the depth."""
+    losses = {
+        kind: {int(depth): runs for depth, runs in by_depth.items()}
+        for kind, by_depth in series["losses"].items()
+    }
     figure, ((first, second, third),) = new_figure(1, 3)
     shades = (0.35, 0.55, 0.75, 1.0)
     for axes, kind in zip((first, second), KINDS, strict=True):
@@ -108,7 +112,7 @@ def picture(losses, ends):
         axes.set_ylim(0, 2.6)
         name_axes(axes, f"{kind} networks: training loss", "step", "")
     for kind, colour in KINDS.items():
-        middles = [spread(ends[kind][depth]) for depth in DEPTHS]
+        middles = [spread([last_loss(run) for run in losses[kind][depth]]) for depth in DEPTHS]
         third.plot(DEPTHS, [m["median"] for m in middles], "o-", color=colour, label=kind)
         third.fill_between(
             DEPTHS, [m["lowest"] for m in middles], [m["highest"] for m in middles],
@@ -117,13 +121,21 @@ def picture(losses, ends):
     third.set_xticks(DEPTHS)
     third.set_ylim(0, 2.6)
     name_axes(third, "loss over the last 10 steps", "layers", "")
+    name_bands(figure, len(losses["plain"][DEPTHS[0]]))
     return figure
 
 
 def run(arguments: list[str] | None = None) -> int:
     """From the command line."""
     return main(
-        experiment, len(KINDS) * len(DEPTHS), SIZE, arguments, batch=64, steps=100, repeat=3
+        experiment,
+        picture,
+        len(KINDS) * len(DEPTHS),
+        SIZE,
+        arguments,
+        batch=64,
+        steps=100,
+        repeat=3,
     )
 
 

@@ -22,22 +22,20 @@ from collections.abc import Callable
 
 import torch
 from common import (
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
     Bench,
     Outcome,
     draw,
     initialise,
     main,
     name_axes,
+    name_bands,
     new_figure,
     smooth,
     spread,
 )
 from torch import Tensor, nn
 
+from fusedres.cli.picture import BLUE, GREEN, GREY, RED
 from fusedres.nn import Residual
 
 SIZE, WIDTH, LEARNING_RATE = 32, 16, 4e-3
@@ -139,11 +137,12 @@ def experiment(bench: Bench) -> Outcome:
             for name in INITS
         },
     }
-    return Outcome({"runs": runs, "crossing_steps": steps}, findings, picture(runs, ratios))
+    return Outcome({"runs": runs, "crossing_steps": steps}, findings)
 
 
-def picture(runs, ratios):
+def picture(series):
     """Left the two norms, right their ratio."""
+    runs = series["runs"]
     figure, ((left, right),) = new_figure(1, 2)
     for key, colour, label in (
         ("skip", BLUE, "over the residual connection"),
@@ -152,18 +151,19 @@ def picture(runs, ratios):
         draw(left, [run[key] for run in runs["glorot"]], colour, label, WINDOW)
     left.set_ylim(bottom=0)
     name_axes(left, "norm of the gradient (Glorot's weights)", "step of the first epoch", "")
-    for name, each in ratios.items():
-        draw(right, each, COLOURS[name], f"weights: {name}")
+    for name, each in runs.items():
+        draw(right, [ratio(run) for run in each], COLOURS[name], f"weights: {name}")
     right.axhline(1, color="black", linewidth=0.6)
     right.set_yscale("log", base=2)
     right.yaxis.set_major_formatter("{x:g}")
     name_axes(right, "branch / residual connection", "step of the first epoch", "")
+    name_bands(figure, len(runs["glorot"]))
     return figure
 
 
 def run(arguments: list[str] | None = None) -> int:
     """From the command line."""
-    return main(experiment, len(INITS), SIZE, arguments, batch=4, steps=None, repeat=5)
+    return main(experiment, picture, len(INITS), SIZE, arguments, batch=4, steps=None, repeat=5)
 
 
 if __name__ == "__main__":

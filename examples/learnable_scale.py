@@ -18,8 +18,6 @@ import sys
 
 import torch
 from common import (
-    BLUE,
-    RED,
     Bench,
     Outcome,
     draw,
@@ -27,11 +25,14 @@ from common import (
     last_loss,
     main,
     name_axes,
+    name_bands,
     new_figure,
+    plain_numbers,
     spread,
 )
 from torch import nn
 
+from fusedres.cli.picture import BLUE, RED
 from fusedres.nn import Residual
 
 SIZE, WIDTH, BLOCKS, LEARNING_RATE = 8, 16, 16, 3e-3
@@ -87,11 +88,12 @@ def experiment(bench: Bench) -> Outcome:
             }
         sizes = [abs(path[-1]) for run in by_kind["learnable"] for path in run["scales"]]
         findings[f"size of the scales at the end, {family}"] = spread(sizes)
-    return Outcome({"runs": runs}, findings, picture(runs))
+    return Outcome({"runs": runs}, findings)
 
 
-def picture(runs):
+def picture(series):
     """The losses of both families, and the paths of the first seed."""
+    runs = series["runs"]
     figure, axes = new_figure(2, 2, sharex=True)
     for (left, right), family in zip(axes, FAMILIES, strict=True):
         for kind in SUMS:
@@ -99,18 +101,20 @@ def picture(runs):
             label = "plain sum, x + F(x)" if kind == "plain" else "learnable, x + a F(x), a from 0"
             draw(left, losses, COLOURS[kind], label, 3)
         left.set_yscale("log")
+        plain_numbers(left.yaxis, (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100))
         name_axes(left, f"{family}: training loss", "step", "")
         for path in runs[family]["learnable"][0]["scales"]:
             right.plot(range(1, len(path) + 1), path, color=RED, linewidth=0.8)
         right.axhline(0, color="black", linewidth=0.6)
-        name_axes(right, f"{family}: a of each block", "step", "", legend=False)
+        name_axes(right, f"{family}: a of each block (one seed)", "step", "", legend=False)
+    name_bands(figure, len(runs[FAMILIES[0]]["plain"]))
     return figure
 
 
 def run(arguments: list[str] | None = None) -> int:
     """From the command line."""
     runs = len(FAMILIES) * len(SUMS)
-    return main(experiment, runs, SIZE, arguments, batch=64, steps=100, repeat=3)
+    return main(experiment, picture, runs, SIZE, arguments, batch=64, steps=100, repeat=3)
 
 
 if __name__ == "__main__":

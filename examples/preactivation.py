@@ -18,23 +18,20 @@ import sys
 
 import torch
 from common import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
     Bench,
     Outcome,
     draw,
     last_loss,
     main,
     name_axes,
+    name_bands,
     new_figure,
+    plain_numbers,
     spread,
 )
 
 from fusedres import models
+from fusedres.cli.picture import BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 
 SIZE, WIDTHS = 8, (4, 8, 16)
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
@@ -86,7 +83,7 @@ def experiment(bench: Bench) -> Outcome:
         "loss_by_order": {name: ends(runs) for name, runs in orders.items()},
         "loss_by_shortcut": {name: ends(runs) for name, runs in shortcuts.items()},
     }
-    return Outcome({"orders": orders, "shortcuts": shortcuts}, findings, picture(orders, shortcuts))
+    return Outcome({"orders": orders, "shortcuts": shortcuts}, findings)
 
 
 def ends(runs: list[list[float]]) -> dict[str, float]:
@@ -94,28 +91,33 @@ def ends(runs: list[list[float]]) -> dict[str, float]:
     return spread([last_loss(run) for run in runs])
 
 
-def picture(orders, shortcuts):
+def picture(series):
     """Left the order of the operations at two learning rates, right the shortcuts."""
-    figure, ((left, right),) = new_figure(1, 2)
-    for key, runs in orders.items():
-        name, _, rate = key.partition(", rate ")
-        dashes = "-" if float(rate) == PRE_RATE else "--"
-        draw(left, runs, ORDERS[name][2], key, 5, linestyle=dashes)
-    for name, runs in shortcuts.items():
-        draw(right, runs, SHORTCUTS[name][2], name, 5)
-    for axes, title in (
-        (left, "110 layers: training loss"),
-        (right, "shortcuts of post-activation"),
-    ):
-        axes.set_ylim(0, 4)
-        name_axes(axes, title, "step", "")
+    orders, shortcuts = series["orders"], series["shortcuts"]
+    figure, (panels,) = new_figure(1, 3)
+    for axes, rate in zip(panels, (RATE, PRE_RATE), strict=False):
+        for name, (_, _, colour) in ORDERS.items():
+            draw(axes, orders[f"{name}, rate {rate:g}"], colour, name, 5)
+        name_axes(axes, f"110 layers, learning rate {rate:g}: training loss", "step", "")
+    # Three of them lie on each other: each has markers where the others have none.
+    for k, (name, runs) in enumerate(shortcuts.items()):
+        style = {"marker": "Dos^v"[k], "markevery": (3 * k, 15), "markersize": 5}
+        draw(panels[2], runs, SHORTCUTS[name][2], name, 5, **style)
+    title = f"post-activation, shortcuts (rate {RATE:g}): training loss"
+    name_axes(panels[2], title, "step", "", legend=False)
+    panels[2].legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    for axes, top in zip(panels, (10, 10, 3000), strict=True):
+        axes.set_yscale("log")
+        axes.set_ylim(0.3, top)
+        plain_numbers(axes.yaxis, (0.3, 1, 3, 10, 30, 100, 300))
+    name_bands(figure, len(shortcuts["identity"]))
     return figure
 
 
 def run(arguments: list[str] | None = None) -> int:
     """From the command line."""
     runs = 2 * len(ORDERS) + len(SHORTCUTS) - 1
-    return main(experiment, runs, SIZE, arguments, batch=64, steps=60, repeat=3)
+    return main(experiment, picture, runs, SIZE, arguments, batch=64, steps=60, repeat=3)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The picture of a comparison: both loss curves over each other, and how far apart they are."""
+"""Colours of pictures, one for each thing in all of them; and the picture of a comparison."""
 
 from __future__ import annotations
 
@@ -7,26 +7,57 @@ from pathlib import Path
 
 from .errors import require
 
+# Told apart by colour-blind readers (Okabe and Ito 2008); two greys, of which only lightness tells them apart.
+BLUE, RED, GREEN, ORANGE = "#0072b2", "#d55e00", "#009e73", "#e69f00"
+PURPLE, SKY, YELLOW, BLACK = "#cc79a7", "#56b4e9", "#f0e442", "#000000"
+GREY, PALE = "#666666", "#aaaaaa"
+# Who computes something has the same colour and marker in every picture; grey is PyTorch as it comes.
+COLOURS = {
+    "eager": GREY,
+    "eager, in place": PALE,
+    "compile": BLUE,
+    "compile, max-autotune": SKY,
+    "fusedres": RED,
+    "fusedres + compile": ORANGE,
+    "attorch": GREEN,
+    "apex groupbn": PURPLE,
+    "inplace_abn": YELLOW,
+    "copy": BLACK,
+}
+MARKERS = dict(zip(COLOURS, "sDo^vP<>Xx", strict=True))
+
 
 def save_losses(path: Path, title: str, original: Sequence[float], fused: Sequence[float]) -> None:
-    """Write a PNG: the two losses above, their relative difference below on a logarithmic axis."""
+    """Write a PNG: both losses over each other and, where they are not equal to the bit, how far they are apart."""
+    differ = {
+        step: abs(b - a) / max(abs(a), 1e-30)
+        for step, (a, b) in enumerate(zip(original, fused, strict=True), 1)
+        if a != b
+    }
     # A Figure of its own: pyplot would choose a window system and keep global state.
     figure = require("matplotlib.figure", "demo", "the plot").Figure(
-        figsize=(7.2, 5.4), layout="constrained"
+        figsize=(7.2, 5.4 if differ else 4.0), layout="constrained"
     )
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    panels = figure.subplots(
+        2 if differ else 1, 1, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + bool(differ)]
+    )[:, 0]
     steps = range(1, len(original) + 1)
-    above.plot(steps, original, color="#9ab8d8", linewidth=5, label="original")
-    above.plot(steps, fused, color="#b3361e", linewidth=1.4, label="fused")
-    above.set_ylabel("training loss")
-    above.set_title(title, fontsize=10)
-    above.legend(frameon=False)
-    apart = [abs(b - a) / abs(a) if a != b else 0.0 for a, b in zip(original, fused, strict=True)]
-    below.plot(steps, apart, color="#444444", linewidth=1.2, marker=".", markersize=3)
-    below.set_yscale("symlog", linthresh=1e-9)
-    below.set_ylim(bottom=0.0)
-    below.set_ylabel("relative\ndifference")
-    below.set_xlabel("step")
-    for axes in (above, below):
+    panels[0].plot(steps, original, color=PALE, linewidth=6, label="original")
+    panels[0].plot(steps, fused, color=COLOURS["fusedres"], linewidth=1.4, label="fused")
+    panels[0].set_ylabel("training loss")
+    equal = len(original) - len(differ)
+    said = f"equal to the bit at {equal} of {len(original)} steps"
+    panels[0].set_title(f"{title}\n{said}", fontsize=10)
+    panels[0].legend(frameon=False)
+    if differ:
+        panels[1].plot(differ.keys(), differ.values(), ".", color=COLOURS["fusedres"], markersize=5)
+        panels[1].set_xlim(panels[0].get_xlim())
+        panels[1].set_yscale("log")
+        panels[1].yaxis.set_major_formatter("{x:.0e}")
+        panels[1].yaxis.set_minor_formatter("")
+        panels[1].set_ylabel("relative difference,\nwhere there is one", fontsize=8)
+    panels[-1].set_xlabel("step")
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=150)
