@@ -167,3 +167,13 @@ def test_what_readme_shows_needs_nothing_but_the_package(python, tmp_path):
         "import sys\nsys.modules.update(dict.fromkeys(('torchvision', 'timm', 'numpy')))\n"
     )
     assert "1 fused" in run(python, "-W", "ignore", "-c", nothing_else + example, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_readme_s_commands_run_where_it_is_installed(python, tmp_path):
+    """Those that need no GPU and no minutes."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^    python -m fusedres (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
+    short = [command.split() for command in commands if command.split()[0] in ("env", "explain")]
+    said = [run(python, "-W", "ignore", "-m", "fusedres", *words, cwd=tmp_path) for words in short]
+    assert ["backend" in said[0], "moves" in said[1]] == [True, True]

@@ -87,3 +87,12 @@ def test_the_newest_bytes_are_the_ones_that_are_shown():
         (name, *(measured[name, mode] for mode in modes))
         for name in ("eager", "compile", "fusedres")
     ]
+
+
+@pytest.mark.once
+def test_the_extras_are_ones_that_there_are():
+    _, options = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")
+    extras = re.findall(r"^(\w+) = \[", options, re.MULTILINE)
+    named = re.findall(r"'\.\[(\w+)\]'", README)
+    assert sorted({*named} - {*extras}) == []
+    assert "models" in named
