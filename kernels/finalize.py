@@ -69,11 +69,6 @@ def partial_offsets(
 
 
 @triton.jit
-def _is_finite(b):
-    return tl.abs(b.to(tl.float64)) < float("inf")
-
-
-@triton.jit
 def _count_batch(p_batches, o_channel, m_moves):
     """One batch more, where there is a counter and the first channel moves. Every warp loads, and one thread stores."""
     if p_batches is not None and tl.program_id(0) == 0:
@@ -87,11 +82,12 @@ def _count_batch(p_batches, o_channel, m_moves):
 @triton.jit
 def finish_moments(
     moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-    o_channel, m_channel, channels, momentum, eps, keep,
+    o_channel, m_channel, channels, momentum, eps, keep, MAY_BE_ONE: tl.constexpr,
 ):  # fmt: skip
     """(mean, mean_low, invstd, bias) [channels], which are left in saved [4, C]; the running statistics move from their
     old values, and batches, where given, is one more. moments: (count, mean, M2) in float64, the mean relative to
     b_first. With keep, a channel of which either would not be finite stays, and batches goes with the first one.
+    MAY_BE_ONE: whether there may be one value only, or none, which has no variance: what is running stays.
     """
     ACC: tl.constexpr = p_saved.dtype.element_ty
     b_n, b_offset, b_m2 = moments
@@ -110,17 +106,20 @@ def finish_moments(
     tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
     m_moves = m_channel
     if p_running_mean is not None:
-        # One value has no variance: what is running stays as it is.
-        b_momentum = tl.where(b_n > 1.0, tl.full(o_channel.shape, momentum, tl.float64), 0.0)
+        b_momentum = tl.full(o_channel.shape, momentum, tl.float64)
         b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
         b_new_mean = b_new.to(ACC).to(p_running_mean.dtype.element_ty)
-        b_unbiased = b_m2 / tl.maximum(b_n - 1.0, 1.0)
-        b_new = b_old_var * (1.0 - b_momentum) + b_unbiased * b_momentum
+        b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
         b_new_var = b_new.to(ACC).to(p_running_var.dtype.element_ty)
-        m_any = tl.full(o_channel.shape, keep, tl.int32) == 0
-        m_moves = m_channel & (m_any | (_is_finite(b_new_mean) & _is_finite(b_new_var)))
-        tl.store(p_running_mean + o_channel, b_new_mean, mask=m_moves)
-        tl.store(p_running_var + o_channel, b_new_var, mask=m_moves)
+        m_finite = (tl.abs(b_new_mean.to(ACC)) < float("inf")) & (
+            tl.abs(b_new_var.to(ACC)) < float("inf")
+        )
+        m_moves = m_channel & ((keep == 0) | m_finite)
+        m_stored = m_moves
+        if MAY_BE_ONE:
+            m_stored = m_moves & (b_n > 1.0)
+        tl.store(p_running_mean + o_channel, b_new_mean, mask=m_stored)
+        tl.store(p_running_var + o_channel, b_new_var, mask=m_stored)
     _count_batch(p_batches, o_channel, m_moves)
     return b_mean, b_low, b_invstd, b_bias
 
@@ -147,6 +146,7 @@ def bn_finalize_kernel(
     momentum: "fp64",
     eps: "fp64",
     COLUMNS: tl.constexpr,
+    MAY_BE_ONE: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -182,7 +182,7 @@ def bn_finalize_kernel(
         b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
     finish_moments(
         moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-        o_channel, m_channel, channels, momentum, eps, keep,
+        o_channel, m_channel, channels, momentum, eps, keep, MAY_BE_ONE,
     )  # fmt: skip
 
 
@@ -200,13 +200,14 @@ class Running(NamedTuple):
 
 class Partial(NamedTuple):
     """What a reducing pass left, and of what: x is rows.strides[which] of the map that it was walked by. Without x the
-    means are absolute, of [P, 3, C]."""
+    means are absolute, of [P, 3, C]. may_be_one: of one value in all, or none, as the launcher cannot tell."""
 
     values: Tensor
     x: Tensor | None = None
     rows: RowMap | None = None
     which: int = 0
     tile: Tile | None = None
+    may_be_one: bool = False
 
 
 def launch_bn_finalize(
@@ -227,7 +228,7 @@ def launch_bn_finalize(
         (partial.values, partial.x, bias, saved, running.mean, running.var, running.batches),
         (*walk, channels, spread, programs, width, each, slots, int(running.keep)),
         (running.momentum, eps),
-        {"COLUMNS": columns},
+        {"COLUMNS": columns, "MAY_BE_ONE": partial.may_be_one},
         options,
     )
 

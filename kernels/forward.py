@@ -100,7 +100,7 @@ def _norm_of(
         b_first = tl.gather(b_first, o_first, 0)
     b_mean, b_low, b_invstd, b_bias = finish_moments(
         (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-        o_channel, m_channel, channels, momentum, eps, keep,
+        o_channel, m_channel, channels, momentum, eps, keep, False,
     )  # fmt: skip
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     if PARTS > 0:

@@ -63,7 +63,7 @@ def _finish(
     )  # fmt: skip
     finish_moments(
         moments, b_first.to(tl.float64), b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var,
-        p_batches, o_channel, m_channel, channels, momentum, eps, keep,
+        p_batches, o_channel, m_channel, channels, momentum, eps, keep, False,
     )  # fmt: skip
 
 

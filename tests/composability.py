@@ -85,10 +85,9 @@ def _backend(marks: list[str]) -> str:
 
 def page() -> str:
     """The page as it should be."""
-    lines = []
-    features = dict.fromkeys((row.feature, row.outcome) for row in rows())
-    for feature, outcome in features:
-        shown = [row for row in rows() if (row.feature, row.outcome) == (feature, outcome)]
+    lines, found = [], rows()
+    for feature, outcome in dict.fromkeys((row.feature, row.outcome) for row in found):
+        shown = [row for row in found if (row.feature, row.outcome) == (feature, outcome)]
         backends = ", ".join(dict.fromkeys(row.backend for row in shown))
         tests = ", ".join(f"`{row.test}`" for row in shown)
         lines.append(f"| {feature} | {outcome} | {backends} | {tests} |\n")

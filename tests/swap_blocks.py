@@ -28,8 +28,8 @@ def spy_on_sites(monkeypatch) -> list[nn.Module]:
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
     straight_tail = batch_norm.straight_tail
 
-    def spy_on_the_straight_way(norm, *args):
-        output = straight_tail(norm, *args)
+    def spy_on_the_straight_way(norm, *args, **options):
+        output = straight_tail(norm, *args, **options)
         if output is not None:
             calls.append(norm)
         return output

@@ -28,6 +28,9 @@ from fusedres.functional import (
 from fusedres.kernels import bind, launch
 from fusedres.kernels.apply import bn_apply_kernel
 from fusedres.kernels.launch import passes
+from fusedres.ops import sync
+from fusedres.ops.dual import Wanted
+from fusedres.ops.norm import BatchNorm, Kept
 from fusedres.ops.projection import in_triton
 
 from .helpers import without_plans
@@ -147,7 +150,8 @@ def one(dtype, layout, residual):
     mean, var, *affine = vectors()
     affine = [vector.requires_grad_() for vector in affine]
     other = other if residual else None
-    batch_norm_act(x, mean, var, *affine, True, residual=other).sum().backward()
+    y = batch_norm_act(x, mean, var, *affine, True, residual=other)
+    y.backward(torch.ones_like(y))
 
 
 def evaluated():
@@ -193,6 +197,17 @@ def with_the_final_step():
         one(torch.bfloat16, torch.channels_last, True)
 
 
+def shared():
+    """What a process of several does between their collectives."""
+    (x,) = images(torch.bfloat16, torch.channels_last, 1)
+    mean, var, weight, bias = vectors()
+    moments, _ = sync.MOMENTS(x, None, None, False)
+    norm = BatchNorm(weight, bias, mean, var)
+    y, saved, _, bits = sync.FORWARD(x, None, norm, sync.NO_NORM, moments, None, "relu", True)
+    wanted = Wanted((True,) * 4, torch.float32, None)
+    sync.SUMS(y, Kept(x, weight, saved), Kept(None, None, None), bits, "relu", wanted)
+
+
 CALLS = {
     "float32": functools.partial(one, torch.float32, torch.contiguous_format, False),
     "float32-residual": functools.partial(one, torch.float32, torch.contiguous_format, True),
@@ -204,6 +219,7 @@ CALLS = {
     "projection": projected,
     "one launch": in_one_launch,
     "the final step too": with_the_final_step,
+    "shared": shared,
 }
 
 

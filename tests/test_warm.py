@@ -200,7 +200,10 @@ def refusal(capsys, *arguments: str) -> str:
         (["resnet18", "--input", "4,3,64,64", "--arch", "20"], "at least 75"),
         (["resnet18", "--input", "4,3,64,64", "--arch", "89"], "say it with --multiprocessors"),
         (["resnet18", "--input", "4,3,64,64", "--multiprocessors", "8"], "goes with --arch"),
-        (["resnet18", "--input", "4,3,64,64", "--arch", "90", "--dtype", "half"], "invalid choice"),
+        (
+            ["resnet18", "--input", "4,3,64,64", "--arch", "90", "--dtype", "half"],
+            "'half' is none of",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -148,7 +148,7 @@ def _forward(
                 gathered = copied
             saved = p.keep((4, input.shape[1]), wide)
             running = single.running_of(p, n)
-            launch_bn_finalize(p, Partial(gathered), n.bias, saved, running, n.eps)
+            launch_bn_finalize(p, Partial(gathered, may_be_one=True), n.bias, saved, running, n.eps)
             applied[k] = Norm(n.weight, saved=saved, eps=n.eps)
     kept = [wide if each is None else each.saved for each in applied]
     if input.numel() == 0:
