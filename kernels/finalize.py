@@ -114,7 +114,7 @@ def finish_moments(
         m_finite = (tl.abs(b_new_mean.to(ACC)) < float("inf")) & (
             tl.abs(b_new_var.to(ACC)) < float("inf")
         )
-        m_moves = m_channel & ((keep == 0) | m_finite)
+        m_moves = m_channel & (m_finite | (tl.full(o_channel.shape, keep, tl.int32) == 0))
         m_stored = m_moves
         if MAY_BE_ONE:
             m_stored = m_moves & (b_n > 1.0)

@@ -97,7 +97,8 @@ def _write(
     """The picture and the JSON; the path of the latter."""
     stem = f"compare-{''.join(c if c.isalnum() or c in '._' else '-' for c in options.model)}"
     picture, json_file = options.out / f"{stem}.png", options.out / f"{stem}.json"
-    title = f"{options.model} on {options.data}, {options.dtype}, backend {backend.name}, {options.device}"
+    where = choose_device(options.device).type
+    title = f"{options.model} on {options.data}, {options.dtype}, backend {backend.name}, {where}"
     everything = finite(facts | record(options, outcome, accuracies))
     json_file.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     save_losses(picture, title, outcome.original.losses, outcome.fused.losses)
