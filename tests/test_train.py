@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fusedres
-
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ["--image-size", "32", "--batch", "8", "--log-every", "1", "--warmup", "2"]
 
@@ -44,14 +42,13 @@ LOOPS = [
 ]
 
 
+@pytest.mark.once  # in the interpreter a step takes minutes
 @pytest.mark.parametrize(("model", "given"), LOOPS)
 @pytest.mark.composes("training loop: autocast, GradScaler, EMA, accumulated gradients", "works")
 def test_the_losses_with_and_without_fuse_are_the_same(
-    train, model, given, monkeypatch, capsys, tmp_path, backend
+    train, model, given, monkeypatch, capsys, tmp_path
 ):
     """To the rounding of the plain run, which its distance from the same run in float64 shows."""
-    if backend == "triton" and fusedres.dispatch.INTERPRET:
-        given = [*given, "--batch", "4"]
     given = ["--model", model, "--steps", 3, *given]
     fused = losses(train, capsys, *given, "--fuse", "--out", tmp_path / "fused")
     plain = losses(train, capsys, *given, "--out", tmp_path / "plain")
