@@ -111,9 +111,9 @@ def finish_moments(
         b_new_mean = b_new.to(ACC).to(p_running_mean.dtype.element_ty)
         b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
         b_new_var = b_new.to(ACC).to(p_running_var.dtype.element_ty)
-        m_finite = (tl.abs(b_new_mean.to(ACC)) < float("inf")) & (
-            tl.abs(b_new_var.to(ACC)) < float("inf")
-        )
+        # As they are stored: what is not finite is no more 0 less itself.
+        b_none = (b_new_mean.to(ACC) - b_new_mean.to(ACC)) + (b_new_var.to(ACC) - b_new_var.to(ACC))
+        m_finite = b_none == 0.0
         m_moves = m_channel & (m_finite | (tl.full(o_channel.shape, keep, tl.int32) == 0))
         m_stored = m_moves
         if MAY_BE_ONE:

@@ -7,6 +7,7 @@ import copy
 import gc
 import threading
 import weakref
+from contextvars import copy_context
 from unittest.mock import Mock, call
 
 import pytest
@@ -687,7 +688,9 @@ def test_two_threads_that_share_the_first_tail(later, left):
         loss, other = (loss_of(block(x)) for block in model[1:])
 
         def run_another(_, other=other):
-            thread = threading.Thread(target=other.backward, kwargs={"retain_graph": True})
+            thread = threading.Thread(
+                target=copy_context().run, args=(other.backward,), kwargs={"retain_graph": True}
+            )
             thread.start()
             thread.join()
 
@@ -713,7 +716,7 @@ def test_two_runs_that_stand_between_the_tails_together(other_is, left):
             else:
                 other.backward(retain_graph=True)
 
-        thread = threading.Thread(target=run_other)
+        thread = threading.Thread(target=copy_context().run, args=(run_other,))
 
         def until_it_stands(*_, thread=thread, stands=stands):
             thread.start()
