@@ -96,6 +96,8 @@ def prepare(options: argparse.Namespace, classes: int, device: torch.device) -> 
     # Then where they lie in memory: DDP lays out its buckets, and the optimizer its state, as the parameters are.
     model.to(device=device, memory_format=LAYOUTS[options.channels_last])
     # SyncBatchNorm puts other modules in, with the same parameters: before whatever remembers modules.
+    if options.sync_bn and device.type == "cpu" and options.processes > 1:
+        raise SystemExit("--sync-bn: DDP refuses SyncBatchNorm on a CPU; leave it out")
     if options.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # fuse_ when the modules are the final ones, so that its report tells what runs. It changes no parameter.
@@ -103,10 +105,8 @@ def prepare(options: argparse.Namespace, classes: int, device: torch.device) -> 
         say(fusedres.fuse_(model))
     # The average is a deep copy of the bare model: fused too, with nothing of DDP or the compiler in it.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
-    wrapped: Any = model
     # DDP when the parameters are where they will be: it makes its buckets of them.
-    if options.processes > 1:
-        wrapped = DistributedDataParallel(model)
+    wrapped: Any = DistributedDataParallel(model) if options.processes > 1 else model
     # The compiler last: it cuts its graph at DDP's buckets, so that gradients travel while the backward runs.
     if options.compile:
         wrapped = torch.compile(wrapped)

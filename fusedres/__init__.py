@@ -54,15 +54,21 @@ if TYPE_CHECKING or not _WAITS:
     from .memory import MemoryReport, memory_report
     from .swap import FuseConfig, FuseReport, explain, fuse_, is_fused, unfuse_
 else:
+    import threading
+
+    _LOADING = threading.RLock()
 
     def __getattr__(name: str) -> Any:
         """Of the command line: the rest of the package, when something of it is first asked for."""
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         import importlib
 
-        del globals()["__getattr__"]
-        return getattr(importlib.reload(sys.modules[__name__]), name)
+        if name in __all__:
+            with _LOADING:  # by the first thread that asks; what the others want is there then
+                if name not in globals():
+                    importlib.reload(sys.modules[__name__])
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

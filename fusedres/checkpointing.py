@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -137,45 +138,68 @@ def _modules_of(value: Any) -> list[nn.Module]:
     """The modules with running statistics that can be reached from a function and its arguments."""
     found = dict.fromkeys(
         module
-        for root in _roots(value, set())
+        for root in _roots(value, {})
         for module in root.modules()
         if any(module._buffers.get(name) is not None for name in _STATISTICS)
     )
     return list(found)
 
 
-def _roots(value: Any, seen: set[int], objects: int = 1) -> Iterator[nn.Module]:
+def _roots(value: Any, seen: dict[int, int], objects: int = 1) -> Iterator[nn.Module]:
     """objects: how many that are nothing of these, and hold something, may stand inside of one another."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    inside: list[Any] = []
-    if isinstance(value, nn.Module):
-        yield value
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        inside += value
-    elif isinstance(value, dict):
-        inside += value.values()
-    elif isinstance(value, functools.partial):
-        inside += (value.func, value.args, value.keywords)
-    elif isinstance(value, types.FunctionType):
-        if not (value.__module__ or "").startswith("torch."):
-            code, known = value.__code__, value.__globals__
+    waiting = [(value, objects)]
+    while waiting:
+        value, objects = waiting.pop()
+        # Met before with as much left to look into.
+        if isinstance(value, _ATOMS) or seen.get(id(value), -1) >= objects:
+            continue
+        seen[id(value)] = objects
+        inside: Iterable[Any] = ()
+        if isinstance(value, nn.Module):
+            yield value
+            # A module may stand in a plain list, too.
+            inside = [
+                t for m in value.modules() for t in vars(m).values() if isinstance(t, _GROUPS)
+            ]
+        elif isinstance(value, dict):
+            inside = value.values()
+        elif isinstance(value, _GROUPS):
+            inside = value
+        elif isinstance(value, functools.partial):
+            inside = (value.func, value.args, value.keywords)
+        elif isinstance(value, types.FunctionType):
+            inside = _read_by(value)
+        elif isinstance(value, types.MethodType):
+            inside = (value.__self__, value.__func__)
+        elif isinstance(owner := _owner(value), nn.Module):
+            yield owner  # of what stands for a method
+        elif objects and not isinstance(value, _NO_HOLDERS):
+            inside = getattr(value, "__dict__", {}).values()
+            objects -= 1
+        waiting += [(each, objects) for each in inside if not isinstance(each, _ATOMS)]
+
+
+def _read_by(function: types.FunctionType) -> list[Any]:
+    """What a function may read: globals (by name; those of the functions inside of it too), defaults, its closure."""
+    inside = [function.__defaults__, function.__kwdefaults__, function.__dict__]
+    if not (function.__module__ or "").startswith("torch."):
+        known, codes = function.__globals__, [function.__code__]
+        for code in codes:
             inside += [known[name] for name in code.co_names if name in known]
-        inside += (value.__defaults__, value.__kwdefaults__, value.__dict__)
-        inside += [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    elif callable(value) and isinstance(getattr(value, "__self__", None), nn.Module):
-        yield value.__self__  # a method, or what stands for one
-    elif isinstance(value, types.MethodType):
-        inside += (value.__self__, value.__func__)
-    elif objects and hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS):
-        inside += vars(value).values()
-        objects -= 1
-    for each in inside:
-        yield from _roots(each, seen, objects)
+            codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return inside + [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
 
 
-_NO_HOLDERS = (type, types.ModuleType, Tensor)
+def _owner(value: Any) -> Any:
+    try:
+        return getattr(value, "__self__", None)
+    except Exception:  # whatever a stranger's __getattr__ raises
+        return None
+
+
+_ATOMS = (int, float, complex, str, bytes, type(None), Tensor)
+_GROUPS = (list, tuple, set, frozenset, dict, deque)
+_NO_HOLDERS = (type, types.ModuleType)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -118,7 +118,7 @@ def memory_report(
     """What `model(input)` keeps for its backward, unfused and fused.
 
     The model stays as it was: it is a copy that runs, with the same Parameters and buffers of its own, in the model's
-    mode (train or eval); there is no backward, and the state of the random generators is put back. Hooks of the model
+    mode (train or eval); there is no backward, and the state of PyTorch's random generators is put back. Hooks of the model
     run with it.
 
     Args:
@@ -134,8 +134,14 @@ def memory_report(
     Raises:
         TypeError: an argument of the wrong type. Whatever else the model's forward raises.
     """
+    if torch.is_inference_mode_enabled():  # in which nothing is kept
+        with torch.inference_mode(False):
+            return memory_report(model, input, config)
     check_arguments("memory_report", model, config, None)
-    arguments = _arguments(model, input)
+    arguments = tuple(
+        each.clone() if isinstance(each, Tensor) and each.is_inference() else each
+        for each in _arguments(model, input)
+    )
     tensors = [each for each in arguments if isinstance(each, Tensor)]
     columns = {}
     with backend("off"):

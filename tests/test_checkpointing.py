@@ -213,3 +213,42 @@ def test_the_counter_of_a_failed_call_is_put_back_where_it_may_be(device):
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm(torch.ones(1, 4, 1, 1, device=device))
     assert norm.num_batches_tracked == 0
+
+
+def _in_a_lambda(block):
+    _GLOBAL["block"] = block
+    return lambda x: next(_GLOBAL["block"](x) for _ in range(1))
+
+
+class _Holder:
+    def __init__(self, block):
+        self.block = block
+
+
+def _in_an_object_that_holds_itself_to_be_met_twice(block):
+    holder = _Holder(block)
+    return lambda x, also=[holder]: holder.block(x)
+
+
+class _InAList(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.hidden = [block]
+
+    def forward(self, x):
+        return self.hidden[0](x)
+
+
+_GLOBAL: dict = {}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "hide", [_in_a_lambda, _in_an_object_that_holds_itself_to_be_met_twice, _InAList]
+)
+def test_what_is_hidden_in_what_is_run_moves_once_too(hide):
+    block = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3))
+    function = hide(block)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    fusedres.checkpoint(function, x, use_reentrant=False).sum().backward()
+    assert block[1].num_batches_tracked == 1

@@ -174,3 +174,13 @@ def test_files_say_the_same(tmp_path):
 def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(TypeError, match=message):
         fusedres.memory_report(*arguments)
+
+
+def test_inference_mode_around_it_changes_nothing(device):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    model.to(device)
+    expected = fusedres.memory_report(model, (2, 3, 4, 4)).to_json()
+    with torch.inference_mode():
+        assert fusedres.memory_report(model, (2, 3, 4, 4)).to_json() == expected
+        given = torch.zeros(2, 3, 4, 4, device=device)
+        assert fusedres.memory_report(model, given).to_json() == expected

@@ -2,12 +2,16 @@
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import fusedres
+from fusedres.ops import recompute
 
 from .swap_blocks import Block, images
 
@@ -213,3 +217,33 @@ def test_with_finite_statistics_too(device):
     (plain, again), x = blocks(device)
     fusedres.fuse_(again, fusedres.FuseConfig(recompute=True, keep_finite_statistics=True))
     assert same(step(again, x), step(plain, x))
+
+
+def test_the_activation_is_freed_when_the_forward_ends(device):
+    """What hooks are told is one thing, what lives another."""
+    (_, again), x = blocks(device)
+    read = []
+    again.conv2.register_forward_pre_hook(
+        lambda _, inputs: read.append(StorageWeakRef(inputs[0].untyped_storage()))
+    )
+    fusedres.fuse_(again, AGAIN)
+    output = again(x.requires_grad_())
+    gc.collect()
+    assert [storage.expired() for storage in read] == [True]
+    output.sum().backward()
+
+
+def test_a_graph_that_no_backward_frees_goes_with_its_output(device, monkeypatch):
+    made, init = [], recompute.Again.__init__
+
+    def noted(self, *given, **named):
+        init(self, *given, **named)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(recompute.Again, "__init__", noted)
+    (_, again), x = blocks(device)
+    output = again(x.requires_grad_())
+    del output
+    gc.collect()
+    assert made
+    assert [each() for each in made if each() is not None] == []

@@ -99,6 +99,8 @@ def against_itself(
     Raises:
         CommandError: it cannot.
     """
+    if next(model.parameters(), None) is None:
+        raise CommandError(f"{name} has no parameters: there is nothing to train")
     twins = [Trainee("original", copy.deepcopy(model), setting) for _ in range(2)]
     ((pixels, labels),) = batches(images, batch, 1, seed)
     try:

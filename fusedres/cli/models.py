@@ -223,7 +223,7 @@ def _guarded(name: str, call: Callable[[], Any]) -> Any:
     """What the user's code gives; what it raises, in a line that says where."""
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         # The innermost that is not a package's.
         own = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])

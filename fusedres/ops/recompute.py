@@ -10,8 +10,8 @@ ReLU itself keeps y no more. What was changed in place since is told, as PyTorch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,19 +137,24 @@ def read(reader: Callable[[Tensor], Any], output: Tensor) -> Any:
         return reader(output)
 
 
-def _hooks(again: Again, is_it: Callable[[Tensor], bool]) -> AbstractContextManager[None]:
+@contextmanager
+def _hooks(again: Again, is_it: Callable[[Tensor], bool]) -> Iterator[None]:
     """Hooks that put `again` in the place of a tensor, and leave all others to who was there before."""
     outer = _autograd._top_saved_tensors_default_hooks(True)
+    # Emptied at the end: PyTorch keeps `pack` as long as what it gave, and with it would keep the output itself, and
+    # a BatchNorm's node in what that node has saved, which gc cannot look into.
+    known = [(again, is_it)]
 
     def pack(tensor: Tensor) -> Any:
-        if is_it(tensor):
-            return again
+        for one, is_one in known:
+            if is_one(tensor):
+                return one
         # Detached: an output would keep its own node.
         return (tensor.detach(), tensor._version) if outer is None else (outer[0](tensor), None)
 
     def unpack(packed: Any) -> Tensor:
-        if packed is again:
-            return again.value()
+        if type(packed) is Again:
+            return packed.value()
         value, version = packed
         if outer is not None:
             return outer[1](value)
@@ -161,4 +166,8 @@ def _hooks(again: Again, is_it: Callable[[Tensor], bool]) -> AbstractContextMana
             )
         return value
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        try:
+            yield
+        finally:
+            known.clear()
