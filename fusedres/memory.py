@@ -118,8 +118,8 @@ def memory_report(
     """What `model(input)` keeps for its backward, unfused and fused.
 
     The model stays as it was: it is a copy that runs, with the same Parameters and buffers of its own, in the model's
-    mode (train or eval); there is no backward, and the state of PyTorch's random generators is put back. Hooks of the model
-    run with it.
+    mode (train or eval); there is no backward, and the state of PyTorch's random generators is put back. Hooks of the
+    model run with it.
 
     Args:
         model: any module, fused or not; one that is not is fused in the copy.
