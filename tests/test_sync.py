@@ -15,6 +15,7 @@ import torch
 
 import fusedres
 from fusedres.activations import is_piecewise
+from fusedres.benchmarks.compile_only import compile_only
 from fusedres.ops import sync
 from fusedres.ops.dual import Wanted
 from fusedres.ops.norm import BatchNorm, Kept
@@ -290,3 +291,31 @@ def test_kernels_give_what_plain_pytorch_gives(dtype, device):
     tolerance = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
     for found, wanted in zip(two_ways(dtype, device), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])  # fmt: skip
+def test_nothing_spills(layout, dtype, architecture):
+    """What a process of eight launches between its collectives: one tail, one way and back."""
+    x = torch.empty((64, 256, 28, 28), dtype=DTYPES[dtype], memory_format=layout)
+    w, b, mean, var = (torch.empty(256) for _ in range(4))
+    norm, nothing = BatchNorm(w, b, mean, var), Kept(None, None, None)
+    with fusedres.backend("triton"), compile_only(architecture) as recorded:
+        moments, _ = sync.MOMENTS(x, None, None, False)
+        gathered = moments.expand(8, 3, 256).contiguous()
+        y, saved, _, bits = sync.FORWARD(x, None, norm, sync.NO_NORM, gathered, None, "relu", True)
+        kept = Kept(x, w, saved)
+        wanted = Wanted((True,) * 4, torch.float32, None)
+        sums = sync.SUMS(y, kept, nothing, bits, "relu", wanted)[0]
+        sought = sync.Sought(True, None)
+        sync.BACKWARD(y, kept, nothing, bits, sums, None, "relu", sought, None)
+        found = {each.kernel: each.code.spills for each in recorded}
+    assert found == dict.fromkeys(
+        [
+            "bn_stats_kernel", "bn_moments_kernel", "bn_finalize_kernel", "bn_apply_kernel",
+            "bn_grad_reduce_kernel", "bn_grad_sums_kernel", "bn_grad_finalize_kernel", "bn_grad_apply_kernel",
+        ],
+        0,
+    )  # fmt: skip
