@@ -1,4 +1,4 @@
-"""What the interpreter of compiled kernels knows of two programs: which accesses an atomic puts in order, and which race."""
+"""What the interpreter of compiled kernels knows of two programs: what an atomic puts in order, and what is a race."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ static void reduce(const Instruction *I, Warp *w, const s32 *o, u32 mask) {
     EACH_ACTIVE U32(0)[l] = r;
 }
 
-// imm: bytes, _REDUCTIONS, signed, offset, scope, how it orders; o: address, value, what was there before (if asked for)
+// imm: bytes, _REDUCTIONS, signed, offset, scope, how it orders; o: address, value, what was there (if asked for)
 static void atomic(Machine *m, Warp *w, int i_warp, const Instruction *I, const s32 *o, u32 mask) {
     int size = I->imm[0], is_signed = I->imm[2], how = m->config.check_global ? I->imm[5] : 0;
     u64 address[LANES];

@@ -37,13 +37,13 @@ typedef struct { s32 order, late, check_shared, check_global; u64 seed, limit; }
 // A cp.async that has not landed.
 typedef struct { u32 mask, group; s32 pc, size; u32 to[LANES], filled[LANES]; u64 from[LANES]; } Copy;
 
-// Who touched a byte last, and when: thread + 1, or SEVERAL threads of this program. Times grow by barriers of the program
-// (epoch << 8) and of the warp.
+// Who touched a byte last, and when: thread + 1, or SEVERAL threads of this program. Times grow by barriers of the
+// program (epoch << 8) and of the warp.
 typedef struct { u32 writer, write_time, reader, read_time, pending; } SharedShadow;
 #define SEVERAL (FULL - 1)
 
-// The same of global memory (order.h): the number of a thread of any program + 1, with OTHERS where others of its program
-// read too, or MANY programs.
+// The same of global memory, with the times of order.h: the number of a thread of any program + 1, with OTHERS where
+// others of its program read too, or MANY programs.
 typedef struct { u32 writer, write_time, reader, read_time; } GlobalShadow;
 #define MANY FULL
 #define OTHERS (1u << 31)

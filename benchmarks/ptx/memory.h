@@ -3,16 +3,17 @@
 // --- global memory
 
 // scope: how far the access is an atomic (order.h); atomics write.
-static void watch_global(Machine *m, GlobalShadow *s, int pc, int thread, u64 address, int bytes, int writes, int scope) {
+static void watch_global(Machine *m, GlobalShadow *s, int pc, int thread, u64 address, int bytes, int writes,
+                         int scope) {
     u32 me = number(m, thread), now = time_of(m, scope);
     for (int b = 0; b < bytes; b++, s++) {
-        u32 other = unordered(m, thread, scope, s->writer, s->write_time) ? s->writer
-                  : writes && unordered(m, thread, scope, s->reader, s->read_time) ? s->reader : 0;
+        u32 other = unordered(m, thread, me, scope, s->writer, s->write_time) ? s->writer
+                  : writes && unordered(m, thread, me, scope, s->reader, s->read_time) ? s->reader : 0;
         if (other) report(m, GLOBAL_RACE, pc, thread, address + b, (other & ~OTHERS) - 1);
         if (writes) {
             s->writer = me, s->write_time = now;
         } else {
-            if (!unordered(m, thread, WEAK, s->reader, s->read_time)) s->reader = me;
+            if (!unordered(m, thread, me, WEAK, s->reader, s->read_time)) s->reader = me;
             else s->reader = s->reader != MANY && s->read_time >> 8 >= m->first_epoch ? me | OTHERS : MANY;
             s->read_time = now;
         }

@@ -1,7 +1,7 @@
-// Which accesses to global memory come before others: those of a program's threads by a barrier, those of two programs by
-// atomics, of which one released and the other acquired, at one address (PTX ISA manual, Memory Consistency Model). What
-// a program knows it passes on. It is never taken for more than it is: that a fence orders, or an atomic of a program's own
-// scope, is not seen, and of a program's threads that release in one epoch only the last one's accesses in it are known.
+// Which accesses to global memory come before others: those of a program's threads by a barrier, those of two programs
+// by atomics at one address, of which one released and the other acquired (PTX ISA manual, Memory Consistency Model).
+// What a program knows it passes on. Where this is not the whole model, less is in order: what a fence orders is not
+// seen, and of the threads that release between two barriers only the last one's accesses between them.
 
 // How far an access is an atomic: not at all, for its own program, for all programs.
 enum { WEAK, CTA, GPU };
@@ -18,15 +18,20 @@ static inline int knows(const Known *all, u32 program, u32 other, u32 time) {
     return time >> 8 < k->epoch || (k->thread == other && time < k->time);
 }
 
-// Whether an access of this thread now and another's then are in no order, and not both atomics.
-static inline int unordered(const Machine *m, int thread, int scope, u32 other, u32 then) {
-    if (!other || other == number(m, thread)) return 0;
-    int both = scope < (int)(then & 3) ? scope : (int)(then & 3);
-    if (other != MANY && then >> 8 >= m->first_epoch) return then >> 8 == m->epoch && both == WEAK;
+// Of two programs: this one's access now, another's then, and how far both are atomics.
+static int never_met(const Machine *m, int thread, int both, u32 other, u32 then) {
     if (both == GPU) return 0;
     if (other == MANY || !m->known) return 1;
     u32 program = ((other & ~OTHERS) - 1) / m->threads;
     return !knows(m->known, program, other, then) && !knows(m->held[thread], program, other, then);
+}
+
+// Whether an access of this thread (of this number) now and another's then are in no order, and not both atomics.
+static inline int unordered(const Machine *m, int thread, u32 me, int scope, u32 other, u32 then) {
+    if (!other || other == me) return 0;
+    int both = scope < (int)(then & 3) ? scope : (int)(then & 3);
+    if (other != MANY && then >> 8 >= m->first_epoch) return then >> 8 == m->epoch && both == WEAK;
+    return never_met(m, thread, both, other, then);
 }
 
 static void add_known(const Machine *m, Known *to, const Known *from) {
