@@ -56,6 +56,9 @@ APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
 REGISTERS = 65536  # of a multiprocessor
+# Of a tensor of planes: up to here a few images take the tiles of many, which they do not fill. That is some
+# microseconds, and no kernels of their own.
+FEW_BYTES = 32 << 20
 FLAT_COLUMNS = 256  # of a tile of a flat walk
 FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 columns
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
@@ -177,14 +180,19 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
             channels, FLAT_COLUMNS if rows.spread > 1 else 128 // min(element_size, 4)
         )
         block_inner = _block_inner(rows.inner, rows.outer, elements // block_channels)
-        block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
+        # However few there are: one tile has all that they have of a block.
+        block_outer = elements // (block_channels * block_inner) if rows.outer > 1 else 1
     else:
         # Of a float32 tensor so few that a thread's rows are of one channel.
-        block_channels = min(channels, 16 if element_size == 2 else 4)
-        # The same for all planes, but where there are too few of them to fill a tile.
-        most = elements // (block_channels * _power_of_two(rows.outer))
+        wide = 16 if element_size == 2 else 4
+        block_channels = min(channels, wide)
+        # The same for all planes, but where there are too few of them to fill a tile, and these are large.
+        planes = _power_of_two(rows.outer)
+        if rows.outer > 1 and rows.values * rows.channels * element_size <= FEW_BYTES:
+            planes = max(planes, elements // (wide * PLANE_ROWS))
+        most = elements // (block_channels * planes)
         block_inner = _block_inner(rows.inner, rows.outer, max(PLANE_ROWS, most))
-        block_outer = min(_power_of_two(rows.outer), elements // (block_channels * block_inner))
+        block_outer = min(planes, elements // (block_channels * block_inner))
     block_outer = max(block_outer, 1)
     tiles_inner = _ceil(rows.inner, block_inner)
     tiles = tiles_inner * _ceil(rows.outer, block_outer)
@@ -241,8 +249,7 @@ SMALL = ((64 << 10, 0.2), (16 << 10, 0.0))
 SMALL_IN_ALL = 16 << 20
 # What takes the form, by the tensors: all of one walk and no mask apart from it. A ResNet's tails and forks do; the
 # gradient of its average pooling (one value for all positions), a strided second gradient (a projected shortcut's), one
-# without a mask, slices, and fewer than 8 images of planes that 8 does not divide (`layout.FEWEST_FLAT`) take the three
-# passes, whose kernels there are: each would be a kernel of its own.
+# without a mask, and slices take the three passes, whose kernels there are: each would be a kernel of its own.
 SECTOR = 32  # bytes that the memory moves at a time: a program's channels are whole ones
 # Columns of a flat walk that a program has room for, by element size: 2 KiB, and the 49, 196, 784, 3136 and 12544
 # values of a ResNet's planes all come to 784 columns, or 392: one kernel for them.

@@ -22,7 +22,8 @@ VECTOR = 16  # what Triton knows an integer to be a multiple of
 PLANE_ROWS = (
     64  # of a plane in a tile: one number for all planes, since each tile is a kernel of its own
 )
-FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer
+FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer, and what it has of masked ones takes time
+FEW_VALUES = 1 << 22  # up to here little of it, and fewer rows are walked so, by the same kernels
 MOST_SPREAD = 8192  # columns of a channel: its blocks leave a partial sum each, and the finalising step holds all
 
 
@@ -111,7 +112,7 @@ def row_map(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowMap | None:
 def _is_flat(sizes: list[int], steps: list[list[int]], channels: int, channel_stride: int) -> bool:
     """Whether the tensor that is written has planes that follow each other and that a tile does not suit."""
     return (
-        sizes[0] >= FEWEST_FLAT
+        (sizes[0] >= FEWEST_FLAT or sizes[0] * sizes[1] * channels <= FEW_VALUES)
         and channels > 1
         and 1 < sizes[1] <= MOST_SPREAD
         and steps[1][0] == 1
@@ -145,8 +146,9 @@ def bits_layout(rows: RowMap) -> tuple[bool, int, Strides]:
         width = -(-channels // 8)
         step = inner if outer > 1 else 0  # never multiplied by anything but 0
         if width % MASK_PIECE == 0:
-            pieces = (step * MASK_PIECE, MASK_PIECE, outer * inner * MASK_PIECE, 1)
-            return True, outer * inner * width, pieces
+            # Sixteen divides what stands between two pieces, whatever the rows: else each is a kernel of its own.
+            piece = -(-outer * inner * MASK_PIECE // VECTOR) * VECTOR
+            return True, piece * (width // MASK_PIECE), (step * MASK_PIECE, MASK_PIECE, piece, 1)
         return True, outer * inner * width, (step * width, width, 1)
     width = -(-inner // 8)
     inner_stride, channel_stride = (channels, 1) if rows.channels_fastest else (1, width)

@@ -98,6 +98,9 @@ RACES = {
     "an acquire of its own program": (LEAVE, take("cta.acq_rel") + BARRIER + READ_OTHERS),
     "another ticket": (LEAVE, take(at="%rd3") + BARRIER + READ_OTHERS),
     "no barrier before the release": (WRITE + take(), take() + BARRIER + READ_OTHERS),
+    "no barrier, and in the same warp": (
+        "setp.eq.s32 %p3, %r2, 1; @%p3 " + WRITE + take(), take() + BARRIER + READ_OTHERS
+    ),
     "no barrier after the acquire": (LEAVE, take() + READ_OTHERS),
     "written after the release": (take() + WRITE, take() + BARRIER + READ_OTHERS),
     "written after the release, behind a barrier": (

@@ -56,6 +56,12 @@ def test_a_step_of_resnet50_needs_few_kernels(layout, most, dtype):
         assert counted.added(TAILS, image=image) <= 2, image
 
 
+@pytest.mark.parametrize(("layout", "most"), [("channels_last", 4), ("contiguous", 2)])
+def test_a_single_image_needs_few_more(layout, most):
+    """In channels_last two for the last tail: its rows are of one image, and the pooled gradient is one row for all."""
+    assert Counted(torch.bfloat16, layout).added(TAILS, batch=1) <= most
+
+
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 def test_one_launch_a_direction_is_one_kernel(layout):
     """Of all tails and forks of a step whose maps are small."""

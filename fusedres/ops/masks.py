@@ -50,9 +50,10 @@ def pack(mask: Tensor) -> Tensor:
     if pack_channels:
         view = torch.nn.functional.pad(view, (0, -rows.columns % 8))
         view = (view.unflatten(2, (-1, 8)) * weights).sum(3, dtype=torch.uint8)
-        return (
-            view if len(stride) == 3 else view.unflatten(2, (-1, MASK_PIECE)).permute(2, 0, 1, 3)
-        ).flatten()
+        if len(stride) == 4:
+            view = view.unflatten(2, (-1, MASK_PIECE)).permute(2, 0, 1, 3).flatten(1)
+            view = torch.nn.functional.pad(view, (0, stride[2] - view.shape[1]))
+        return view.flatten()
     view = torch.nn.functional.pad(view, (0, 0, 0, -rows.inner % 8))
     view = (view.unflatten(1, (-1, 8)) * weights[:, None]).sum(2, dtype=torch.uint8)
     return (view if stride[2] == 1 else view.transpose(1, 2)).flatten()
@@ -67,7 +68,9 @@ def unpack(bits: Tensor, mask: Tensor) -> Tensor:
         if len(stride) == 3:
             view = bits.view(rows.outer, rows.inner, -1)
         else:
-            view = bits.view(-1, rows.outer, rows.inner, MASK_PIECE).permute(1, 2, 0, 3).flatten(2)
+            view = bits.view(-1, stride[2])[:, : rows.outer * rows.inner * MASK_PIECE]
+            view = view.unflatten(1, (rows.outer, rows.inner, MASK_PIECE))
+            view = view.permute(1, 2, 0, 3).flatten(2)
         view = view.unsqueeze(3) >> positions
         view = (view & 1).flatten(2)[:, :, : rows.columns]
     else:
