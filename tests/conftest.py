@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=["aten", "triton", "ptx"], default="aten")
     parser.addoption("--arch", type=int, choices=[80, 90], default=90, help="of --backend ptx")
     parser.addoption("--sample", type=int, default=1, help="about every N-th case of each test")
-    parser.addoption("--sample-compiler", type=int, default=1, help="the same, of tests that compile")
+    parser.addoption(
+        "--sample-compiler", type=int, default=1, help="the same, of tests that compile"
+    )
     parser.addoption("--share", default="1/1", help="run the K-th of N shares of the tests: K/N")
     parser.addoption("--seconds", type=float, help="start no test after so long, and report")
 
