@@ -24,7 +24,18 @@ from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.stub_driver import stub_driver, why_no_stub
 from fusedres.kernels import bind, memory
 from fusedres.nn.batch_norm import call_dual_batch_norm, call_tail
-from fusedres.ops import batch_norm_act, dual, operator, straight, tail
+from fusedres.ops import (
+    add,
+    batch_norm_act,
+    dual,
+    node,
+    operator,
+    preactivation,
+    projection,
+    scaled,
+    straight,
+    tail,
+)
 from fusedres.ops.norm import BatchNorm, How
 
 from .helpers import without_plans
@@ -94,7 +105,18 @@ def by_the_operators(monkeypatch):
     """From when it is called, somebody looks."""
 
     def begin():
-        for module in (batch_norm_act, dual, operator, tail, straight):
+        for module in (
+            add,
+            batch_norm_act,
+            dual,
+            node,
+            operator,
+            preactivation,
+            projection,
+            scaled,
+            straight,
+            tail,
+        ):
             monkeypatch.setattr(module, "is_quiet", lambda: False)
         monkeypatch.setattr("fusedres.nn.batch_norm.is_quiet", lambda: False)
 
@@ -393,8 +415,8 @@ def ways(monkeypatch):
     without_plans(monkeypatch)
     monkeypatch.setattr(tail, "run", count("forward", STRAIGHT, tail.run))
     monkeypatch.setattr("fusedres.nn.batch_norm.run", tail.run)
-    monkeypatch.setattr(tail, "_straight_back", count("backward", STRAIGHT, tail._straight_back))
-    monkeypatch.setattr(tail, "_long_back", count("backward", LONG, tail._long_back))
+    monkeypatch.setattr(node, "_straight_back", count("backward", STRAIGHT, node._straight_back))
+    monkeypatch.setattr(node, "_long_back", count("backward", LONG, node._long_back))
     return taken
 
 

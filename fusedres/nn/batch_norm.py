@@ -9,17 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
 from ..activations import activate, check_activation
 from ..checks import takes
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
-from ..ops import dual, sync
+from ..ops import dual, preactivation, sync
 from ..ops.norm import BatchNorm, How
 from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
-from ..ops.tail import NONE, find, run, straight
+from ..ops.tail import NONE, Tail, find, run, straight
 from .norms import (
     activates,
     begin,
@@ -44,12 +43,14 @@ def straight_tail(
     into: str | None = None,
     is_asked: bool = False,
     keep: bool = False,
-) -> Tensor | None:
+    tail: Tail = single.TAIL,
+) -> Any:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
     is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
-    keep: whether running statistics stay where they would not be finite.
+    keep: whether running statistics stay where they would not be finite. tail: what runs, given a residual and one
+    BatchNorm: this, or the pair of a pre-activation unit.
     """
     # First: torch.compile knows the answer, and takes none of what follows into its graph.
     if _is_compiling() or type(input) is not Tensor:
@@ -68,6 +69,7 @@ def straight_tail(
         return None
     key = (
         id(norm),
+        tail,
         type(norm),
         activation,
         into,
@@ -82,10 +84,8 @@ def straight_tail(
         if planned.composed:  # of PyTorch's own operations, for whoever looks on
             if training:
                 tensors[6].add_(1)
-            return reference.batch_norm_act(
-                input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
-                residual=residual, activation=activation,
-            )  # fmt: skip
+            one = BatchNorm(weight, bias, tensors[4], tensors[5], momentum, eps)
+            return tail.compose(input, residual, one, planned.how)  # type: ignore[misc]
         if not is_quiet():
             return None
         return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
@@ -98,7 +98,7 @@ def straight_tail(
     if keep:
         one = one._replace(keep=True)
     return straight(
-        single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
+        tail, key, (input, residual, one, How(use_batch, activation), True),
         lambda: _fits(norm, input, residual, activation, into), key[1:],
     )  # fmt: skip
 
@@ -224,6 +224,9 @@ def call_add_batch_norm(
 
     A norm that is no BatchNorm, or one that must be called itself (hooks, parametrizations), is called.
     """
+    found = straight_tail(norm, input, residual, activation, None, False, keep, preactivation.TAIL)
+    if found is not None:
+        return found
     if keep:
         return _kept((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
     if _is_called(norm, input) or not is_like(residual, input):
@@ -342,8 +345,8 @@ def _straight_pair(
             if training:
                 tensors[6].add_(1)
                 tensors[11].add_(1)
-            norms = BatchNorm(*tensors[2:6], momentum, eps), BatchNorm(*tensors[7:11], *floats[2:])
-            return dual.compose(input, residual, norms, planned.how)
+            a, b = BatchNorm(*tensors[2:6], momentum, eps), BatchNorm(*tensors[7:11], *floats[2:])
+            return dual.compose(input, residual, a, b, planned.how)
         if not is_quiet():
             return None
         return run(planned, tensors, floats, (input, residual, *weights))
@@ -362,7 +365,8 @@ def _straight_pair(
     if keep:
         a, b = a._replace(keep=True), b._replace(keep=True)
     how = How(use_batch, activation)
-    return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
+    groups = (input, residual, a, b, how, True, moments)
+    return straight(dual.TAIL, key, groups, fits, key[2:])
 
 
 def call_tail(

@@ -109,6 +109,10 @@ class Operator:
         """The tensors of a call, in the order in which its plan is given them."""
         return [_get(groups, path) for path in self._tensors]
 
+    def floats_of(self, groups: tuple) -> tuple[float, ...]:
+        """The numbers of a call that a plan is given with its tensors."""
+        return tuple([float(_get(groups, path)) for path in self._floats])
+
     def _first(self, groups: tuple) -> Tensor:
         return _get(groups, self._tensors[0])
 
@@ -144,9 +148,9 @@ class Operator:
             self.recipe is None or resolve(first.device, first.dtype)[0] != "triton"
         ):
             return self.plain(*groups)
-        tensors = [_get(groups, path) for path in self._tensors]
+        tensors = self.tensors_of(groups)
         dense = [_dense(t) for t in tensors]
-        floats = tuple(float(_get(groups, path)) for path in self._floats)
+        floats = self.floats_of(groups)
         others = tuple(_frozen(_get(groups, path)) for path in self._others)
         from ..kernels.chip import current_chip
 
@@ -179,7 +183,7 @@ class Operator:
         if self.recipe is None:
             raise RuntimeError(f"fusedres::{self.name} has no kernels; please report it")
         if tensors is None:
-            tensors = [_get(groups, path) for path in self._tensors]
+            tensors = self.tensors_of(groups)
         with torch.no_grad():
             planner = Planner(tensors)
             values = dict(zip(self._tensors, planner.given, strict=True))
