@@ -98,12 +98,12 @@ class Planner:
         self._kept.add(id(tensor))
         return tensor
 
-    def dense(self, vector: Tensor) -> Tensor:
-        """A vector of one value a channel without strides, which is how the kernels walk it."""
-        if vector.is_contiguous():
-            return vector
-        copied = self.empty(vector.shape, vector.dtype)
-        self.do(Tensor.copy_, copied, vector)
+    def dense(self, tensor: Tensor | None) -> Tensor | None:
+        """The same, but a vector of one value a channel without strides, which is how the kernels walk it."""
+        if tensor is None or tensor.dim() != 1 or tensor.is_contiguous():
+            return tensor
+        copied = self.empty(tensor.shape, tensor.dtype)
+        self.do(Tensor.copy_, copied, tensor)
         return copied
 
     def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:

@@ -104,7 +104,7 @@ def _fake_forward(input, residual, how, save) -> tuple[Tensor, Tensor]:
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "residual", names(How, None, "activation"), "save"),
+    ("input", "residual", names(How, False, "activation"), "save"),
     recipe=_forward,
     plain=_plain_forward,
     fake=_fake_forward,

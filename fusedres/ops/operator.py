@@ -71,8 +71,6 @@ class Operator:
         arguments = self.op._schema.arguments
         self.names = [a.name for a in arguments]
         self._defaults = tuple(a.default_value for a in arguments)
-        self._mutable = written(self.op)
-
         kinds = {a.name: str(a.type) for a in arguments}
         self._pack = _packer(takes, {name: k for k, name in enumerate(self.names)})
         leaves = list(_leaves(takes))
@@ -80,6 +78,9 @@ class Operator:
         self._tensors = [
             path for path, leaf in leaves if leaf is None or kinds.get(leaf) in ("Tensor", "Optional[Tensor]")
         ]  # fmt: skip
+        mutable = [self._flat[k] for k in written(self.op)]
+        # Which of those it writes to.
+        self._written = [k for k, path in enumerate(self._tensors) if path in mutable]
         self._floats = [path for path, leaf in leaves if kinds.get(leaf) == "float"]
         known = (*self._tensors, *self._floats)
         self._others = [path for path, _ in leaves if path not in known]
@@ -149,7 +150,11 @@ class Operator:
         ):
             return self.plain(*groups)
         tensors = self.tensors_of(groups)
-        dense = [_dense(t) for t in tensors]
+        # The kernels write to vectors without strides; of what they read the plan sees to it.
+        dense = [*tensors]
+        for k in self._written:
+            if (t := tensors[k]) is not None and t.dim() == 1:
+                dense[k] = t.contiguous()
         floats = self.floats_of(groups)
         others = tuple(_frozen(_get(groups, path)) for path in self._others)
         from ..kernels.chip import current_chip
@@ -163,14 +168,11 @@ class Operator:
             plan = self.plan(groups, dense)
             remember(_plans, key, plan)
         results = plan.call(tuple(dense), floats, first.device)
-        for tensor, copy in zip(tensors, dense, strict=True):
-            if copy is not tensor and self._is_written(groups, tensor):
-                tensor.copy_(copy)
+        for k in self._written:
+            if (t := tensors[k]) is not None and dense[k] is not t:
+                t.copy_(dense[k])
         returned = len(self.op._schema.returns)
         return results if returned > 1 else results[0] if returned else None
-
-    def _is_written(self, groups: tuple, tensor: Tensor) -> bool:
-        return any(_get(groups, self._flat[k]) is tensor for k in self._mutable)
 
     def plan(self, groups: tuple, tensors: Sequence[Tensor | None] | None = None) -> Any:
         """The plan of a call with these groups; `tensors`: instead of those in them."""
@@ -186,7 +188,10 @@ class Operator:
             tensors = self.tensors_of(groups)
         with torch.no_grad():
             planner = Planner(tensors)
-            values = dict(zip(self._tensors, planner.given, strict=True))
+            given = [
+                t if k in self._written else planner.dense(t) for k, t in enumerate(planner.given)
+            ]
+            values = dict(zip(self._tensors, given, strict=True))
             values |= {path: Given(k) for k, path in enumerate(self._floats)}
             values |= {path: _frozen(_get(groups, path)) for path in self._others}
             results = self.recipe(planner, *_filled(self.takes, values))
@@ -253,10 +258,3 @@ def _filled(takes: tuple, values: Mapping[tuple[int, ...], Any]) -> tuple:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    """The kernels walk a per-channel vector without strides."""
-    if tensor is None or tensor.dim() != 1 or tensor.is_contiguous():
-        return tensor
-    return tensor.contiguous()

@@ -216,7 +216,6 @@ def _forward(
     from ..kernels.projection import launch_projection
 
     stride, moments = how
-    bias = None if bias is None else p.dense(bias)
     output = p.like(_empty_rows(input, weight.shape[0], _spatial(input, stride)))
     weight = _cast(p, weight, input.dtype)
     partial = launch_projection(

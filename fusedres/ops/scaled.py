@@ -79,8 +79,7 @@ def _forward(
     bits, activation = None, how.activation
     if has_bits(activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
-    norm = Norm(p.dense(scale))
-    launch_bn_apply(p, input, residual, norm, None, output, bits, rows, parse(activation))
+    launch_bn_apply(p, input, residual, Norm(scale), None, output, bits, rows, parse(activation))
     return output, torch.uint8 if bits is None else bits
 
 
@@ -96,7 +95,7 @@ def _backward(p: Planner, dy: Tensor, kept: Kept, activation: str | None, needs:
     from ..kernels.launch import CROWDED, DUAL_SHARE, GRAD_APPLYING, REDUCING, choose_tile
     from ..kernels.norm import NO_NORM, Norm
 
-    layout, norm, size = _like(kept), Norm(p.dense(kept.scale)), kept.input.element_size()
+    layout, norm, size = _like(kept), Norm(kept.scale), kept.input.element_size()
     dinput = p.like(layout) if needs.input else None
     dresidual = p.like(layout) if needs.residual else None
     operands = [kept.input, dy, *([] if kept.residual is None else [kept.residual])]
@@ -111,7 +110,7 @@ def _backward(p: Planner, dy: Tensor, kept: Kept, activation: str | None, needs:
         other = Operand(added, gradient=dresidual)
         launch_bn_grad_apply(p, dy, main, other, mask, None, rows, tile, parse(activation))
     else:
-        dscale = p.empty(kept.scale.shape, kept.scale.dtype)
+        dscale = p.like(kept.scale)
         # float32 spills before sm_90 where dx is written by four warps.
         kind = REDUCING if added is None and size < 4 else CROWDED
         tile = choose_tile(rows, size, kind, p.chip, share)
@@ -193,7 +192,7 @@ _NEEDS: Any = names(Needs, "need_input", "need_residual", "need_scale")
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "residual", "scale", names(How, None, "activation"), "save"),
+    ("input", "residual", "scale", names(How, False, "activation"), "save"),
     recipe=_forward,
     plain=_plain_forward,
     fake=_fake_forward,

@@ -246,7 +246,7 @@ def _plan(tail: Tail, groups: tuple, check: Callable[[], bool] | None) -> Planne
         or input.numel() == 0
         or input.layout is not torch.strided
         or not are_plain(tail.forward.tensors_of(groups))
-        or not all(t.is_contiguous() for n in norms for t in n[:4] if t is not None)
+        or not all(t.is_contiguous() for n in norms for t in n[2:4] if t is not None)
     ):
         return planned
     training = bool(norms) and planned.how.training
