@@ -540,7 +540,7 @@ ASKED = (
 @pytest.mark.kernels
 @pytest.mark.cpu
 @pytest.mark.parametrize("situation", ASKED)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "tail"])
 def test_who_looks_is_not_passed_by_whatever_is_called(call, situation, ways, device):
     do, forward, backward = SITUATIONS[situation]
     module = Called(CALLS[call][0], device)
@@ -562,6 +562,21 @@ def test_a_profiler_sees_the_operators_by_their_names(call):
         plainly(module, x, residual)
     names = {event.name for event in profile.events()}
     assert {f"fusedres::{name}", f"fusedres::{BACKWARD.get(name, name)}_backward"} <= names
+
+
+@pytest.mark.compiler
+def test_a_switch_that_was_turned_since_the_forward_is_looked_at(ways, monkeypatch):
+    """Whether float32 products may round their operands."""
+    weight = torch.randn(8, 8, 1, 1).requires_grad_()
+    x = torch.randn(SHAPE).contiguous(**LAST).requires_grad_()
+    with fusedres.backend("triton"), compile_only(90), in_triton():
+        for rounds, way in ((True, STRAIGHT), (False, LONG)):
+            monkeypatch.setattr(projection, "_allows_tf32", lambda: True)
+            output, _ = project(x, weight, None, (1, 1), False)
+            monkeypatch.setattr(projection, "_allows_tf32", lambda rounds=rounds: rounds)
+            output.sum().backward()
+            assert ways["backward"] == {way}
+            ways["backward"].clear()
 
 
 # --- what changes between two calls ----------------------------------------------------------------------------------
@@ -708,6 +723,29 @@ def test_a_call_with_one_tensor_twice_says_nothing_of_the_next(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("first", [own_residual, own_gradient])
+def test_whatever_is_called_with_one_tensor_twice_says_nothing_of_the_next(
+    first, call, device, monkeypatch
+):
+    module = Called(CALLS[call][0], device)
+    x, residual, *others = (t.detach().contiguous(**LAST) for t in images(4, device=device))
+
+    def gradients_of():
+        a, b = (t.clone().requires_grad_() for t in (x, residual))
+        leaves = [a, b, *module.parameters()]
+        return torch.autograd.grad(module(a, b).square().sum(), leaves, allow_unused=True)
+
+    without_plans(monkeypatch)
+    expected = gradients_of()
+    without_plans(monkeypatch)
+    first(module, *(t.requires_grad_() for t in others))
+    for found in (gradients_of(), gradients_of()):
+        assert all(
+            a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+        )
+
+
 def test_two_batchnorms_of_one_tensor_say_nothing_of_the_next(device, monkeypatch):
     without_plans(monkeypatch)
     norms = [nn.BatchNorm2d(8, device=device) for _ in range(2)]
@@ -817,8 +855,9 @@ def test_what_is_printed_of_a_call(monkeypatch):
 
 
 @pytest.mark.kernels
-def test_a_plan_holds_no_tensor(device):
-    module = fusedres.nn.BatchNormAct2d(8, device=device)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_plan_holds_no_tensor(call, device):
+    module = Called(CALLS[call][0], device)
     x, residual = images(2, device=device)
     plainly(module, x, residual)
     held = [weakref.ref(t) for t in (x, residual, *module.parameters(), *module.buffers())]
