@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import reference
 from ..activations import activate, check_activation
 from ..checks import takes
 from ..functional import add_batch_norm_act, batch_norm_act
@@ -31,6 +32,7 @@ from .norms import (
 from .script import NotScriptable
 
 _is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
+_level = torch._C._functorch.maybe_current_level
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -68,27 +70,29 @@ def straight_tail(
     except (AttributeError, KeyError):  # no BatchNorm of PyTorch's, or a parametrized one
         return None
     key = (
-        id(norm),
-        tail,
-        type(norm),
-        activation,
-        into,
-        training,
-        residual is None,
-        _grad_mode(),
+        id(norm), tail, type(norm), activation, into, training, residual is None, tensors[4] is None, _grad_mode(),
         keep,
-    )
+    )  # fmt: skip
     planned = find(key, tensors)
     if planned is not None and _is_usual(own, momentum, eps, is_asked):
-        weight, bias = tensors[2], tensors[3]
         if planned.composed:  # of PyTorch's own operations, for whoever looks on
-            if training:
-                tensors[6].add_(1)
-            one = BatchNorm(weight, bias, tensors[4], tensors[5], momentum, eps)
-            return tail.compose(input, residual, one, planned.how)  # type: ignore[misc]
+            batches = tensors[6] if training else None
+            if batches is not None:
+                batches.add_(1)
+            try:
+                if planned.looks and tail is single.TAIL and _level() is None:
+                    vectors, numbers = tensors[2:6], (momentum, eps)
+                    return reference.eager(
+                        input, residual, vectors, numbers, planned.how.training, activation
+                    )
+                one = BatchNorm(*tensors[2:6], momentum, eps)
+                return tail.compose(input, residual, one, planned.how)  # type: ignore[misc]
+            except _REFUSALS:
+                _uncount(batches)
+                raise
         if not is_quiet():
             return None
-        return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
+        return run(planned, tensors, (momentum, eps), (input, residual, *tensors[2:4]))
     if not is_quiet():
         return None
     found = usual(norm)
@@ -331,7 +335,8 @@ def _straight_pair(
         )  # fmt: skip
     except (AttributeError, KeyError):
         return None
-    kind = type(norm), type(other), into, activation, training, trained, _grad_mode(), keep
+    without = tensors[4] is None, tensors[9] is None
+    kind = type(norm), type(other), into, activation, training, trained, without, _grad_mode(), keep
     key = (id(norm), id(other), *kind)
     planned = find(key, tensors)
     if (
@@ -342,11 +347,17 @@ def _straight_pair(
         weights = tensors[2], tensors[3], tensors[7], tensors[8]
         floats = momentum, eps, second_momentum, second_eps
         if planned.composed:
-            if training:
-                tensors[6].add_(1)
-                tensors[11].add_(1)
-            a, b = BatchNorm(*tensors[2:6], momentum, eps), BatchNorm(*tensors[7:11], *floats[2:])
-            return dual.compose(input, residual, a, b, planned.how)
+            counters = [t for t in (tensors[6], tensors[11]) if training and t is not None]
+            for batches in counters:
+                batches.add_(1)
+            try:
+                if planned.looks and _level() is None:
+                    return dual.eager(input, residual, tensors, floats, planned.how)
+                a, b = BatchNorm(*tensors[2:6], *floats[:2]), BatchNorm(*tensors[7:11], *floats[2:])
+                return dual.compose(input, residual, a, b, planned.how)
+            except _REFUSALS:
+                _uncount(*counters)
+                raise
         if not is_quiet():
             return None
         return run(planned, tensors, floats, (input, residual, *weights))

@@ -11,6 +11,7 @@ each of the two gets the derivative that `batch_norm_act` states, from the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -199,6 +200,15 @@ def compose(input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, 
     output = single.compose(input, None, norm, alone)
     added = single.compose(residual, None, other, alone)
     return reference.finish(output, added, how.activation)
+
+
+def eager(
+    input: Tensor, residual: Tensor, tensors: Sequence[Tensor | None], floats: tuple[float, ...], how: How
+) -> Tensor:  # fmt: skip
+    """`compose` with nothing left to ask, as `reference.eager`; tensors, floats: those that `tail.run` is given."""
+    output = reference.eager(input, None, tensors[2:6], floats[:2], how.training, None)
+    added = reference.eager(residual, None, tensors[7:11], floats[2:], how.training, None)
+    return reference.in_place(output, added, how.activation)
 
 
 def plain_forward(

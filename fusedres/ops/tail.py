@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, reference
 from .norm import BatchNorm
 from .operator import Operator, caches, remember
 from .straight import PLAIN, are_plain, guard, is_current, is_quiet, look
@@ -83,11 +83,13 @@ class Planned:
     check: whether another call does. forward: its plan; None where it goes through the operators, or, `composed`, is
     PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then, and outputs. counts:
     whether the launches count the batches, or there are none to count. dtypes: of the inputs. stride: of the output.
+    looks: how many of the tensors `check` is given: all, or the first two, input and residual, where PyTorch, which is
+    given the others as they are, asks what there is to ask of them.
     """
 
     __slots__ = (
         "apply", "backend", "backwards", "check", "composed", "counts", "device", "dtypes", "forward", "how", "index",
-        "outputs", "reads", "saves", "state", "stride", "tail",
+        "looks", "outputs", "reads", "saves", "state", "stride", "tail",
     )  # fmt: skip
 
     def __init__(self, tail: Tail, groups: tuple) -> None:
@@ -107,6 +109,7 @@ class Planned:
         self.forward: Any = None
         self.stride: Any = None
         self.composed = self.counts = False
+        self.looks: int | None = None
         self.backwards: dict[tuple, list[Any]] = {}
 
 
@@ -127,7 +130,7 @@ NONE = tuple(torch.empty(0) for _ in range(16))
 def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
     """What runs calls of this key with tensors like these (`straight`), if one was met."""
     for planned in _planned.get(key, ()):
-        if planned.check(*tensors) and planned.backend == dispatch.eager_backend():
+        if planned.check(*tensors[: planned.looks]) and planned.backend == dispatch.eager_backend():
             return planned
     return None
 
@@ -209,7 +212,7 @@ def straight(
             planned = _plan(tail, groups, check)
             if planned.forward is not None and not are_ready(tensors, planned.index):
                 return None  # it was planned for addresses as these are
-            planned.check = guard(tensors)
+            planned.check = guard(tensors[: planned.looks])
             remember(_kinds, alike, planned)
         known = [each for each in _planned.get(key, ()) if each is not planned]
         remember(_planned, key, [planned, *known][:ALIKE])
@@ -253,6 +256,9 @@ def _plan(tail: Tail, groups: tuple, check: Callable[[], bool] | None) -> Planne
     keeps = training and any(n.keep for n in norms)
     if backend != "triton":
         planned.composed = tail.compose is not None and not keeps
+        # In 16 bits, some of them may have to be cast.
+        if planned.composed and norms and input.dtype not in reference.BELOW_FLOAT32:
+            planned.looks = 2
         return planned
     planned.counts = all(_is_counter(n.batches, input) for n in norms)
     if keeps and not planned.counts:
