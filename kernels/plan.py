@@ -220,7 +220,8 @@ class Plan:
 
     A call's tensors are numbered: those that it is given, its results, what it keeps for the backward, what it needs
     meanwhile (scratch). results: the number of each, or the dtype of one that was not asked for. within: of the last
-    that it is given, which are parts of another, (the number of that, where it stands in it).
+    that it is given, which are parts of another, (the number of that, where it stands in it). apart: those of the
+    results that are not kept.
     """
 
     def __init__(
@@ -238,7 +239,7 @@ class Plan:
         self.steps, self._within = steps, within
         self.launches = tuple(step for step in steps if isinstance(step, Launch))
         first_kept = given + len(alone)
-        self._apart = tuple(r for r in results if type(r) is not int or r < first_kept)
+        self.apart = tuple(r for r in results if type(r) is not int or r < first_kept)
         self._written: Callable[[Sequence[Tensor], tuple[float, ...]], tuple | None] | None = None
         self._bound: list[Any] = []  # the launches that are in it
 
@@ -280,7 +281,7 @@ class Plan:
         bound = [each.bound for each in self.launches]
         if all(bound) and bound != self._bound:
             self._bound, self._written = bound, write(self, device)
-        found = [everything[r] if type(r) is int else None for r in self._apart]
+        found = [everything[r] if type(r) is int else None for r in self.apart]
         return (*found, kept) if self.kept else tuple(found)
 
     def _start(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
@@ -401,7 +402,7 @@ def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple
         text, known = bound.text(f"launch{i}", "p{}", "floats[{}]")
         scope |= known
         lines.append(text)
-    results = [f"t{r}" if type(r) is int else "None" for r in plan._apart]
+    results = [f"t{r}" if type(r) is int else "None" for r in plan.apart]
     results += ["kept"] if plan.kept else []
     lines.append(f"return {', '.join(results)},")
     exec("def launch(tensors, floats):\n    " + "\n    ".join(lines), scope)

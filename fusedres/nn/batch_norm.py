@@ -92,7 +92,7 @@ def straight_tail(
                 raise
         if not is_quiet():
             return None
-        return run(planned, tensors, (momentum, eps), (input, residual, *tensors[2:4]))
+        return run(planned, tensors, (momentum, eps), (input, residual, tensors[2], tensors[3]))
     if not is_quiet():
         return None
     found = usual(norm)

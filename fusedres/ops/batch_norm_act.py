@@ -508,6 +508,7 @@ TAIL = Tail(
     reads=_reads,
     backward_groups=_backward_groups,
     gradients=_gradients,
+    forks=True,
     of=(0, 1, 2, 3),
 )
 

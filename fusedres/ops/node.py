@@ -35,19 +35,17 @@ class Node(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         planned, floats, made = arguments[-1]
-        n = planned.outputs
-        if planned.forward is None:
+        if planned.forward is None:  # else it has run already
             made = planned.tail.forward(*made)
-            kept, planned.stride = made[n:], made[0].stride()
-        else:  # it has run already
-            kept = made[-1:] if planned.forward.kept else ()
-        read = [arguments[k] if k >= 0 else made[~k] for k in planned.reads]
-        ctx.save_for_backward(*read, *kept)
+            planned.stride = made[0].stride()
+        ctx.save_for_backward(*planned.saved(arguments + made))
         ctx.set_materialize_grads(False)
         ctx.planned, ctx.floats = planned, floats
         # Not as saved tensors: their values may change until the backward.
         ctx.biases = arguments[3:-1:2]
-        return made[0] if n == 1 else made[:n]
+        if planned.forks:
+            fork.begin(ctx, arguments[1])
+        return made[0] if planned.outputs == 1 else made[: planned.outputs]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:
@@ -69,11 +67,6 @@ is_node(Node)
 
 class TailFunction(Node):
     """A tail in the graph; it takes part in the fork of a residual."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        fork.begin(ctx, arguments[1])
-        return Node.forward(ctx, *arguments)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:

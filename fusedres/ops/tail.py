@@ -10,10 +10,10 @@ It was made for the tails of blocks and takes whatever is described as they are:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import or_
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Tail:
     gradients: (the same) -> the backward by the operators, or as a graph.
     of: the backward's result that each input's gradient is.
     outputs: how many of the forward's results the call returns; what is kept for the backward comes behind.
+    forks: whether it takes part in the fork of its second input.
     """
 
     forward: Operator
@@ -59,6 +60,7 @@ class Tail:
     of: tuple[int, ...]
     outputs: int = 1
     told: bool = True
+    forks: bool = False
 
     def inputs(self, groups: tuple) -> list[Tensor | None]:
         found: list[Tensor | None] = []
@@ -81,15 +83,16 @@ class Planned:
     """What runs calls that look alike.
 
     check: whether another call does. forward: its plan; None where it goes through the operators, or, `composed`, is
-    PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then, and outputs. counts:
-    whether the launches count the batches, or there are none to count. dtypes: of the inputs. stride: of the output.
-    looks: how many of the tensors `check` is given: all, or the first two, input and residual, where PyTorch, which is
-    given the others as they are, asks what there is to ask of them.
+    PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then, and outputs; saved:
+    (what the node is given and what was made) -> these, and all that is kept. forks: as in `Tail`. counts: whether the
+    launches count the batches, or there are none to count. dtypes: of the inputs. stride: of the output. looks: how
+    many of the tensors `check` is given: all, or the first two, input and residual, where PyTorch, which is given the
+    others as they are, asks what there is to ask of them.
     """
 
     __slots__ = (
-        "apply", "backend", "backwards", "check", "composed", "counts", "device", "dtypes", "forward", "how", "index",
-        "looks", "outputs", "reads", "saves", "state", "stride", "tail",
+        "apply", "backend", "backwards", "check", "composed", "counts", "device", "dtypes", "forks", "forward", "how",
+        "index", "looks", "outputs", "reads", "saved", "saves", "state", "stride", "tail",
     )  # fmt: skip
 
     def __init__(self, tail: Tail, groups: tuple) -> None:
@@ -103,6 +106,8 @@ class Planned:
             k for k in tail.reads(self.how) if k is not None and (k < 0 or inputs[k] is not None)
         )
         self.saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)  # fmt: skip
+        self.forks, returned = tail.forks, len(tail.forward.op._schema.returns)
+        self.keep(range(self.outputs, returned), len(inputs))
         # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
         self.apply: Any = super(torch.autograd.Function, tail.function).apply
         self.check: Callable[..., bool] = _never
@@ -111,6 +116,18 @@ class Planned:
         self.composed = self.counts = False
         self.looks: int | None = None
         self.backwards: dict[tuple, list[Any]] = {}
+
+    def keep(self, kept: Iterable[int], inputs: int) -> None:
+        """Save what is read, and of what was made that which stands at these places."""
+        # A node is given one thing more than its inputs.
+        read = [k if k >= 0 else inputs + 1 + ~k for k in self.reads]
+        self.saved = _picker([*read, *(inputs + 1 + k for k in kept)])
+
+
+def _picker(places: list[int]) -> Callable[[tuple], tuple]:
+    if len(places) < 2:
+        return lambda given: tuple([given[k] for k in places])
+    return itemgetter(*places)
 
 
 def _never(*_: Any) -> bool:
@@ -130,7 +147,8 @@ NONE = tuple(torch.empty(0) for _ in range(16))
 def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
     """What runs calls of this key with tensors like these (`straight`), if one was met."""
     for planned in _planned.get(key, ()):
-        if planned.check(*tensors[: planned.looks]) and planned.backend == dispatch.eager_backend():
+        looked_at = tensors if planned.looks is None else tensors[: planned.looks]
+        if planned.check(*looked_at) and planned.backend == dispatch.eager_backend():
             return planned
     return None
 
@@ -266,6 +284,9 @@ def _plan(tail: Tail, groups: tuple, check: Callable[[], bool] | None) -> Planne
     if not planned.counts:
         groups = tuple(g._replace(batches=None) if isinstance(g, BatchNorm) else g for g in groups)
     planned.forward = tail.forward.plan(tail.saving(groups, planned.saves))
+    # What is kept is the last that a plan makes.
+    kept = [len(planned.forward.apart)] if planned.forward.kept else []
+    planned.keep(kept, len(inputs))
     first = planned.forward.results[0] - planned.forward.given
     planned.stride = planned.forward.alone[first].stride
     return planned
