@@ -22,8 +22,9 @@ VECTOR = 16  # what Triton knows an integer to be a multiple of
 PLANE_ROWS = (
     64  # of a plane in a tile: one number for all planes, since each tile is a kernel of its own
 )
-FEWEST_FLAT = 8  # rows of a flat walk: a tile has no fewer, and what it has of masked ones takes time
-FEW_VALUES = 1 << 22  # up to here little of it, and fewer rows are walked so, by the same kernels
+# Rows of a flat walk: a tile has no fewer, and masked ones take time; little of it up to so many values, which are
+# walked so whatever their rows, by the same kernels.
+FEWEST_FLAT, FEW_VALUES = 8, 1 << 22
 MOST_SPREAD = 8192  # columns of a channel: its blocks leave a partial sum each, and the finalising step holds all
 
 
