@@ -66,6 +66,33 @@ def test_passes_over_a_tensor(shape, channels_last, multiprocessors):
                     assert tile.programs * each <= launch.MAX_PARTIALS
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("images", [2, 3, 5, 8, 17])
+@pytest.mark.parametrize("size", [2, 4])
+def test_few_images_have_the_tiles_of_many(size, images):
+    """Of planes, of planes that are walked flat, and of a pooled gradient: each tile is a kernel of its own."""
+    pooled = (2048, 1, 0, 0)
+
+    def tiles(n):
+        maps = [row_map(shape, dense(shape)) for shape in ((n, 256, 56, 56), (n, 2048, 7, 7))]
+        maps.append(row_map((n, 2048, 7, 7), dense((n, 2048, 7, 7), True), pooled))
+        kinds = (launch.STATISTICS, launch.REDUCING, launch.APPLYING, launch.GRAD_APPLYING)
+        return [
+            launch.choose_tile(rows, size, kind, chip(132)).options
+            for rows in maps[:1] + maps[2:]
+            for kind in kinds
+        ], maps[1].spread
+
+    assert tiles(images) == tiles(256)
+
+
+@pytest.mark.once
+def test_few_large_images_fill_tiles_of_their_own():
+    rows = row_map((2, 64, 512, 512), dense((2, 64, 512, 512)))
+    tile = launch.choose_tile(rows, 4, launch.STATISTICS, chip(132))
+    assert (tile.block_outer, tile.block_inner) == (2, 512)
+
+
 class Grids:
     """In the place of a planner: every grid that a launcher asks for; nothing is launched."""
 

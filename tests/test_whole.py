@@ -335,8 +335,9 @@ def chosen(shape, size, layout, multiprocessors=132):
         ((16, 256, 56, 56), "contiguous_format", False),
         ((1, 64, 112, 112), "contiguous_format", True),
         ((1, 64, 112, 112), "channels_last", False),
-        # Planes that no vector divides, and too few of them for a flat walk.
-        ((4, 2048, 7, 7), "contiguous_format", False),
+        # Planes that no vector divides, however few.
+        ((4, 2048, 7, 7), "contiguous_format", True),
+        ((1, 2048, 7, 7), "contiguous_format", True),
         # No program divides the channels into whole sectors.
         ((9, 20, 7, 7), "contiguous_format", False),
         ((256, 64, 112, 112), "channels_last", False),
