@@ -5,10 +5,19 @@ the others is computed from their input z again. Formulas: Hendrycks and Gimpel 
 Misra 2019 (Mish), Howard et al. 2019 (hard swish); at the corners and at NaN they do what PyTorch does.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .moments import fma
+
+
+class Activation(NamedTuple):
+    """Which one, or None; slope: of "leaky_relu", below 0."""
+
+    name: str | None
+    slope: float
 
 
 @triton.jit
