@@ -20,7 +20,18 @@ from .layout import RowMap, mask_of
 from .moments import fold, normalize
 from .norm import NO_NORM, Branch, Norm, load_norm, vectors_of
 from .plan import Planner
-from .tile import ANY_VALUE, Pair, View, only_if, tile_offsets, tile_rows, walk_of, widen
+from .tile import (
+    ANY_MULTIPLE,
+    ANY_VALUE,
+    Pair,
+    Sizes,
+    View,
+    only_if,
+    tile_offsets,
+    tile_rows,
+    walk_of,
+    widen,
+)
 
 
 class Output(NamedTuple):
@@ -83,12 +94,17 @@ def apply_tiles(of, norms, out, walk, tail, TILE: tl.constexpr, ACTIVATION: tl.c
                 tl.store(out.bits.p + o_byte, b_byte, mask=m_byte)
 
 
-@triton.jit(do_not_specialize=ANY_VALUE)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_apply_kernel(
     of,
     out,
+    outer,
+    inner,
     channels,
-    sizes,
+    spread,
+    tiles_inner,
+    tiles,
+    programs,
     eps: "fp64",
     residual_eps: "fp64",
     TILE: tl.constexpr,
@@ -96,6 +112,7 @@ def bn_apply_kernel(
 ):
     """out <- of; see `apply_tiles`."""
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
     walk = walk_of(sizes, channels, 1, TILE)
     norm = load_norm(of.x.norm, walk, eps, ACC)
     residual_norm = None
@@ -135,8 +152,13 @@ def launch_bn_apply(
                 ),
             ),
             Output(View(y, rows.strides[0]), None if bits is None else View(bits, mask.stride)),
+            rows.outer,
+            rows.inner,
             rows.channels,
-            tile.sizes(rows)._replace(tiles=tile.tiles, programs=tile.programs),
+            rows.spread,
+            tile.tiles_inner if rows.outer > 1 else None,
+            tile.tiles,
+            tile.programs,
             norm.eps,
             (residual_norm or NO_NORM).eps,
         ),

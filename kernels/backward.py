@@ -10,8 +10,6 @@ programs and a launch gives the same bits every time. The loops are those of `gr
 has is told by integers: one kernel for all of a layout and dtype.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -27,8 +25,10 @@ from .moments import sum_rows
 from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
-    ANY_VALUE,
+    ANY_MULTIPLE,
+    ANY_WHOLE,
     Pair,
+    Sizes,
     View,
     by_channel,
     by_part,
@@ -100,40 +100,44 @@ def _backward_of(
     )  # fmt: skip
 
 
-class Cases(NamedTuple):
-    """What a tail has: a second gradient; a BatchNorm of the residual; only dy and x; a gradient of the residual."""
-
-    adds: Any
-    normalizes: Any
-    plain: Any
-    writes_residual: Any
-
-
-@triton.jit(do_not_specialize=[*ANY_VALUE, "cases"])
+@triton.jit(do_not_specialize=ANY_WHOLE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_backward_kernel(
     incoming,
     of,
     row_stride,
+    bits_outer,
+    bits_inner,
+    bits_piece,
+    outer,
+    inner,
     channels,
-    sizes,
-    cases,
+    spread,
+    slots,
+    width,
+    tiles_inner,
+    tiles,
+    adds,
+    normalizes,
+    plain,
+    writes_residual,
     inverse_count: "fp64",
     TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """The gradients of x, of the residual with cases.writes_residual, dweight and dbias (each where given), and with
-    cases.normalizes those of a residual that has a BatchNorm; dz of a second gradient, with cases.adds. What is not
+    """The gradients of x, of the residual with `writes_residual`, dweight and dbias (each where given), and with
+    `normalizes` those of a residual that has a BatchNorm; dz of a second gradient, with `adds`. What is not
     there has a stand-in.
 
     plain: there are dy and x alone, which the loops of a tail would take half again as many instructions for.
     """
     SECTOR: tl.constexpr = 32 // (of.x.p.dtype.element_ty.primitive_bitwidth // 8)
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, None, width, slots)
     walk = walk_of(sizes, channels, SECTOR, TILE)
     stride = walk_stride(walk, row_stride)
     bits = None
     if incoming.bits is not None:
-        bits = View(incoming.bits, (sizes.bits[0], sizes.bits[1], sizes.bits[2], 1))
-    if cases.plain:
+        bits = View(incoming.bits, (bits_outer, bits_inner, bits_piece, 1))
+    if plain:
         _backward_of(
             Incoming(incoming.dy, None, None), Pair(of.x, Branch(None, None, Vectors())), stride, walk,
             Flags(False, False, False, False), inverse_count, TILE, ACTIVATION,
@@ -141,7 +145,7 @@ def bn_backward_kernel(
     else:
         _backward_of(
             Incoming(incoming.dy, incoming.skip, bits), of, stride, walk,
-            Flags(cases.adds, cases.normalizes, None, cases.writes_residual), inverse_count, TILE, ACTIVATION,
+            Flags(adds, normalizes, None, writes_residual), inverse_count, TILE, ACTIVATION,
         )  # fmt: skip
 
 
@@ -162,7 +166,7 @@ def launch_bn_backward(
     skip, (name, slope) = skip or NO_SKIP, activation
     adds, is_dual = skip.gradient is not None, residual.norm.saved is not None
     is_plain = not adds and bits is None and residual.x is None and residual.gradient is None
-    cases = Cases(int(adds), int(is_dual), int(is_plain), int(residual.gradient is not None))
+    cases = (int(adds), int(is_dual), int(is_plain), int(residual.gradient is not None))
     if not is_smooth:
         # One kernel for all that a tail may have. What stands in is not read, and not written.
         written = main.gradient if main.gradient is not None else residual.gradient
@@ -201,9 +205,10 @@ def launch_bn_backward(
                 ),
             ),
             whole.row_stride,
-            whole.walk.channels,
-            whole.sizes,
-            cases,
+            *whole.integers(),
+            whole.tile.tiles_inner if whole.is_flat else None,
+            whole.tile.tiles,
+            *cases,
             1.0 / whole.values,
         ),
         {"TILE": whole.block, "ACTIVATION": Activation(name, slope)},

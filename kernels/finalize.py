@@ -18,14 +18,14 @@ from .layout import RowMap
 from .moments import Summed, inverse_std, load_pivot, merge
 from .norm import Vectors
 from .plan import Planner
-from .tile import View, arithmetic, load_vector
+from .tile import Sizes, View, arithmetic, load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
 # Partials that a program has room for: a kernel each. What a channel lacks of them is masked, and not read.
 ROOM = (128, 512)
 # Triton need not compile these steps anew for a size that is 1, or that 16 divides: they take no time.
-ANY_SIZE = ["sizes"]
+ANY_SIZE = ["outer", "inner", "spread", "programs", "each", "slots", "keep"]
 
 
 def share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
@@ -48,18 +48,14 @@ class Merging(NamedTuple):
     may_be_one: bool = False
 
 
-class Sizes(NamedTuple):
-    """What it is told and is not compiled for. each: blocks of columns that a channel may have a part in, which have
-    `slots`; outer, inner, spread: of x, for its pivots; keep: see `Running`; first: the first row that is written."""
+class Partials(NamedTuple):
+    """How many there are of a channel. programs: that left some; each: blocks of columns that a channel may have a part
+    in, which have `slots`; spread: columns of a channel."""
 
-    programs: int
-    each: int
-    slots: int
-    spread: int
-    outer: int | None = None
-    inner: int | None = None
-    keep: int | None = None
-    first: int | None = None
+    programs: Any
+    each: Any
+    slots: Any
+    spread: Any
 
 
 class Parts(NamedTuple):
@@ -88,7 +84,7 @@ def merging_options(partials: int) -> tuple[Merging, dict[str, int]]:
 
 @triton.jit
 def partial_offsets(o_channel, m_channel, width, sizes, KINDS: tl.constexpr, MERGE: tl.constexpr):
-    """(offsets, mask) [partials, channels] of the first of KINDS values of `Parts`; sizes: `Sizes`; MERGE: `Merging`."""
+    """(offsets, mask) [partials, channels] of the first of KINDS values of `Parts`; sizes: `Partials`; MERGE: `Merging`."""
     COLUMNS: tl.constexpr = MERGE.columns
     o_partial = tl.arange(0, MERGE.partials)
     m = (o_partial < sizes.programs * sizes.each)[:, None] & m_channel[None, :]
@@ -200,8 +196,14 @@ def bn_finalize_kernel(
     partial,
     x,
     norm,
+    outer,
+    inner,
     channels,
-    sizes,
+    spread,
+    programs,
+    each,
+    slots,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     MERGE: tl.constexpr,
@@ -219,18 +221,19 @@ def bn_finalize_kernel(
     # Several threads hold a channel, and one of them stores it: all have read before the merge, whose barriers come
     # between.
     old = load_running(norm, o_channel, m_channel)
+    sizes = Partials(programs, each, slots, spread)
     b_count, b_mean, b_m2 = load_moments(partial, o_channel, m_channel, sizes, MERGE)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
 
     if x is not None:
-        o_first = o_channel.to(tl.int64) * sizes.spread
-        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, sizes, ACC, tl.int64)
+        o_first, rows = o_channel.to(tl.int64) * spread, Sizes(outer, inner, spread)
+        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, rows, ACC, tl.int64)
         b_first = b_pivot.to(tl.float64)
     else:
         b_first = tl.zeros([MERGE.channels], tl.float64)
     finish_moments(
         (b_n, b_mean, b_m2, b_first), old, norm, o_channel, m_channel, channels,
-        Moving(momentum, eps, sizes.keep), MERGE.may_be_one,
+        Moving(momentum, eps, keep), MERGE.may_be_one,
     )  # fmt: skip
 
 
@@ -266,16 +269,30 @@ def launch_bn_finalize(
     channels, rows, x = saved.shape[1], partial.rows, None
     spread = 1 if rows is None else rows.spread
     each, columns, slots = share(spread, partial.tile)
-    sizes = Sizes(programs, each, slots, spread, keep=int(running.keep))
+    outer = inner = None
     if rows is not None and partial.x is not None:
         x = View(partial.x, rows.strides[partial.which])
-        sizes = sizes._replace(outer=rows.outer, inner=rows.inner)
+        outer, inner = rows.outer, rows.inner
     merging, options = merging_options(programs * each)
     norm = Vectors(None, bias, running.mean, running.var, running.batches, saved)
     p.start(
         bn_finalize_kernel,
         (-(-channels // merging.channels),),
-        (Parts(partial.values, width), x, norm, channels, sizes, running.momentum, eps),
+        (
+            Parts(partial.values, width),
+            x,
+            norm,
+            outer,
+            inner,
+            channels,
+            spread,
+            programs,
+            each,
+            slots,
+            int(running.keep),
+            running.momentum,
+            eps,
+        ),
         {"MERGE": merging._replace(columns=columns, may_be_one=partial.may_be_one)},
         options,
     )
@@ -306,7 +323,10 @@ def bn_grad_finalize_kernel(
     norm,
     out,
     channels,
-    sizes,
+    spread,
+    programs,
+    each,
+    slots,
     inverse_count: "fp64",
     ACC: tl.constexpr,
     MERGE: tl.constexpr,
@@ -317,6 +337,7 @@ def bn_grad_finalize_kernel(
     """
     o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
+    sizes = Partials(programs, each, slots, spread)
     b_dz, b_dzx = load_sums(partial, o_channel, m_channel, sizes, MERGE)
 
     if norm.saved is None:
@@ -355,7 +376,10 @@ def launch_bn_grad_finalize(
             Vectors(of.norm.weight, saved=of.norm.saved),
             Gradients(dweight, dbias, coefficients),
             rows.channels,
-            Sizes(programs, each, slots, rows.spread),
+            rows.spread,
+            programs,
+            each,
+            slots,
             1.0 if tile is None else 1.0 / rows.values,
         ),
         {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "MERGE": merging._replace(columns=columns)},

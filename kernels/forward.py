@@ -11,7 +11,6 @@ is a residual, a BatchNorm of it and a mask to write is told by integers: one ke
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import Activation
-from .apply import Output, apply_tiles
+from .apply import Output, Tail, apply_tiles
 from .finalize import Moving, Running, finish_moments, load_running
 from .launch import Whole
 from .moments import Summed, load_pivot, merge
@@ -27,8 +26,10 @@ from .norm import Affine, Branch, Norm, Vectors
 from .plan import Planner
 from .stats import group_moments
 from .tile import (
-    ANY_VALUE,
+    ANY_MULTIPLE,
+    ANY_WHOLE,
     Pair,
+    Sizes,
     View,
     by_channel,
     by_part,
@@ -79,23 +80,27 @@ def _norm_of(x, norm, walk, whole, moving, TILE: tl.constexpr):
     return Affine(b_mean, b_low, b_scale, b_bias)
 
 
-class TailOf(NamedTuple):
-    """`Tail`, and whether what would not be finite stays as it is (`Running.keep`)."""
-
-    adds: Any
-    normalizes: Any
-    writes_bits: Any
-    keep: Any
-
-
-@triton.jit(do_not_specialize=[*ANY_VALUE, "tail"])
+@triton.jit(do_not_specialize=ANY_WHOLE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_forward_kernel(
     of,
     out,
     row_stride,
+    bits_outer,
+    bits_inner,
+    bits_piece,
+    outer,
+    inner,
     channels,
-    sizes,
-    tail,
+    spread,
+    slots,
+    width,
+    whole,
+    tiles_inner,
+    tiles,
+    adds,
+    normalizes,
+    writes_bits,
+    keep,
     momentum: "fp64",
     eps: "fp64",
     residual_momentum: "fp64",
@@ -103,32 +108,32 @@ def bn_forward_kernel(
     TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """out.y, saved [4, C] and the running statistics, and out.bits with tail.writes_bits. tail.adds: whether y has a
-    residual; tail.normalizes: whether that has a BatchNorm. What is not there has a stand-in.
+    """out.y, saved [4, C] and the running statistics, and out.bits with `writes_bits`. adds: whether y has a
+    residual; normalizes: whether that has a BatchNorm. What is not there has a stand-in.
     """
     ACC: tl.constexpr = of.x.norm.saved.dtype.element_ty
     SECTOR: tl.constexpr = 32 // (of.x.p.dtype.element_ty.primitive_bitwidth // 8)
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, None, width, slots)
     walk = walk_of(sizes, channels, SECTOR, TILE)
     stride = walk_stride(walk, row_stride)
-    bits_stride = (sizes.bits[0], sizes.bits[1], sizes.bits[2], 1)
-    norm = _norm_of(
-        View(of.x.p, stride), of.x.norm, walk, sizes.whole, Moving(momentum, eps, tail.keep), TILE
-    )
+    bits_stride = (bits_outer, bits_inner, bits_piece, 1)
+    norm = _norm_of(View(of.x.p, stride), of.x.norm, walk, whole, Moving(momentum, eps, keep), TILE)
     residual_norm = None
     if of.residual.norm.saved is not None:
         b_mean = tl.zeros([TILE.channels], ACC)
         b_low = tl.zeros([TILE.channels], ACC)
         b_scale = tl.zeros([TILE.channels], ACC)
         b_bias = tl.zeros([TILE.channels], ACC)
-        if tail.normalizes:
+        if normalizes:
             b_mean, b_low, b_scale, b_bias = _norm_of(
-                View(of.residual.p, stride), of.residual.norm, walk, sizes.whole,
-                Moving(residual_momentum, residual_eps, tail.keep), TILE,
+                View(of.residual.p, stride), of.residual.norm, walk, whole,
+                Moving(residual_momentum, residual_eps, keep), TILE,
             )  # fmt: skip
         residual_norm = Affine(b_mean, b_low, b_scale, b_bias)
     apply_tiles(
         Pair(of.x, of.residual), Pair(norm, residual_norm),
-        Output(View(out.y, stride), View(out.bits, bits_stride)), walk, tail, TILE, ACTIVATION,
+        Output(View(out.y, stride), View(out.bits, bits_stride)), walk, Tail(adds, normalizes, writes_bits), TILE,
+        ACTIVATION,
     )  # fmt: skip
 
 
@@ -155,14 +160,14 @@ def launch_bn_forward(
             ),
             Output(y, p.empty((1,), torch.uint8) if bits is None else bits),
             whole.row_stride,
-            whole.walk.channels,
-            whole.sizes._replace(whole=whole.tile.whole),
-            TailOf(
-                int(residual is not None),
-                int(len(norms) > 1),
-                int(bits is not None),
-                int(running.keep),
-            ),
+            *whole.integers(),
+            whole.tile.whole,
+            whole.tile.tiles_inner if whole.is_flat else None,
+            whole.tile.tiles,
+            int(residual is not None),
+            int(len(norms) > 1),
+            int(bits is not None),
+            int(running.keep),
             running.momentum,
             norm.eps,
             moved.momentum,

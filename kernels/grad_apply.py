@@ -21,8 +21,10 @@ from .moments import fma, fold, normalize
 from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
+    ANY_MULTIPLE,
     ANY_VALUE,
     Pair,
+    Sizes,
     View,
     load_vector,
     only_if,
@@ -128,12 +130,24 @@ def _load_coefficients(p_coefficients, walk, ACC: tl.constexpr):
     return coefficients
 
 
-@triton.jit(do_not_specialize=ANY_VALUE)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_apply_kernel(
-    incoming, of, stride, channels, sizes, TILE: tl.constexpr, ACTIVATION: tl.constexpr
-):  # fmt: skip
+    incoming,
+    of,
+    stride,
+    outer,
+    inner,
+    channels,
+    spread,
+    tiles_inner,
+    tiles,
+    programs,
+    TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """The gradients of x and of the residual (each where given) <- incoming; see `grad_apply_tiles`."""
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
     walk = walk_of(sizes, channels, 1, TILE)
     norm = load_norm(of.x.norm, walk, 0.0, ACC)
     residual_norm = load_norm(of.residual.norm, walk, 0.0, ACC)
@@ -183,8 +197,13 @@ def launch_bn_grad_apply(
                 ),
             ),
             rows.strides[0],
+            rows.outer,
+            rows.inner,
             rows.channels,
-            tile.sizes(rows)._replace(tiles=tile.tiles, programs=tile.programs),
+            rows.spread,
+            tile.tiles_inner if rows.outer > 1 else None,
+            tile.tiles,
+            tile.programs,
         ),
         {
             "TILE": tile.block(rows)._replace(packs_channels=mask.packs_channels),

@@ -33,8 +33,10 @@ from .moments import (
 from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
+    ANY_MULTIPLE,
     ANY_VALUE,
     Pair,
+    Sizes,
     View,
     load_tile,
     load_vector,
@@ -184,14 +186,28 @@ def grad_sums(
     return (b_sum, b_sum_low), (b_dot, b_dot_low), (b_rdot, b_rdot_low)
 
 
-@triton.jit(do_not_specialize=ANY_VALUE)
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_reduce_kernel(
-    incoming, of, stride, channels, sizes, TILE: tl.constexpr, ACTIVATION: tl.constexpr
-):  # fmt: skip
+    incoming,
+    of,
+    stride,
+    outer,
+    inner,
+    channels,
+    spread,
+    tiles_inner,
+    tiles,
+    programs,
+    width,
+    slots,
+    TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
     """x.partial [programs, 2, width]: sum(dz), sum(dz * (x - mean)); residual.partial likewise, where it has a
     BatchNorm; see `grad_sums`.
     """
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
     walk = walk_of(sizes, channels, 1, TILE)
     norm = load_norm(of.x.norm, walk, 0.0, ACC)
     residual_norm = load_norm(of.residual.norm, walk, 0.0, ACC)
@@ -202,15 +218,15 @@ def bn_grad_reduce_kernel(
     b_sum = sum_rows(b_sum[0], b_sum[1])
     b_dot = sum_rows(b_dot[0], b_dot[1])
     b_dot = off_mean(b_dot, b_sum, of.x.norm.saved, walk, ACC)
-    p_row = of.x.partial + walk.first * 2 * sizes.width
-    store_sums(p_row, b_sum, walk, sizes.slots, TILE.flat)
-    store_sums(p_row + sizes.width, b_dot, walk, sizes.slots, TILE.flat)
+    p_row = of.x.partial + walk.first * 2 * width
+    store_sums(p_row, b_sum, walk, slots, TILE.flat)
+    store_sums(p_row + width, b_dot, walk, slots, TILE.flat)
     if of.residual.norm.saved is not None:
         b_dot = sum_rows(b_rdot[0], b_rdot[1])
         b_dot = off_mean(b_dot, b_sum, of.residual.norm.saved, walk, ACC)
-        p_row = of.residual.partial + walk.first * 2 * sizes.width
-        store_sums(p_row, b_sum, walk, sizes.slots, TILE.flat)
-        store_sums(p_row + sizes.width, b_dot, walk, sizes.slots, TILE.flat)
+        p_row = of.residual.partial + walk.first * 2 * width
+        store_sums(p_row, b_sum, walk, slots, TILE.flat)
+        store_sums(p_row + width, b_dot, walk, slots, TILE.flat)
 
 
 def launch_bn_grad_reduce(
@@ -254,13 +270,15 @@ def launch_bn_grad_reduce(
                 ),
             ),
             rows.strides[0],
+            rows.outer,
+            rows.inner,
             rows.channels,
-            tile.sizes(rows)._replace(
-                tiles=tile.tiles,
-                programs=tile.programs,
-                width=tile.width,
-                slots=tile.slots or None,
-            ),
+            rows.spread,
+            tile.tiles_inner if rows.outer > 1 else None,
+            tile.tiles,
+            tile.programs,
+            tile.width,
+            tile.slots,
         ),
         {
             "TILE": tile.block(rows)._replace(

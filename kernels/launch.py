@@ -89,24 +89,6 @@ class Block(NamedTuple):
     parts: int = 0
 
 
-class Sizes(NamedTuple):
-    """What a kernel is told of a walk and is not compiled for: integers, or None for those that it does not ask for.
-
-    bits: bytes from one outer row, inner row and piece of the mask to the next.
-    """
-
-    outer: int | None
-    inner: int
-    spread: int | None
-    tiles_inner: int | None
-    tiles: int | None = None
-    programs: int | None = None
-    whole: int | None = None
-    width: int | None = None
-    slots: int | None = None
-    bits: tuple[int, int, int] | None = None
-
-
 @dataclass(frozen=True)
 class Tile:
     """block_outer x block_inner rows of block_channels columns; `programs` share the `tiles` of a block of columns.
@@ -153,16 +135,6 @@ class Tile:
             one_outer=rows.outer == 1,
             flat=rows.spread > 1,
             row_vectors=rows.row_vectors,
-        )
-
-    def sizes(self, rows: RowMap) -> Sizes:
-        """What every pass over such rows is told; of what there is one, nothing."""
-        is_one = rows.outer == 1
-        return Sizes(
-            None if is_one else rows.outer,
-            rows.inner,
-            rows.spread if rows.spread > 1 else None,
-            None if is_one else self.tiles_inner,
         )
 
     @functools.cached_property
@@ -386,12 +358,17 @@ class Whole:
         """From one outer row to the next, in a flat walk."""
         return self.walk.strides[0][0] if self.is_flat else None
 
-    @functools.cached_property
-    def sizes(self) -> Sizes:
-        """What both kernels are told of the walk."""
-        tile = self.tile
-        return tile.sizes(self.walk)._replace(
-            tiles=tile.tiles, width=tile.width, slots=tile.slots, bits=self.bits
+    def integers(self) -> tuple:
+        """What both kernels are told of the walk, in their order."""
+        walk, tile = self.walk, self.tile
+        return (
+            *self.bits,
+            walk.outer,
+            walk.inner,
+            walk.channels,
+            walk.spread,
+            tile.slots,
+            tile.width,
         )
 
     @functools.cached_property

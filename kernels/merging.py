@@ -21,9 +21,9 @@ from .chip import current_chip
 from .dtypes import partial_dtype
 from .finalize import (
     Moving,
+    Partials,
     Parts,
     Running,
-    Sizes,
     finish_moments,
     load_running,
     merging_options,
@@ -35,7 +35,7 @@ from .moments import Summed, load_pivot, merge, store_sums
 from .norm import Vectors
 from .plan import Planner
 from .stats import group_moments
-from .tile import ANY_VALUE, View, walk_of
+from .tile import ANY_MULTIPLE, ANY_VALUE, Sizes, View, walk_of
 
 
 class Between(NamedTuple):
@@ -65,13 +65,17 @@ def _finish(partial, x, norm, o_channel, walk, sizes, moving, MERGE: tl.constexp
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*ANY_VALUE, "keep"])
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_stats_finalize_kernel(
     x,
     between,
     norm,
+    outer,
+    inner,
     channels,
-    sizes,
+    whole,
+    programs,
+    width,
     keep,
     momentum: "fp64",
     eps: "fp64",
@@ -82,13 +86,10 @@ def bn_stats_finalize_kernel(
     `bn_finalize_kernel`, MERGE.channels at a time."""
     ACC: tl.constexpr = norm.saved.dtype.element_ty
     OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
-    walk = walk_of(sizes, channels, 1, TILE)
+    walk = walk_of(Sizes(outer, inner, 1, programs=programs), channels, 1, TILE)
     b_pivot = load_pivot(Summed(x, None, None), walk.o_column, walk.m_column, walk, ACC, OFFSET)
-    b_count, b_mean, b_m2 = group_moments(
-        Summed(x, None, None), b_pivot, walk, sizes.whole, TILE, ACC
-    )
+    b_count, b_mean, b_m2 = group_moments(Summed(x, None, None), b_pivot, walk, whole, TILE, ACC)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
-    width = sizes.width
     p_row = between.partial + walk.first * 3 * width
     store_sums(p_row, b_n, walk, None, False)
     store_sums(p_row + width, b_mean, walk, None, False)
@@ -102,7 +103,7 @@ def bn_stats_finalize_kernel(
             o_channel = tl.program_id(0) * TILE.channels + i * MERGE.channels
             o_channel += tl.arange(0, MERGE.channels)
             _finish(
-                Parts(between.partial, width), x, norm, o_channel, walk, Sizes(walk.programs, 1, 0, 1),
+                Parts(between.partial, width), x, norm, o_channel, walk, Partials(walk.programs, 1, 0, 1),
                 Moving(momentum, eps, keep), MERGE,
             )  # fmt: skip
 
@@ -130,10 +131,12 @@ def launch_bn_stats_finalize(
             View(x, rows.strides[1]),
             Between(partial, done),
             Vectors(None, bias, running.mean, running.var, running.batches, saved),
+            rows.outer,
+            rows.inner,
             rows.channels,
-            tile.sizes(rows)._replace(
-                tiles_inner=None, whole=tile.whole, programs=tile.programs, width=tile.width
-            ),
+            tile.whole,
+            tile.programs,
+            tile.width,
             int(running.keep),
             running.momentum,
             eps,

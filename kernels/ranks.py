@@ -17,8 +17,8 @@ from .finalize import (
     ANY_SIZE,
     Gradients,
     Partial,
+    Partials,
     Parts,
-    Sizes,
     finish_sums,
     load_moments,
     load_sums,
@@ -30,25 +30,39 @@ from .launch import Tile
 from .layout import RowMap
 from .moments import Summed, load_pivot, merge
 from .plan import Planner
-from .tile import View, arithmetic, load_vector
+from .tile import Sizes, View, arithmetic, load_vector
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
-def bn_moments_kernel(partial, x, p_moments, channels, sizes, MERGE: tl.constexpr):
+@triton.jit(do_not_specialize=[*ANY_SIZE, "first"])
+def bn_moments_kernel(
+    partial,
+    x,
+    p_moments,
+    outer,
+    inner,
+    channels,
+    spread,
+    programs,
+    each,
+    slots,
+    first,
+    MERGE: tl.constexpr,
+):
     """Rows first to first + 2 of moments [3 K, C] <- partial [P, 3, width].
 
     The means in partial are relative to the pivots of x; without x they are the means themselves.
     """
     o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
+    sizes = Partials(programs, each, slots, spread)
     b_count, b_mean, b_m2 = load_moments(partial, o_channel, m_channel, sizes, MERGE)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
     if x is not None:
         ACC: tl.constexpr = tl.float64 if x.p.dtype.element_ty == tl.float64 else tl.float32
-        o_first = o_channel.to(tl.int64) * sizes.spread
-        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, sizes, ACC, tl.int64)
+        o_first, rows = o_channel.to(tl.int64) * spread, Sizes(outer, inner, spread)
+        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, rows, ACC, tl.int64)
         b_mean += b_pivot.to(tl.float64)
-    p_row = p_moments + sizes.first * channels + o_channel
+    p_row = p_moments + first * channels + o_channel
     tl.store(p_row, b_n, mask=m_channel)
     tl.store(p_row + channels, b_mean, mask=m_channel)
     tl.store(p_row + 2 * channels, b_m2, mask=m_channel)
@@ -60,29 +74,53 @@ def launch_bn_moments(p: Planner, partial: Partial, moments: Tensor, which: int)
     channels, rows, x = moments.shape[2], partial.rows, None
     spread = 1 if rows is None else rows.spread
     each, columns, slots = share(spread, partial.tile)
-    sizes = Sizes(programs, each, slots, spread, first=3 * which)
+    outer = inner = None
     if rows is not None and partial.x is not None:
         x = View(partial.x, rows.strides[partial.which])
-        sizes = sizes._replace(outer=rows.outer, inner=rows.inner)
+        outer, inner = rows.outer, rows.inner
     merging, options = merging_options(programs * each)
     p.start(
         bn_moments_kernel,
         (-(-channels // merging.channels),),
-        (Parts(partial.values, width), x, moments, channels, sizes),
+        (
+            Parts(partial.values, width),
+            x,
+            moments,
+            outer,
+            inner,
+            channels,
+            spread,
+            programs,
+            each,
+            slots,
+            3 * which,
+        ),
         {"MERGE": merging._replace(columns=columns)},
         options,
     )
 
 
-@triton.jit(do_not_specialize=ANY_SIZE)
+@triton.jit(do_not_specialize=[*ANY_SIZE, "first"])
 def bn_grad_sums_kernel(
-    partial, p_saved, p_sums, out, channels, sizes, ACC: tl.constexpr, MERGE: tl.constexpr
-):  # fmt: skip
+    partial,
+    p_saved,
+    p_sums,
+    out,
+    channels,
+    spread,
+    programs,
+    each,
+    slots,
+    first,
+    ACC: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """Rows first and first + 1 of sums [2 K, C], dweight and dbias [C] (each where given) <- partial [P, 2, width]."""
     o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
+    sizes = Partials(programs, each, slots, spread)
     b_dz, b_dzx = load_sums(partial, o_channel, m_channel, sizes, MERGE)
-    p_row = p_sums + sizes.first * channels + o_channel
+    p_row = p_sums + first * channels + o_channel
     tl.store(p_row, b_dz, mask=m_channel)
     tl.store(p_row + channels, b_dzx, mask=m_channel)
     b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
@@ -105,7 +143,11 @@ def launch_bn_grad_sums(
             sums,
             Gradients(of.dweight, of.dbias),
             rows.channels,
-            Sizes(programs, each, slots, rows.spread, first=2 * which),
+            rows.spread,
+            programs,
+            each,
+            slots,
+            2 * which,
         ),
         {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "MERGE": merging._replace(columns=columns)},
         options,

@@ -25,7 +25,9 @@ from .layout import RowMap
 from .moments import Summed, add_compensated, load_pivot, merge, of_slot, store_sums
 from .plan import Planner
 from .tile import (
+    ANY_MULTIPLE,
     ANY_VALUE,
+    Sizes,
     View,
     groups,
     load_tile,
@@ -148,30 +150,41 @@ def group_moments(of, b_pivot, walk, whole, TILE: tl.constexpr, ACC: tl.constexp
     return b_counts, b_total * b_inverse[:, None], b_m2
 
 
-@triton.jit(do_not_specialize=ANY_VALUE)
-def bn_stats_kernel(of, p_partial, channels, sizes, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
+def bn_stats_kernel(
+    of,
+    p_partial,
+    outer,
+    inner,
+    channels,
+    spread,
+    whole,
+    programs,
+    width,
+    slots,
+    TILE: tl.constexpr,
+):
     """partial [programs, 3, width]: count, mean relative to the pivot, M2 of `Summed`, of which total is written.
 
-    sizes.whole: tiles without a partial row; TILE.even: no partial block of columns either.
+    whole: tiles without a partial row; TILE.even: no partial block of columns either.
     """
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
     OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
-    walk = walk_of(sizes, channels, 1, TILE)
+    walk = walk_of(Sizes(outer, inner, spread, programs=programs), channels, 1, TILE)
     o_column, m_column, spread = walk.o_column, walk.m_column, walk.spread
     b_pivot = load_pivot(of, o_column - o_column % spread, m_column, walk, ACC, OFFSET)
-    b_count, b_mean, b_m2 = group_moments(of, b_pivot, walk, sizes.whole, TILE, ACC)
+    b_count, b_mean, b_m2 = group_moments(of, b_pivot, walk, whole, TILE, ACC)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
-    width = sizes.width
     p_row = p_partial + walk.first * 3 * width
     if TILE.flat:  # the columns of a channel together
-        for i_slot in range(sizes.slots):
+        for i_slot in range(slots):
             m = of_slot(i_slot, o_column, m_column, spread, TILE.channels)[:, None]
             b_some, b_their_mean, b_their_m2 = merge(
                 tl.where(m, b_n[:, None], 0.0),
                 tl.where(m, b_mean[:, None], 0.0),
                 tl.where(m, b_m2[:, None], 0.0),
             )
-            o_slot = tl.program_id(0) * sizes.slots + i_slot + tl.arange(0, 1)
+            o_slot = tl.program_id(0) * slots + i_slot + tl.arange(0, 1)
             tl.store(p_row + o_slot, b_some.to(p_partial.dtype.element_ty))
             tl.store(p_row + width + o_slot, b_their_mean.to(p_partial.dtype.element_ty))
             tl.store(p_row + 2 * width + o_slot, b_their_m2.to(p_partial.dtype.element_ty))
@@ -201,11 +214,14 @@ def launch_bn_stats(
                 View(total, rows.strides[0]) if is_sum else None,
             ),
             partial,
+            rows.outer,
+            rows.inner,
             rows.channels,
-            tile.sizes(rows)._replace(
-                tiles_inner=None, whole=tile.whole, programs=tile.programs, width=tile.width,
-                slots=tile.slots or None,
-            ),
+            rows.spread,
+            tile.whole,
+            tile.programs,
+            tile.width,
+            tile.slots,
         ),
         {
             "TILE": tile.block(rows)._replace(

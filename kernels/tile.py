@@ -1,11 +1,10 @@
 """The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where.
 
 What belongs together travels as one named tuple, into kernels and between device functions; a part that is not there is
-None. Triton takes the parts one by one and compiles a kernel for them as for arguments of their own, but for two
-things. `do_not_specialize` holds for all parts of a tuple, `do_not_specialize_on_alignment` for none: so integers that a
-kernel is not compiled for are a tuple of their own (`launch.Sizes`). A float in a tuple is float32 to it, whatever is
-said: so momentum and eps are arguments of their own. From a device function, Triton 3.6 returns no None and no
-constant in a tuple: where there may be one, a tuple is made in the call that takes it.
+None. Triton takes the parts one by one, in their order. What stays an argument of its own, since Triton (3.6 to 3.9)
+looks at no part of a tuple otherwise: an integer that a kernel is not compiled for (`do_not_specialize`,
+`do_not_specialize_on_alignment`), and a float, which in a tuple would be a float32. From a device function Triton 3.6
+returns no None in a tuple: where there may be one, the tuple is made in the call that takes it.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +17,14 @@ from .layout import VECTOR, GatherMap, RowMap
 
 # Triton compiles a kernel anew for an integer that is 1, and for one that 16 divides. What it makes of these is the
 # same, or no better: so they are not looked at, and a kernel is there for other batches and image sizes too.
-ANY_VALUE = ["sizes"]
+ANY_VALUE = ["inner", "whole", "tiles", "tiles_inner", "programs", "width", "slots", "keep"]
+# So of a whole direction: what a program walks, and which of a tail's tensors are there.
+ANY_WHOLE = [
+    *ANY_VALUE, "bits_outer", "bits_inner", "bits_piece",
+    "adds", "normalizes", "writes_bits", "plain", "writes_residual",
+]  # fmt: skip
+# Of these 1 is worth a kernel, since divisions go.
+ANY_MULTIPLE = ["outer", "spread"]
 _VECTOR = tl.constexpr(VECTOR)
 
 
@@ -44,10 +50,24 @@ class Pair(NamedTuple):
     residual: Any
 
 
+class Sizes(NamedTuple):
+    """Of the rows of a pass, and of its tiles; None where a pass has no use for it. spread: columns of a channel;
+    tiles_inner: None where there is one outer row; width, slots: of the columns of a program (`own_columns`)."""
+
+    outer: Any
+    inner: Any
+    spread: Any
+    tiles_inner: Any = None
+    tiles: Any = None
+    programs: Any = None
+    width: Any = None
+    slots: Any = None
+
+
 class Walk(NamedTuple):
     """The tiles first, first + programs, ... of a program, and its columns. `columns` counts those of all programs.
 
-    own: (columns from one program to the next, columns in a row of a program), where TILE.parts is not 0; see `Sizes`.
+    own: (columns from one program to the next, columns in a row of a program), where TILE.parts is not 0.
     """
 
     outer: Any
@@ -78,17 +98,11 @@ def row_vectors(inner, ROW_VECTORS: tl.constexpr):
 def walk_of(sizes, channels, SECTOR: tl.constexpr, TILE: tl.constexpr):
     """The `Walk` of this program: its columns are on grid axis 0, its tiles on axis 1, or all of them where sizes has
     no programs. SECTOR: columns of 32 bytes, which the compiler learns that those of a program are multiples of."""
-    outer = 1
-    if sizes.outer is not None:
-        outer = sizes.outer
     tiles_inner, tiles = 1, 0
     if sizes.tiles_inner is not None:
         tiles_inner = sizes.tiles_inner
     if sizes.tiles is not None:
         tiles = sizes.tiles
-    spread = 1
-    if sizes.spread is not None:
-        spread = sizes.spread
     if sizes.programs is None:
         first = 0
         programs = 1
@@ -99,12 +113,12 @@ def walk_of(sizes, channels, SECTOR: tl.constexpr, TILE: tl.constexpr):
         slots, width, apart, room = 0, 0, 0, 0
     else:
         slots, width = sizes.slots, sizes.width
-        apart = slots * spread // SECTOR * SECTOR
+        apart = slots * sizes.spread // SECTOR * SECTOR
         room = width // SECTOR * SECTOR
-    columns = channels * spread
+    columns = channels * sizes.spread
     o_column, m_column = tile_columns(columns, (apart, room), TILE.channels, TILE)
     return Walk(
-        outer, row_vectors(sizes.inner, TILE.row_vectors), channels, spread, columns, tiles_inner, tiles,
+        sizes.outer, row_vectors(sizes.inner, TILE.row_vectors), channels, sizes.spread, columns, tiles_inner, tiles,
         first, programs, o_column, m_column, (apart, room), slots, width,
     )  # fmt: skip
 
