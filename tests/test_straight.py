@@ -65,7 +65,9 @@ def launched(stub, monkeypatch):
                 ("address", seen.setdefault(value, len(seen)))
                 if type(spec) is bind.Pointer
                 else value
-                for spec, value in zip(specs, values, strict=True)
+                for spec, value in zip(
+                    bind.parts_of(specs), bind.parts_of(tuple(values)), strict=True
+                )
             ]
             found.append((self.kept.name, arguments[:3], told))
             launch(*arguments)
