@@ -39,7 +39,7 @@ ARCHITECTURE = 90
 WRITTEN = {
     "bn_stats_kernel": ("of.total.p",),
     "bn_apply_kernel": ("out.y.p", "out.bits.p"),
-    "bn_grad_reduce_kernel": ("incoming.skip.dz", "of.x.scaled"),
+    "bn_grad_reduce_kernel": ("incoming.dz", "of.x.scaled"),
     "bn_grad_apply_kernel": ("of.x.gradient", "of.residual.gradient"),
 }
 FINALISING = ("bn_finalize_kernel", "bn_grad_finalize_kernel")

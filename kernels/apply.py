@@ -35,7 +35,7 @@ from .tile import (
 
 
 class Output(NamedTuple):
-    """What the forward writes: y, and a tail's mask of it (or None); each a `View`."""
+    """What the forward writes: y, and a tail's mask of it; each a `View`."""
 
     y: Any
     bits: Any
@@ -52,7 +52,7 @@ class Tail(NamedTuple):
 
 @triton.jit
 def apply_tiles(of, norms, out, walk, tail, TILE: tl.constexpr, ACTIVATION: tl.constexpr):
-    """out <- of, the tiles of a program. of: the `Branch` of x, and of the residual or None; norms: the `Affine` of
+    """out <- of, the tiles of a program. of: the `Branch` of x, and of the residual; norms: the `Affine` of
     each, or None; out: `Output`; tail: `Tail`."""
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
     norm = norms.x
@@ -70,7 +70,7 @@ def apply_tiles(of, norms, out, walk, tail, TILE: tl.constexpr, ACTIVATION: tl.c
         o_x = tile_offsets(o_outer, o_inner, walk.o_column, of.x.stride, walk.spread, o_y)
         b_x = widen(tl.load(of.x.p + o_x, mask=m, other=0.0), ACC)
         b_z = normalize(b_x, b_scale, b_high, b_low)
-        if of.residual is not None:
+        if of.residual.p is not None:
             o_residual = tile_offsets(
                 o_outer, o_inner, walk.o_column, of.residual.stride, walk.spread, o_y
             )
@@ -82,12 +82,12 @@ def apply_tiles(of, norms, out, walk, tail, TILE: tl.constexpr, ACTIVATION: tl.c
                     if tail.normalizes:
                         b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
                 b_z += b_residual
-        b_y = activate(b_z, ACTIVATION.name, ACTIVATION.slope)
+        b_y = activate(b_z, ACTIVATION)
         tl.store(out.y.p + o_y, b_y.to(out.y.p.dtype.element_ty), mask=m)
-        if out.bits is not None:
+        if out.bits.p is not None:
             if tail.writes_bits:
                 o_byte, m_byte = byte_tile(i_tile, walk, out.bits.stride, TILE)
-                m_bit = passes(b_z, ACTIVATION.name)
+                m_bit = passes(b_z, ACTIVATION)
                 if not TILE.whole_bytes:
                     m_bit &= m
                 b_byte = pack(m_bit, TILE.packs_channels)
@@ -116,9 +116,8 @@ def bn_apply_kernel(
     walk = walk_of(sizes, channels, 1, TILE)
     norm = load_norm(of.x.norm, walk, eps, ACC)
     residual_norm = None
-    if of.residual is not None:
-        if of.residual.norm is not None:
-            residual_norm = load_norm(of.residual.norm, walk, residual_eps, ACC)
+    if of.residual.norm.running_mean is not None or of.residual.norm.saved is not None:
+        residual_norm = load_norm(of.residual.norm, walk, residual_eps, ACC)
     apply_tiles(of, Pair(norm, residual_norm), out, walk, Tail(True, True, True), TILE, ACTIVATION)
 
 
@@ -147,11 +146,13 @@ def launch_bn_apply(
         (
             Pair(
                 Branch(x, rows.others[1], vectors_of(norm)),
-                None if residual is None else Branch(
-                    residual, rows.others[2], None if residual_norm is None else vectors_of(residual_norm)
+                Branch(
+                    residual,
+                    rows.others[2] if residual is not None else None,
+                    vectors_of(residual_norm or NO_NORM),
                 ),
             ),
-            Output(View(y, rows.strides[0]), None if bits is None else View(bits, mask.stride)),
+            Output(View(y, rows.strides[0]), View(bits, mask.stride)),
             rows.outer,
             rows.inner,
             rows.channels,

@@ -80,8 +80,8 @@ def _backward_of(
     )
     residual_coefficients = None
     if of.residual.norm.saved is not None:
-        b_slope = tl.zeros([TILE.channels], ACC)
-        b_level = tl.zeros([TILE.channels], ACC)
+        b_slope = tl.zeros(walk.o_column.shape, ACC)
+        b_level = tl.zeros(walk.o_column.shape, ACC)
         if flags.normalizes:
             b_slope, b_level = _coefficients_of(
                 b_dz, sum_rows(b_rdot[0], b_rdot[1]), of.residual, walk, inverse_count, TILE, ACC
@@ -91,10 +91,10 @@ def _backward_of(
     # With a second gradient dz is read, which the other threads of this program have written; all of it passes.
     tl.debug_barrier()
     p_dy = incoming.dy.p
-    if incoming.skip is not None:
-        p_dy = tl.where(flags.adds != 0, incoming.skip.dz, p_dy)
+    if incoming.dz is not None:
+        p_dy = tl.where(flags.adds != 0, incoming.dz, p_dy)
     grad_apply_tiles(
-        Incoming(View(p_dy, None), None, incoming.bits), of,
+        Incoming(View(p_dy, None), Second(None, None, None), incoming.bits), of,
         Terms(norm, residual_norm, coefficients, residual_coefficients), stride, walk,
         Flags(True, flags.normalizes, flags.adds, flags.writes_residual), TILE, ACTIVATION,
     )  # fmt: skip
@@ -134,17 +134,15 @@ def bn_backward_kernel(
     sizes = Sizes(outer, inner, spread, tiles_inner, tiles, None, width, slots)
     walk = walk_of(sizes, channels, SECTOR, TILE)
     stride = walk_stride(walk, row_stride)
-    bits = None
-    if incoming.bits is not None:
-        bits = View(incoming.bits, (bits_outer, bits_inner, bits_piece, 1))
+    bits_stride = (bits_outer, bits_inner, bits_piece, 1)
     if plain:
         _backward_of(
-            Incoming(incoming.dy, None, None), Pair(of.x, Branch(None, None, Vectors())), stride, walk,
+            Incoming(incoming.dy, Second(None, None, None), View(None, None)), Pair(of.x, Branch(None, None, Vectors())), stride, walk,
             Flags(False, False, False, False), inverse_count, TILE, ACTIVATION,
         )  # fmt: skip
     else:
         _backward_of(
-            Incoming(incoming.dy, incoming.skip, bits), of, stride, walk,
+            Incoming(incoming.dy, incoming.skip, View(incoming.bits.p, bits_stride), incoming.dz), of, stride, walk,
             Flags(adds, normalizes, None, writes_residual), inverse_count, TILE, ACTIVATION,
         )  # fmt: skip
 
@@ -182,8 +180,9 @@ def launch_bn_backward(
         (
             Incoming(
                 View(dy, None),
-                None if skip.gradient is None else Second(skip.gradient, None, None, skip.dz),
-                bits,
+                Second(skip.gradient, None, None),
+                View(bits, None),
+                skip.dz,
             ),
             Pair(
                 Branch(
@@ -191,7 +190,7 @@ def launch_bn_backward(
                     None,
                     Vectors(main.norm.weight, saved=main.norm.saved),
                     gradient=main.gradient,
-                    addend=None if addend is None else View(addend, None),
+                    addend=View(addend, None),
                     dweight=main.dweight,
                     dbias=main.dbias,
                 ),

@@ -84,7 +84,7 @@ def merging_options(partials: int) -> tuple[Merging, dict[str, int]]:
 
 @triton.jit
 def partial_offsets(o_channel, m_channel, width, sizes, KINDS: tl.constexpr, MERGE: tl.constexpr):
-    """(offsets, mask) [partials, channels] of the first of KINDS values of `Parts`; sizes: `Partials`; MERGE: `Merging`."""
+    """(offsets, mask) [partials, channels] of the first of KINDS values; sizes: `Partials`; MERGE: `Merging`."""
     COLUMNS: tl.constexpr = MERGE.columns
     o_partial = tl.arange(0, MERGE.partials)
     m = (o_partial < sizes.programs * sizes.each)[:, None] & m_channel[None, :]
@@ -230,7 +230,7 @@ def bn_finalize_kernel(
         b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, rows, ACC, tl.int64)
         b_first = b_pivot.to(tl.float64)
     else:
-        b_first = tl.zeros([MERGE.channels], tl.float64)
+        b_first = tl.zeros(o_channel.shape, tl.float64)
     finish_moments(
         (b_n, b_mean, b_m2, b_first), old, norm, o_channel, m_channel, channels,
         Moving(momentum, eps, keep), MERGE.may_be_one,
@@ -341,7 +341,7 @@ def bn_grad_finalize_kernel(
     b_dz, b_dzx = load_sums(partial, o_channel, m_channel, sizes, MERGE)
 
     if norm.saved is None:
-        b_invstd = tl.full([MERGE.channels], 1.0, ACC)
+        b_invstd = tl.full(o_channel.shape, 1.0, ACC)
     else:
         b_invstd = load_vector(norm.saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     b_slope, b_level = finish_sums(

@@ -120,10 +120,10 @@ def bn_forward_kernel(
     norm = _norm_of(View(of.x.p, stride), of.x.norm, walk, whole, Moving(momentum, eps, keep), TILE)
     residual_norm = None
     if of.residual.norm.saved is not None:
-        b_mean = tl.zeros([TILE.channels], ACC)
-        b_low = tl.zeros([TILE.channels], ACC)
-        b_scale = tl.zeros([TILE.channels], ACC)
-        b_bias = tl.zeros([TILE.channels], ACC)
+        b_mean = tl.zeros(walk.o_column.shape, ACC)
+        b_low = tl.zeros(walk.o_column.shape, ACC)
+        b_scale = tl.zeros(walk.o_column.shape, ACC)
+        b_bias = tl.zeros(walk.o_column.shape, ACC)
         if normalizes:
             b_mean, b_low, b_scale, b_bias = _norm_of(
                 View(of.residual.p, stride), of.residual.norm, walk, whole,

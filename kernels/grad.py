@@ -35,19 +35,23 @@ class Second(NamedTuple):
     p: Any
     stride: Any
     place: Any
-    dz: Any
+
+
+NO_SECOND = Second(None, None, None)
 
 
 class Incoming(NamedTuple):
-    """What the backward begins with: dy; a `Second` gradient, or None; a tail's mask, or None."""
+    """What the backward begins with: dy (`View`); a `Second` gradient; a tail's mask (`View`); and dz, where it is
+    written while the sums are taken."""
 
     dy: Any
     skip: Any
     bits: Any
+    dz: Any = None
 
 
 class At(NamedTuple):
-    """A tile of the loop: its number; its rows, o and i; the mask, and the offsets of what is written, of its values."""
+    """A tile of the loop: its number; its rows, o and i; of its values the mask, and the offsets of what is written."""
 
     tile: Any
     outer: Any
@@ -110,7 +114,7 @@ def grad_of_z(
     computed again (else it is None)."""
     ACC: tl.constexpr = b_dz.dtype
     o_column, spread = walk.o_column, walk.spread
-    if incoming.skip is not None:
+    if incoming.skip.p is not None:
         o_inner = at.inner
         m_skip = only_if(at.m, flags.adds)
         if incoming.skip.place is not None:
@@ -124,13 +128,13 @@ def grad_of_z(
         b_skip = load_tile(incoming.skip.p, o_skip, m_skip, ACC)
         if flags.adds:
             b_dz = (b_dz + b_skip).to(incoming.dy.p.dtype.element_ty).to(ACC)
-    if incoming.bits is not None:
+    if incoming.bits.p is not None:
         o_byte, m_byte = byte_tile(at.tile, walk, incoming.bits.stride, TILE)
         b_byte = tl.load(incoming.bits.p + o_byte, mask=m_byte, other=0)
         if flags.everything is not None:
             b_byte |= tl.full(b_byte.shape, tl.where(flags.everything != 0, 255, 0), tl.uint8)
         m_passes = unpack(b_byte, TILE.packs_channels)
-        b_dz = keep_passing(b_dz, m_passes, ACTIVATION.name, ACTIVATION.slope)
+        b_dz = keep_passing(b_dz, m_passes, ACTIVATION)
     elif b_z is not None:
-        b_dz = through(b_dz, b_z, at.m, ACTIVATION.name, ACTIVATION.slope)
+        b_dz = through(b_dz, b_z, at.m, ACTIVATION)
     return b_dz

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import Activation
-from .grad import At, Flags, Incoming, Operand, Terms, grad_of_z, load_dy
+from .grad import NO_SECOND, At, Flags, Incoming, Operand, Terms, grad_of_z, load_dy
 from .launch import Tile
 from .layout import RowMap, mask_of
 from .moments import fma, fold, normalize
@@ -49,8 +49,8 @@ def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
 def grad_apply_tiles(
     incoming, of, terms, stride, walk, flags, TILE: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """The gradients of x and of the residual (each where given) <- incoming, the tiles of a program. of: the `Branch` of
-    each; terms: `Terms`; stride: of the gradients; flags: `Flags`."""
+    """The gradients of x and of the residual (each where given) <- incoming, the tiles of a program. of: the `Branch`
+    of each; terms: `Terms`; stride: of the gradients; flags: `Flags`."""
     ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
     o_column, spread = walk.o_column, walk.spread
     norm, residual_norm = terms.x, terms.residual
@@ -66,7 +66,7 @@ def grad_apply_tiles(
             residual_norm.mean, residual_norm.mean_low, b_rslope, terms.residual_coefficients[1]
         )
     # z is computed again where there is no mask of it, and the residual is part of it.
-    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits is None
+    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits.p is None
     IN_Z: tl.constexpr = of.residual.p is not None and AGAIN
     b_high, b_low = fold(norm.mean, norm.mean_low, b_scale, norm.bias)
     b_rhigh, b_rlow = fold(residual_norm.mean, residual_norm.mean_low, b_rscale, residual_norm.bias)
@@ -97,7 +97,7 @@ def grad_apply_tiles(
                 b_dx = _grad_input(b_dz, b_x, b_scale, b_slope, b_slope_high, b_slope_low)
             else:
                 b_dx = b_scale[None, :] * b_dz
-            if of.x.addend is not None:
+            if of.x.addend.p is not None:
                 o_addend = tile_offsets(
                     o_outer, o_inner, o_column, of.x.addend.stride, spread, o_out
                 )
@@ -176,9 +176,7 @@ def launch_bn_grad_apply(
         bn_grad_apply_kernel,
         tile.grid,
         (
-            Incoming(
-                View(dy, rows.others[2]), None, None if bits is None else View(bits, mask.stride)
-            ),
+            Incoming(View(dy, rows.others[2]), NO_SECOND, View(bits, mask.stride)),
             Pair(
                 Branch(
                     main.x,
@@ -186,7 +184,7 @@ def launch_bn_grad_apply(
                     Vectors(main.norm.weight, saved=main.norm.saved),
                     coefficients=main.coefficients,
                     gradient=main.gradient,
-                    addend=None if addend is None else View(addend, rows.others[3]),
+                    addend=View(addend, rows.others[3] if addend is not None else None),
                 ),
                 Branch(
                     residual.x,

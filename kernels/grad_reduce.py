@@ -60,12 +60,10 @@ class Skip(NamedTuple):
     place: tuple[int, ...] | None
     dz: Tensor | None
 
-    def told(self, stride: Strides) -> Second | None:
+    def told(self, stride: Strides) -> Second:
         """What a kernel is told of it whose output has such strides."""
-        if self.gradient is None:
-            return None
         is_alike = self.place is None and self.stride == stride
-        return Second(self.gradient, None if is_alike else self.stride, self.place, self.dz)
+        return Second(self.gradient, None if is_alike else self.stride, self.place)
 
 
 NO_SKIP = Skip(None, None, None, None)
@@ -142,7 +140,7 @@ def grad_sums(
     b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
     # has sums of its own too.
-    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits is None
+    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits.p is None
     IN_Z: tl.constexpr = of.residual.p is not None and AGAIN
     b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
@@ -168,11 +166,9 @@ def grad_sums(
         at = At(i_tile, o_outer, o_inner, m, o_out)
         b_dy = load_dy(incoming, at, walk, ACC, TILE.stages)
         b_dz = grad_of_z(incoming, b_dy, b_z, at, walk, flags, TILE, ACTIVATION)
-        if incoming.skip is not None:
-            if incoming.skip.dz is not None:
-                if flags.adds:
-                    p_dz = incoming.skip.dz
-                    tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
+        if incoming.dz is not None:
+            if flags.adds:
+                tl.store(incoming.dz + o_out, b_dz.to(incoming.dz.dtype.element_ty), mask=m)
         if of.x.scaled is not None:
             b_dx = b_scale[None, :] * b_dz
             tl.store(of.x.scaled + o_out, b_dx.to(of.x.scaled.dtype.element_ty), mask=m)
@@ -252,7 +248,8 @@ def launch_bn_grad_reduce(
             Incoming(
                 View(dy, rows.others[2]),
                 skip.told(rows.strides[0]),
-                None if bits is None else View(bits, mask.stride),
+                View(bits, mask.stride),
+                skip.dz,
             ),
             Pair(
                 Branch(

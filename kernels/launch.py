@@ -62,7 +62,7 @@ MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
 
 
 class Block(NamedTuple):
-    """What a kernel is compiled for: a tile of outer x inner rows of so many columns (`channels`), and how it is walked.
+    """What a kernel is compiled for: a tile of outer x inner rows of `channels` columns, and how it is walked.
 
     stages: tiles under way in the loop; second: in the loop behind it, over the same tiles. wide: offsets are int64.
     one_outer: there is one outer row; flat: a channel has several columns. row_vectors: rows are read together. Others

@@ -149,8 +149,8 @@ def _add_rows(b_y, b_there, b_count, b_mean, b_low, b_m2, WIDE: tl.constexpr):
 
 @triton.jit
 def _store_moments(p_partial, channels_out, o_out, m_out, moments, WIDE: tl.constexpr):
-    """partial [3, Cout] of this program <- count, mean, M2, of those that the rows of its tiles have: (count, mean, low,
-    M2)."""
+    """partial [3, Cout] of this program <- count, mean, M2, of those that the rows of its tiles have, (count, mean,
+    low, M2)."""
     PARTIAL: tl.constexpr = p_partial.dtype.element_ty
     b_count, b_mean, b_low, b_m2 = moments
     SUM: tl.constexpr = tl.float64 if WIDE else tl.float32

@@ -67,7 +67,8 @@ def _load_sum(of, o_outer, o_inner, o_column, m, spread, ACC: tl.constexpr):
 
 @triton.jit
 def _add_group(have, b_sum, b_mean, b_square, inverse, weight, COMPENSATED: tl.constexpr):
-    """Merge groups (sum, mean, squares) into `_Groups`: inverse = 1 / count before, weight = count * k / (count + k)."""
+    """Merge groups (sum, mean, squares) into `_Groups`: inverse = 1 / count before, weight = count * k / (count +
+    k)."""
     b_total, b_total_low, b_m2, b_m2_low = have
     b_r = b_mean - b_total * inverse
     b_square += b_r * (b_r * weight)

@@ -1,10 +1,10 @@
 """The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where.
 
-What belongs together travels as one named tuple, into kernels and between device functions; a part that is not there is
-None. Triton takes the parts one by one, in their order. What stays an argument of its own, since Triton (3.6 to 3.9)
-looks at no part of a tuple otherwise: an integer that a kernel is not compiled for (`do_not_specialize`,
-`do_not_specialize_on_alignment`), and a float, which in a tuple would be a float32. From a device function Triton 3.6
-returns no None in a tuple: where there may be one, the tuple is made in the call that takes it.
+What belongs together travels as one named tuple, into kernels and between device functions; what is not there is a tuple
+of None. Triton takes the parts one by one, in their order. What stays an argument of a kernel's own, since Triton (3.6
+to 3.9) takes it otherwise in a tuple: integers that a kernel is not compiled for, as neither `do_not_specialize` nor
+`do_not_specialize_on_alignment` reaches into one; and floats, which there are float32. Triton 3.6 asks no tuple that has
+a None in it whether it is None (so a part is asked), and returns none from a device function.
 """
 
 from typing import Any, NamedTuple
