@@ -137,8 +137,9 @@ def bn_backward_kernel(
     bits_stride = (bits_outer, bits_inner, bits_piece, 1)
     if plain:
         _backward_of(
-            Incoming(incoming.dy, Second(None, None, None), View(None, None)), Pair(of.x, Branch(None, None, Vectors())), stride, walk,
-            Flags(False, False, False, False), inverse_count, TILE, ACTIVATION,
+            Incoming(incoming.dy, Second(None, None, None), View(None, None)),
+            Pair(of.x, Branch(None, None, Vectors())), stride, walk, Flags(False, False, False, False), inverse_count,
+            TILE, ACTIVATION,
         )  # fmt: skip
     else:
         _backward_of(

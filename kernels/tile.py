@@ -1,10 +1,10 @@
 """The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where.
 
-What belongs together travels as one named tuple, into kernels and between device functions; what is not there is a tuple
-of None. Triton takes the parts one by one, in their order. What stays an argument of a kernel's own, since Triton (3.6
-to 3.9) takes it otherwise in a tuple: integers that a kernel is not compiled for, as neither `do_not_specialize` nor
-`do_not_specialize_on_alignment` reaches into one; and floats, which there are float32. Triton 3.6 asks no tuple that has
-a None in it whether it is None (so a part is asked), and returns none from a device function.
+What belongs together travels as one named tuple, into kernels and between device functions; what is not there is a
+tuple of None. Triton takes the parts one by one, in their order. What stays an argument of a kernel's own, since Triton
+(3.6 to 3.9) takes it otherwise in a tuple: integers that a kernel is not compiled for, as neither `do_not_specialize`
+nor `do_not_specialize_on_alignment` reaches into one; and floats, which there are float32. Triton 3.6 asks no tuple
+that has a None in it whether it is None (so a part is asked), and returns none from a device function.
 """
 
 from typing import Any, NamedTuple
