@@ -93,7 +93,7 @@ def _driven_by(chip: Chip) -> Iterator[None]:
 class Job:
     """A kernel that is to be compiled: which, by what Triton tells one from another, and what the compiler is told.
 
-    options: Triton's own, as JSON. (Its JSON of the rest, which `preload` takes, has no names of a named tuple's parts.)
+    options: Triton's own, as JSON. (Its JSON of all, which `preload` takes, loses the names of a named tuple's parts.)
     """
 
     module: str
