@@ -109,7 +109,7 @@ class Planned:
         self.forks, returned = tail.forks, len(tail.forward.op._schema.returns)
         self.keep(range(self.outputs, returned), len(inputs))
         # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
-        self.apply: Any = super(torch.autograd.Function, tail.function).apply
+        self.apply: Any = super(torch.autograd.Function, tail.function).apply  # type: ignore[misc]
         self.check: Callable[..., bool] = _never
         self.forward: Any = None
         self.stride: Any = None
