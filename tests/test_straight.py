@@ -276,20 +276,6 @@ def test_another_layout_is_another_launch(launched, monkeypatch, kind):
     assert found != launched(lambda: (step({}, {}), step({}, {})))[-6:]
 
 
-@pytest.mark.compiler
-@pytest.mark.parametrize("level", ["launcher", "run", "triton"])
-def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, level):
-    """Triton's C function, its launcher, or its own start."""
-    monkeypatch.setattr(bind, "LEVEL", level)
-    module, (x, residual) = fusedres.nn.BatchNormAct2d(8), images(2)
-    counts = []
-    for _ in range(3):
-        before = stub.launches
-        plainly(module, x, residual)
-        counts.append(stub.launches - before)
-    assert counts == [6, 6, 6]
-
-
 COMPILED = []  # what is compiled goes by the driver that it was compiled for, which is gone by then
 
 
@@ -679,6 +665,29 @@ def test_a_profiler_sees_the_operators_by_their_names(call):
     assert {f"fusedres::{name}", f"fusedres::{BACKWARD.get(name, name)}_backward"} <= names
 
 
+# What a forward and a backward launch, however: by Triton's C function, by its launcher, or as Triton starts them.
+LAUNCHES = {
+    "tail": 6, "two norms": 9, "add": 2, "scaled add": 3, "pre-activation": 6, "projection": 3,
+}  # fmt: skip
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("level", ["launcher", "run", "triton"])
+@pytest.mark.parametrize("call", CALLS)
+def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, call, level):
+    monkeypatch.setattr(bind, "LEVEL", level)
+    module = Called(CALLS[call][0], "cpu")
+    module.projection.bfloat16()
+    x, residual = (t.detach().bfloat16().contiguous(**LAST).requires_grad_() for t in images(2))
+    counts = []
+    with in_triton():
+        for _ in range(3):
+            before = stub.launches
+            plainly(module, x, residual)
+            counts.append(stub.launches - before)
+    assert counts == [LAUNCHES[call]] * 3
+
+
 @pytest.mark.compiler
 def test_a_switch_that_was_turned_since_the_forward_is_looked_at(ways, monkeypatch):
     """Whether float32 products may round their operands."""
@@ -849,6 +858,7 @@ def dual_of(norm, other, x):
     [
         (lambda x: dual_of(nn.BatchNorm2d(8), nn.BatchNorm1d(8), x), ValueError),
         (lambda x: fusedres.functional.add_act(x, x, activation=[]), ValueError),
+        (lambda x: [fusedres.functional.add_act(x, each) for each in (x, x, 2.0)], TypeError),
         (lambda x: fusedres.functional.scaled_add_act(x, x, x[0, :, 0, 0], activation=[]), ValueError),
         (lambda x: fusedres.functional.scaled_add_act(x.flatten(), x.flatten(), x[0, 0, 0, :1]), RuntimeError),
     ],
