@@ -88,10 +88,15 @@ def test_the_only_top_level_name_is_fusedres(wheel):
         assert archive.read(top).decode().split() == ["fusedres"]
 
 
-def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return archive.read(name).decode()
+
+
+def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(metadata):
+    lines = metadata.splitlines()
     assert "License-Expression: MIT" in lines
     needs = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in needs] == ["torch", "triton"]
@@ -111,12 +116,30 @@ def test_the_source_distribution_holds_what_is_tracked(copy):
     assert ours == set(tracked()) - of_the_host
 
 
-def test_the_metadata_name_the_project_s_addresses(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    urls = [line.split()[1].rstrip(",") for line in lines if line.startswith("Project-URL:")]
-    assert urls == ["Source", "Documentation", "Changelog", "Issues"]
+def addresses(metadata: str) -> dict[str, str]:
+    return dict(re.findall(r"^Project-URL: (\w+), (\S+)$", metadata, re.MULTILINE))
+
+
+def test_the_metadata_name_the_project_s_addresses(metadata):
+    assert list(addresses(metadata)) == ["Source", "Documentation", "Changelog", "Issues"]
+
+
+LINK = re.compile(r"(?<=\]\()[^)\s]+")
+
+
+def test_on_an_index_readme_reads_as_here_and_every_link_of_it_is_absolute(metadata):
+    """They are held together link by link: a page by `blob`, a picture by `raw`, both of this version's tag."""
+    headers, _, shown = metadata.partition("\n\n")
+    readme = (ROOT / "README.md").read_text()
+    version = f"{addresses(metadata)['Source']}/{{}}/v{fusedres.__version__}/"
+    wanted = [
+        link if re.match(r"#|\w+:", link)
+        else version.format("raw" if link.endswith(".png") else "blob") + link
+        for link in LINK.findall(readme)
+    ]  # fmt: skip
+    assert "Description-Content-Type: text/markdown" in headers
+    assert LINK.findall(shown) == wanted
+    assert LINK.sub("", shown).strip() == LINK.sub("", readme).strip()
 
 
 def test_kernels_come_with_it_and_run_nowhere_else(python, tmp_path):
