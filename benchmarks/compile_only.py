@@ -21,7 +21,8 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+
+from fusedres.kernels.bind import driven_by
 
 from .amd import CodeObject, read_code_object
 
@@ -239,15 +240,10 @@ def compile_only(
 
     stand_in = _stand_in(architecture)
     stand_in.launches.clear()
-    before = driver._active
-    with knobs.runtime.scope():
+    with knobs.runtime.scope(), driven_by(stand_in):
         if without:
             knobs.runtime.jit_cache_hook = left_out
-        driver.set_active(stand_in)
-        try:
-            yield stand_in.launches
-        finally:
-            driver._active = before
+        yield stand_in.launches
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,10 +7,12 @@ and said again at each launch; a launcher that has more to it than is known here
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import BuiltinFunctionType
 from typing import Any, Literal
 
 from triton import knobs
+from triton.runtime import driver
 
 try:
     from triton.backends.nvidia import driver as nvidia
@@ -185,6 +187,20 @@ def _told(compiled: Any, grid: tuple[int, int, int], arguments: tuple) -> tuple 
     if len(said) != 1 or said[0][:3] != grid or said[0][3] is not stream:
         return None
     return said[0]
+
+
+@contextmanager
+def driven_by(stand_in: Any) -> Iterator[None]:
+    """Triton asks and launches through another driver, of the whole process.
+
+    Whatever it keeps is put back: to ask for the driver that is active is to make one, for which a GPU must be there.
+    """
+    before = dict(vars(driver))
+    driver.set_active(stand_in)
+    try:
+        yield
+    finally:
+        vars(driver).update(before)
 
 
 _runtime, _compilation = knobs.runtime, knobs.compilation

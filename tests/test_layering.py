@@ -19,6 +19,7 @@ FLOORS = (
         "checks",
         "layouts",
         "tables",
+        "words",
         "fork",
         "ops",
         "projection",

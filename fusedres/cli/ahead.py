@@ -6,7 +6,6 @@ under `ShapesOnly` leaves a list of everything that the real one would have to w
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -30,6 +29,7 @@ from triton.runtime import driver
 
 import fusedres
 
+from ..kernels.bind import driven_by
 from .shapes import ShapesOnly
 
 
@@ -79,16 +79,6 @@ class _NoDriver:
         return self._target
 
 
-@contextlib.contextmanager
-def _driven_by(chip: Chip) -> Iterator[None]:
-    before = driver._active
-    driver.set_active(_NoDriver(chip))
-    try:
-        yield
-    finally:
-        driver._active = before
-
-
 @dataclass(frozen=True)
 class Job:
     """A kernel that is to be compiled: which, by what Triton tells one from another, and what the compiler is told.
@@ -120,7 +110,7 @@ def jobs_of(step: Callable[[], Any], chip: Chip) -> list[Job]:
     before = knobs.runtime.jit_cache_hook
     knobs.runtime.jit_cache_hook = note
     try:
-        with _driven_by(chip), fusedres.backend("triton"), ShapesOnly():
+        with driven_by(_NoDriver(chip)), fusedres.backend("triton"), ShapesOnly():
             step()
     finally:
         knobs.runtime.jit_cache_hook = before
@@ -214,7 +204,7 @@ def _compile(job: Job, chip: Chip) -> Compiled:
     }
     target = GPUTarget(chip.backend, chip.architecture, chip.warp_size)
     source = ASTSource(kernel, job.signature, job.constants, job.attributes)
-    with _driven_by(chip):
+    with driven_by(_NoDriver(chip)):
         triton.compile(source, target=target, options=options)
     return Compiled(job, _processor_seconds() - before, hits == [True])
 
