@@ -716,6 +716,7 @@ def results(module, x, residual):
 
 CHANGES = {
     "eps": lambda m: setattr(m, "eps", 0.5),
+    "an eps that is a tensor": lambda m: setattr(m, "eps", torch.tensor(0.5)),
     "momentum": lambda m: setattr(m, "momentum", 0.9),
     "no momentum": lambda m: setattr(m, "momentum", None),
     "eval": lambda m: m.eval(),
@@ -781,7 +782,22 @@ def test_what_a_batchnorm_was_asked_for_says_nothing_of_the_next(device):
     norm, (x, residual) = nn.BatchNorm2d(8, device=device), images(2, device=device)
     for _ in range(2):
         assert isinstance(call_tail(norm, x, residual, "relu"), torch.Tensor)
-        assert len(call_add_batch_norm(norm, x, residual, "relu")) == 2
+        assert isinstance(call_add_batch_norm(norm, x, residual, "relu"), tuple)
+
+
+def test_an_eps_of_0_is_refused_of_what_was_met(device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module(x), module(x)
+    module.bn.eps = 0.0
+    with pytest.raises(ValueError, match="eps"):
+        module(x)
+
+
+def test_what_was_met_is_traced_by_fx(device):
+    module, inputs = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    module(*inputs), module(*inputs)
+    traced = torch.fx.symbolic_trace(module.eval())
+    torch.testing.assert_close(traced(*inputs), module(*inputs))
 
 
 def test_where_the_sum_goes_is_asked_again(device):
@@ -795,13 +811,13 @@ def test_where_the_sum_goes_is_asked_again(device):
 
 
 def test_statistics_are_kept_from_when_it_is_asked_for(device):
-    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).detach()
     for _ in range(2):
         module(x)
     module.keep_finite_statistics = True
     before = module.bn.running_var.clone()
     for _ in range(2):
-        module(x.detach() * float("inf"))
+        module(x * float("inf"))
     assert torch.equal(module.bn.running_var, before)
 
 
