@@ -88,7 +88,9 @@ def launched(stub, monkeypatch):
             values = arguments[-1] if self._is_packed else arguments[len(arguments) - len(specs) :]
             told = [
                 address(value) if type(spec) is bind.Pointer else value
-                for spec, value in zip(specs, values, strict=True)
+                for spec, value in zip(
+                    bind.parts_of(specs), bind.parts_of(tuple(values)), strict=True
+                )
             ]
             found.append((self.kept.name, arguments[:3], told))
             launch(*arguments)
