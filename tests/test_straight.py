@@ -849,6 +849,14 @@ def test_a_dtype_that_is_not_the_vectors(dtype, device):
             assert module(x).dtype is dtype
 
 
+def test_vectors_of_two_dtypes_go_with_16_bits(device):
+    """Which PyTorch's BatchNorm refuses on a CPU."""
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).bfloat16()
+    module.bn.weight.data = module.bn.weight.data.bfloat16()
+    for _ in range(3):
+        assert module(x).dtype is torch.bfloat16
+
+
 def test_a_residual_that_is_a_number_is_refused(device):
     module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
     for _ in range(2):
