@@ -849,6 +849,14 @@ def test_a_dtype_that_is_not_the_vectors(dtype, device):
             assert module(x).dtype is dtype
 
 
+def test_a_pair_of_which_one_has_the_batchs_statistics(device):
+    norms = [nn.BatchNorm2d(8, device=device).train(training) for training in (True, False)]
+    x, residual = images(2, device=device)
+    expected = copy.deepcopy(norms[0])(x) + norms[1](residual)
+    found = call_dual_batch_norm(norms[0], x, norms[1], residual)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_vectors_of_two_dtypes_go_with_16_bits(device):
     """Which PyTorch's BatchNorm refuses on a CPU."""
     module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).bfloat16()
