@@ -718,6 +718,7 @@ def results(module, x, residual):
 
 CHANGES = {
     "eps": lambda m: setattr(m, "eps", 0.5),
+    "an eps that is a tensor": lambda m: setattr(m, "eps", torch.tensor(0.5)),
     "momentum": lambda m: setattr(m, "momentum", 0.9),
     "no momentum": lambda m: setattr(m, "momentum", None),
     "eval": lambda m: m.eval(),
@@ -783,7 +784,22 @@ def test_what_a_batchnorm_was_asked_for_says_nothing_of_the_next(device):
     norm, (x, residual) = nn.BatchNorm2d(8, device=device), images(2, device=device)
     for _ in range(2):
         assert isinstance(call_tail(norm, x, residual, "relu"), torch.Tensor)
-        assert len(call_add_batch_norm(norm, x, residual, "relu")) == 2
+        assert isinstance(call_add_batch_norm(norm, x, residual, "relu"), tuple)
+
+
+def test_an_eps_of_0_is_refused_of_what_was_met(device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module(x), module(x)
+    module.bn.eps = 0.0
+    with pytest.raises(ValueError, match="eps"):
+        module(x)
+
+
+def test_what_was_met_is_traced_by_fx(device):
+    module, inputs = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    module(*inputs), module(*inputs)
+    traced = torch.fx.symbolic_trace(module.eval())
+    torch.testing.assert_close(traced(*inputs), module(*inputs))
 
 
 def test_where_the_sum_goes_is_asked_again(device):
@@ -797,13 +813,13 @@ def test_where_the_sum_goes_is_asked_again(device):
 
 
 def test_statistics_are_kept_from_when_it_is_asked_for(device):
-    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).detach()
     for _ in range(2):
         module(x)
     module.keep_finite_statistics = True
     before = module.bn.running_var.clone()
     for _ in range(2):
-        module(x.detach() * float("inf"))
+        module(x * float("inf"))
     assert torch.equal(module.bn.running_var, before)
 
 
@@ -831,6 +847,22 @@ def test_a_dtype_that_is_not_the_vectors(dtype, device):
                 module(x)
         else:
             assert module(x).dtype is dtype
+
+
+def test_a_pair_of_which_one_has_the_batchs_statistics(device):
+    norms = [nn.BatchNorm2d(8, device=device).train(training) for training in (True, False)]
+    x, residual = images(2, device=device)
+    expected = copy.deepcopy(norms[0])(x) + norms[1](residual)
+    found = call_dual_batch_norm(norms[0], x, norms[1], residual)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_of_two_dtypes_go_with_16_bits(device):
+    """Which PyTorch's BatchNorm refuses on a CPU."""
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).bfloat16()
+    module.bn.weight.data = module.bn.weight.data.bfloat16()
+    for _ in range(3):
+        assert module(x).dtype is torch.bfloat16
 
 
 def test_a_residual_that_is_a_number_is_refused(device):

@@ -210,10 +210,10 @@ def _plan_back(ctx: Any, tensors: tuple, skip: Skip, needs: tuple) -> _Back:
     groups = tail.backward_groups(ctx, dy, (*read, *kept), needs[:-1], skip)
     plan = tail.backward.plan(groups)
     results = [plan.results[k] if need else torch.uint8 for k, need in zip(tail.of, needs, strict=False)]  # fmt: skip
-    if needs[1] and type(results[1]) is not int:  # dy itself is the residual's gradient
-        if dy.dtype != planned.dtypes[1]:
-            return back
-        results[1] = 0
+    if needs[1] and type(results[1]) is not int:
+        results[1] = (
+            0  # dy itself is the residual's gradient; the engine gives it the residual's dtype
+        )
     sources = {id(t): k for k, t in enumerate((*stand_ins, *parts))}
     # The place of what there is none of is never looked at.
     places = [sources.get(id(t), 0) for t in tail.backward.tensors_of(groups)]
