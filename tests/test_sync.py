@@ -159,6 +159,19 @@ def test_one_value_a_channel_in_all_leaves_the_running_statistics(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", sync_cases.KEPT)
+@pytest.mark.composes("SyncBatchNorm with `keep_finite_statistics`", "works")
+def test_what_is_not_finite_in_one_process_leaves_the_statistics_of_all(order, backend):
+    """In its channel; nobody asks for a value on the host."""
+    for each in started("gloo", backend, FIRST[backend]):
+        found = each["kept finite"][order]
+        expected = {name: tensor.clone() for name, tensor in found["finite"].items()}
+        expected["bn.running_mean"][2], expected["bn.running_var"][2] = 0, 1
+        torch.testing.assert_close(found["not finite"], expected, rtol=0, atol=0)
+        assert not found["asked"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_report_tells_of_the_processes(backend):
     found = dict(started("gloo", backend, FIRST[backend])[0]["report"])
     assert found.keys() == {"bn", "shortcut.1"}

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..dispatch import current_backend
 from ..nn.blocks import BATCH_NORM_ACTS
+from ..nn.keeping import KeepsStatistics, let_keep
 from ..nn.norms import as_called, is_batch_norm, processes_of
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
@@ -88,7 +89,14 @@ def _fuse(
     strict: bool,
     input_shape: Sequence[int] | None,
 ) -> FuseReport:
-    owners = list(_decisions("fuse_", model, config, filter_fn))
+    config = check_arguments("fuse_", model, config, filter_fn)
+    allows = _asked_once(filter_fn)
+    owners = list(_decisions(model, config, allows))
+    keepers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, KeepsStatistics) and allows(module, name)
+    ]
     report = _estimated(_report(owners, dry=False), model, input_shape, "fuse_")
     if strict:
         _raise_if_left(report)
@@ -102,6 +110,8 @@ def _fuse(
         for module, before in changed:
             install(module, before)
         raise
+    for keeper in keepers:
+        let_keep(keeper, config.keep_finite_statistics)
     return report
 
 
@@ -127,7 +137,8 @@ def explain(
         ValueError: the model does not take an input of `input_shape`.
     """
     with _looking_at("explain", model):
-        owners = list(_decisions("explain", model, config, filter_fn, keep=True))
+        config = check_arguments("explain", model, config, filter_fn)
+        owners = list(_decisions(model, config, _asked_once(filter_fn), keep=True))
         return _estimated(_report(owners, dry=True), model, input_shape, "explain")
 
 
@@ -141,6 +152,8 @@ def unfuse_(model: nn.Module) -> None:
     with _LOCK:
         for module in model.modules():
             install(module, None)
+            if isinstance(module, KeepsStatistics):
+                let_keep(module, False)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -153,22 +166,26 @@ def is_fused(model: nn.Module) -> bool:
     return any(plan_of(module) is not None for module in model.modules())
 
 
-def _decisions(
-    caller: str,
-    model: nn.Module,
-    config: FuseConfig | None,
-    filter_fn: FilterFn | None,
-    keep: bool = False,
-) -> Iterator[_Owner]:
-    """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
-    config = check_arguments(caller, model, config, filter_fn)
-    traces, asked = Traces(), dict[str, bool]()
+def _asked_once(filter_fn: FilterFn | None) -> Callable[[nn.Module, str], bool]:
+    """Whether a module of a name may be changed; its user is asked once."""
+    asked: dict[str, bool] = {}
 
     def allows(module: nn.Module, name: str) -> bool:
         if name not in asked:
             asked[name] = filter_fn is None or bool(filter_fn(module, name))
         return asked[name]
 
+    return allows
+
+
+def _decisions(
+    model: nn.Module,
+    config: FuseConfig,
+    allows: Callable[[nn.Module, str], bool],
+    keep: bool = False,
+) -> Iterator[_Owner]:
+    """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
+    traces = Traces()
     told_by_another: set[str] = set()  # those above a module come before it
     for name, module in _candidates(model):
         plan, owned = plan_of(module), owned_norms(module)
