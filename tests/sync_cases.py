@@ -250,7 +250,7 @@ CASES: dict[str, Case] = {
     "whole in bfloat16": Case(Preactivation, dtype=torch.bfloat16, parameters=torch.bfloat16),
     # Smooth: a mask may differ where a 16-bit product is rounded otherwise.
     "autocast": Case(ProjectedSilu, dtype=torch.float32, autocast=True),
-    **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddGelu, Dual, Preactivation)},
+    **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddRelu, AddGelu, Dual, Preactivation)},
     # The residual itself is not kept: what PyTorch gives it is 0.
     "AddRelu twice": Case(AddRelu, penalty=True, needs="x weight bias"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import needs_graph, smooth
+from .graph import leaves_behind, needs_graph, passing, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .operator import Operator
 
@@ -118,13 +118,13 @@ BACKWARD = Operator(
 # --- second derivatives ------------------------------------------------------------------------------------------
 
 
-def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
+def _differentiable(dy, stride, input, residual, bits, activation, behind) -> Tensor:
     """As a graph (see `graph`): a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
             mask = torch.empty_strided(dy.shape, stride, dtype=torch.bool, device=dy.device)
             unpack(bits, mask)
-        return keep_passing(dy, mask, activation)
+        return passing(dy, mask, activation, behind)
     z = input + residual
     return smooth(dy, z, activation)
 
@@ -149,8 +149,10 @@ class AddAct(torch.autograd.Function):
         if dy is None:
             return None, None, None
         input, residual, bits = ctx.saved_tensors
-        gradient_of = _differentiable if needs_graph(dy, input, residual) else BACKWARD
-        dz = gradient_of(dy, ctx.stride, input, residual, bits, ctx.activation)
+        given = dy, ctx.stride, input, residual, bits, ctx.activation
+        behind = leaves_behind(ctx, 0, 1) if input is None else ()
+        is_graph = needs_graph(dy, input, residual, *behind)
+        dz = _differentiable(*given, behind) if is_graph else BACKWARD(*given)
         return *(dz if need else None for need in ctx.needs_input_grad[:2]), None
 
 

@@ -103,7 +103,7 @@ class AddBatchNormAct(torch.autograd.Function):
         total, output, saved = FORWARD(input, residual, norm, how, True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, saved)
-        ctx.how, ctx.eps, ctx.biases = how, (norm.eps,), (bias,)
+        ctx.how, ctx.eps, ctx.biases, ctx.behind = how, (norm.eps,), (bias,), ()
         ctx.bias_dtypes = (None if bias is None else bias.dtype,)
         return total, output
 

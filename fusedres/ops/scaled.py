@@ -20,7 +20,7 @@ from ..activations import activate, gradient, is_piecewise, keep_passing, parse,
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import needs_graph, passing, per_channel, smooth
+from .graph import leaves_behind, needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .norm import names
 from .operator import Operator
@@ -205,7 +205,7 @@ BACKWARD = Operator(
 
 
 def _differentiable(
-    dy: Tensor, kept: Kept, activation: str | None, needs: Needs
+    dy: Tensor, kept: Kept, activation: str | None, behind: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """As a graph (see `graph`): a mask is a constant, all else PyTorch's own."""
     dz = dy
@@ -213,7 +213,7 @@ def _differentiable(
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = unpack(bits, torch.empty_like(_like(kept), dtype=torch.bool))
-        dz = passing(dy, mask, activation, (input, scale))
+        dz = passing(dy, mask, activation, (input, scale, *behind))
     elif activation is not None and residual is not None:
         dz = smooth(dy, _sum(input, residual, scale), activation)
     wide = accumulate_dtype(input.dtype)
@@ -246,8 +246,10 @@ class ScaledAddAct(torch.autograd.Function):
             return None, None, None, None
         kept = Kept(ctx.stride, *ctx.saved_tensors)
         needs = ctx.needs_input_grad[:3]
-        if needs_graph(dy, *kept[1:4]):
-            found = _differentiable(dy, kept, ctx.activation, Needs(*needs))
+        is_masked = ctx.activation is not None and kept.residual is None
+        behind = leaves_behind(ctx, 1) if is_masked else ()
+        if needs_graph(dy, *kept[1:4], *behind):
+            found = _differentiable(dy, kept, ctx.activation, behind)
         else:
             # Without an activation dz is dy itself, which no kernel need write again.
             passed_on = ctx.activation is None

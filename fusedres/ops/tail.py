@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, fork
+from .graph import leaves_behind
 from .norm import BatchNorm, How, Skip
 from .operator import Operator, caches, remember
 from .straight import are_plain, guard, is_current, is_quiet, look
@@ -333,6 +334,8 @@ def _complete(ctx: Any) -> None:
     planned: Planned = ctx.planned
     ctx.how, ctx.residual_dtype, ctx.eps = planned.how, planned.residual_dtype, ctx.floats[1::2]
     ctx.bias_dtypes = [None if b is None else b.dtype for b in ctx.biases]
+    is_masked = planned.residual_dtype is not None and planned.how.activation is not None
+    ctx.behind = leaves_behind(ctx, 1) if is_masked and 1 not in planned.reads else ()
 
 
 def saved_by(node: Any, tensors: Sequence[Tensor] | None = None) -> tuple:
