@@ -251,8 +251,6 @@ CASES: dict[str, Case] = {
     # Smooth: a mask may differ where a 16-bit product is rounded otherwise.
     "autocast": Case(ProjectedSilu, dtype=torch.float32, autocast=True),
     **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddRelu, AddGelu, Dual, Preactivation)},
-    # The residual itself is not kept: what PyTorch gives it is 0.
-    "AddRelu twice": Case(AddRelu, penalty=True, needs="x weight bias"),
 }  # fmt: skip
 # What each of them compiles takes seconds.
 CASES |= {

@@ -148,14 +148,22 @@ DROPS = [
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [
+        (1, []),
+        pytest.param(2, [], marks=pytest.mark.slow),
+        pytest.param(2, ["--sync-bn"], marks=pytest.mark.slow),
+    ],
+    ids=["one", "two", "two, sync-bn"],
+)
 @pytest.mark.composes("checkpoint, kill and resume", "works")
 def test_a_training_that_was_killed_twice_ends_as_one_that_was_not(
-    run, photographs, processes, tmp_path
+    run, photographs, processes, more, tmp_path
 ):
     """Bit for bit: killed after a step behind the last checkpoint, then in the middle of writing one, then loaded by
     other processes."""
-    given = [*DROPS, "--data", photographs, "--out"]
+    given = [*DROPS, *more, "--data", photographs, "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, said = run("train.py", *given, whole, processes=processes)
     assert status == 0, said
@@ -218,6 +226,53 @@ def test_two_processes_train_alike_compiled_or_not(run, tmp_path):
         torch.tensor([float(n) for n in re.findall(r"loss (\S+)", text)]) for _, text in said
     )
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+WIDE = """
+import sys
+import train
+build, to_device = train.build, train.Training.to_device
+def wide(self, images, labels):
+    images, labels = to_device(self, images, labels)
+    return images.double(), labels
+train.build = lambda *asked: build(*asked).double()
+train.Training.to_device = wide
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.once
+@pytest.mark.slow
+@pytest.mark.composes("DistributedDataParallel with SyncBatchNorm on a CPU, by torchrun", "works")
+def test_two_processes_with_shared_statistics_train_as_one_with_the_whole_batch(run, tmp_path):
+    """In float64; the one process is plain PyTorch, whose SyncBatchNorm does not run on a CPU."""
+    given = [
+        "--model",
+        "timm:test_resnet",
+        "--image-size",
+        32,
+        "--warmup",
+        2,
+        "--steps",
+        3,
+        "--out",
+    ]
+    one = run(WIDE, *given, tmp_path / "one", "--batch", 8)
+    two = run(WIDE, *given, tmp_path / "two", "--batch", 4, "--sync-bn", "--fuse", processes=2)
+    assert (one[0], two[0]) == (0, 0), two[1]
+    expected, found = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    for name in ("model", "average"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.once
+def test_without_fuse_shared_statistics_on_a_cpu_are_refused(train, monkeypatch, tmp_path):
+    options = train.arguments(["--sync-bn", "--model", "timm:test_resnet"])
+    options.processes = 2
+    with pytest.raises(
+        SystemExit, match="PyTorch's SyncBatchNorm does not run on a CPU; add --fuse"
+    ):
+        train.prepare(options, 10, torch.device("cpu"))
 
 
 @pytest.mark.once
