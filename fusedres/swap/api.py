@@ -274,6 +274,7 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         for owner in owners
         if owner.plan is not None
     }
+    sums = sum(o.plan.sums for o in owners if o.plan is not None and stale[o.name] is None)
     rows = []
     for where, owner, site in ((w, o, site) for w, (o, found) in told.items() for site in found):
         reason, why_own = site.reason or "", stale.get(owner.name)
@@ -286,8 +287,10 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         if not reason:
             # Looked at now: a model may be converted after it is fused.
             note = "; ".join(filter(None, (site.note, _shared(owner.module, site.norm))))
+        elif status == ALONE and owner.plan is not None and owner.plan.sums and why_own is None:
+            note = site.note
         rows.append(Row(where, block, site.pattern, status, reason, note))
-    return FuseReport(tuple(rows), fallback_note(current_backend()))
+    return FuseReport(tuple(rows), fallback_note(current_backend()), n_sums=sums)
 
 
 def _shared(owner: nn.Module, name: str) -> str:
