@@ -188,6 +188,7 @@ class Case:
     training: bool = True
     autocast: bool = False
     compiled: bool = False
+    compiler: str = "aot_eager"
     penalty: bool = False
     steps: int = 1
     mean: float = 1.0
@@ -264,6 +265,8 @@ CASES |= {
         "cumulative": Case(Dual, options={"momentum": None}, steps=2),
         "float32": Case(Dual, dtype=torch.float32, sizes=(2, 3, 2)),
         "ours": Case(Ours, sizes=(2, 3, 2)),
+        "inductor": Case(Projected, sizes=(2, 3, 2), compiler="inductor", steps=2),
+        "tail, inductor": Case(AddGelu, sizes=(2, 3, 2), compiler="inductor", dtype=torch.float32),
     }.items()
 }
 # Those whose kernels differ; what the others are about is the same on both backends.
@@ -286,7 +289,7 @@ def share_of(name: str, backend: str) -> str:
 
 def found(model: nn.Module, case: Case, x: Tensor, r: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Output, gradients and buffers after the last step."""
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if case.compiled else model
+    run = torch.compile(model, backend=case.compiler, fullgraph=True) if case.compiled else model
     results: dict[str, Tensor] = {}
     for _ in range(case.steps):
         model.zero_grad()

@@ -90,13 +90,13 @@ def too_far(case, found, oracle, eager):
     return wrong
 
 
-def cases(compiled):
+def cases(compiled, compiler="aot_eager"):
     """Each with each backend; what takes long is slow."""
     found = []
     for name, case in CASES.items():
         for backend, mark in RUNS.items():
             slow = (pytest.mark.slow,) if "rest" in share_of(name, backend) else ()
-            if case.compiled == compiled:
+            if case.compiled == compiled and case.compiler == compiler:
                 found.append(
                     pytest.param(name, backend, marks=(mark, *slow), id=f"{name}-{backend}")
                 )
@@ -119,6 +119,14 @@ def test_processes_find_what_one_does(name, backend):
 @pytest.mark.parametrize(("name", "backend"), cases(compiled=True))
 @pytest.mark.composes("SyncBatchNorm under torch.compile(fullgraph=True)", "works")
 def test_compiled_processes_find_what_one_does(name, backend):
+    check(name, backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), cases(compiled=True, compiler="inductor"))
+@pytest.mark.composes(
+    "SyncBatchNorm under torch.compile with its default backend, inductor", "works"
+)
+def test_compiled_by_inductor_they_find_it_too(name, backend):
     check(name, backend)
 
 
