@@ -6,8 +6,10 @@ stores of a program come before its ticket by a barrier and the ticket's release
 ticket's acquire, past the cache of the multiprocessor. Who is last differs from run to run, the merge does not: it is
 one fixed tree over all partials.
 
-Nothing but a GPU can show that this order holds on one (`benchmarks/ordering.py` stresses it), so it is off:
-`launch.LAST_MERGES`. To pay, `done` would have to come zeroed with memory that is there anyway; here PyTorch zeroes it.
+By PTX's memory model that order holds, whoever is last: the compiled kernel runs without a race under a watch that
+knows of no other order between programs (tests/test_merging.py). Whether a chip keeps it nothing but a GPU can show
+(`benchmarks/ordering.py` stresses it), so it is off: `launch.LAST_MERGES`. To pay, `done` would have to come zeroed
+with memory that is there anyway; here PyTorch zeroes it.
 """
 
 import torch

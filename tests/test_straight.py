@@ -22,10 +22,24 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedres
 from fusedres.benchmarks.compile_only import compile_only
 from fusedres.benchmarks.stub_driver import stub_driver, why_no_stub
-from fusedres.kernels import bind, memory
-from fusedres.nn.batch_norm import call_dual_batch_norm, call_tail
-from fusedres.ops import batch_norm_act, dual, operator, straight, tail
+from fusedres.kernels import bind, memory, plan
+from fusedres.nn.add import call_add, call_scaled_add
+from fusedres.nn.batch_norm import call_add_batch_norm, call_dual_batch_norm, call_tail
+from fusedres.nn.projection import call_projected_tail
+from fusedres.ops import (
+    add,
+    batch_norm_act,
+    dual,
+    node,
+    operator,
+    preactivation,
+    projection,
+    scaled,
+    straight,
+    tail,
+)
 from fusedres.ops.norm import BatchNorm, How
+from fusedres.ops.projection import in_triton, project
 
 from .helpers import without_plans
 
@@ -51,9 +65,18 @@ def stub(monkeypatch):
 
 @pytest.fixture
 def launched(stub, monkeypatch):
-    """Every launch of a bound kernel: (kernel, grid, arguments), each address by when it was first seen."""
+    """Every launch of a bound kernel: (kernel, grid, arguments), each address by when it was first seen; and what
+    PyTorch does between them."""
     found, seen, arena = [], {}, torch.empty(1 << 22, dtype=torch.uint8)
-    text, used = bind.Bound.text, [0]
+    text, used, do = bind.Bound.text, [0], plan.Step.__call__
+
+    def address(value):
+        return "address", seen.setdefault(value, len(seen))
+
+    def did(self, *tensors):
+        looks = [(*address(t.data_ptr()), t.shape, t.stride(), t.dtype) for t in tensors]
+        found.append((self.function.__qualname__, None, looks))
+        do(self, *tensors)
 
     def noted(self, name, pointer, given):
         said, scope = text(self, name, pointer, given)
@@ -62,9 +85,7 @@ def launched(stub, monkeypatch):
         def noting(*arguments):
             values = arguments[-1] if self._is_packed else arguments[len(arguments) - len(specs) :]
             told = [
-                ("address", seen.setdefault(value, len(seen)))
-                if type(spec) is bind.Pointer
-                else value
+                address(value) if type(spec) is bind.Pointer else value
                 for spec, value in zip(specs, values, strict=True)
             ]
             found.append((self.kept.name, arguments[:3], told))
@@ -79,6 +100,7 @@ def launched(stub, monkeypatch):
         return made.set_(arena.untyped_storage(), start // dtype.itemsize, shape, stride)
 
     monkeypatch.setattr(bind.Bound, "text", noted)
+    monkeypatch.setattr(plan.Step, "__call__", did)
     monkeypatch.setitem(memory.EMPTY, "cpu", empty)
 
     def launches_of(step):
@@ -94,7 +116,18 @@ def by_the_operators(monkeypatch):
     """From when it is called, somebody looks."""
 
     def begin():
-        for module in (batch_norm_act, dual, operator, tail, straight):
+        for module in (
+            add,
+            batch_norm_act,
+            dual,
+            node,
+            operator,
+            preactivation,
+            projection,
+            scaled,
+            straight,
+            tail,
+        ):
             monkeypatch.setattr(module, "is_quiet", lambda: False)
         monkeypatch.setattr("fusedres.nn.batch_norm.is_quiet", lambda: False)
 
@@ -102,41 +135,98 @@ def by_the_operators(monkeypatch):
 
 
 class SixNorms(nn.Module):
-    """BN + ReLU, tails with forks, a projected tail."""
+    """BN + ReLU, tails with forks, a tail with a BatchNorm on either side: of the fork itself, or of a strided
+    projection of it, which leaves its gradient with the tail in front."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_projected: bool) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        made = nn.Conv2d(8, 8, 1, stride=2, dtype=torch.bfloat16) if is_projected else None
+        self.projection = made
 
     def forward(self, x):
         a, b, c, d, e, f = self.norms
         first = call_tail(a, x, None, "relu")
         second = call_tail(b, call_tail(c, first, None, "relu"), first, "relu")
-        return call_dual_batch_norm(e, call_tail(d, second, second, None), f, second, "relu")
+        if self.projection is None:
+            return call_dual_batch_norm(e, call_tail(d, second, second, None), f, second, "relu")
+        main = call_tail(d, second, None, "relu")[..., ::2, ::2].contiguous(**LAST)
+        return call_projected_tail(e, main, f, self.projection, second, "relu")
+
+
+class Others(nn.Module):
+    """Whatever else there is: sums, with a scale of one element and of one a channel, and pre-activation pairs."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        self.norm, self.activation = nn.BatchNorm2d(8), activation
+        self.one, self.all = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        # Others' tensors are no one's gradients: what PyTorch adds stands where something else stood before.
+        a, b, c = (torch.ones_like(x) for _ in range(3))
+        self.held = a, b, c
+        total, y = call_add_batch_norm(self.norm, x, a, self.activation)
+        y = call_add(y, total, self.activation) if self.activation else y
+        y = call_scaled_add(y, b, self.one, self.activation)
+        return call_scaled_add(y, c, self.all, self.activation)
+
+
+class Crossed(nn.Module):
+    """A residual and a gradient that no kernel can walk beside an input: they are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        self.held = torch.ones(4, 6, 6, 8).permute(0, 3, 2, 1)
+        return call_tail(self.norm, x, self.held, "silu").transpose(2, 3).contiguous()
+
+
+LAST = {"memory_format": torch.channels_last}
+# (layout of the input, its dtype, network, launches of a step, what PyTorch does between them)
+NETWORKS = {
+    "contiguous": ({}, torch.float32, lambda: SixNorms(False), (33, 0)),
+    "channels_last": (LAST, torch.float32, lambda: SixNorms(False), (33, 0)),
+    "projected": (LAST, torch.bfloat16, lambda: SixNorms(True), (35, 4)),
+    "others, ReLU": ({}, torch.float32, lambda: Others("relu"), (14, 2)),
+    "others, SiLU": (LAST, torch.float32, lambda: Others("silu"), (14, 2)),
+    "others, none": ({}, torch.bfloat16, lambda: Others(None), (12, 2)),
+    "others, eval": ({}, torch.float32, lambda: Others("relu").eval(), (12, 3)),
+    "copies": ({}, torch.float32, Crossed, (6, 3)),
+}  # fmt: skip
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_both_ways_launch_the_same(launched, by_the_operators, layout, monkeypatch):
+@pytest.mark.parametrize("network", NETWORKS)
+def test_both_ways_launch_the_same(launched, by_the_operators, network, monkeypatch):
     """Kernels, grids, numbers and how their tensors hang together; but for the counters, which are counted on the host
     by the operators' way."""
-    network = SixNorms()
-    x = torch.randn(4, 8, 6, 6).contiguous(memory_format=layout).requires_grad_()
-    gradient = torch.randn_like(network(x))
-
-    def step():
-        network(x).backward(gradient)
-
+    layout, dtype, make, expected = NETWORKS[network]
+    network, x = make(), torch.randn(4, 8, 6, 6, dtype=dtype).contiguous(**layout).requires_grad_()
     monkeypatch.setattr(tail, "_is_counter", lambda *_: False)
-    launches = []
-    for _ in range(2):
-        without_plans(monkeypatch)
-        for _ in range(3):
-            step()
-        launches.append(launched(step))
+    with in_triton():
+        gradient = torch.randn_like(network(x))
+
+        def step():
+            network(x).backward(gradient)
+
+        def thrice():
+            without_plans(monkeypatch)
+            for _ in range(3):
+                step()
+
+        thrice()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operator.Operator, "_run", None)
+            patch.setattr(plan.Plan, "start", None)
+            found = launched(step)
         by_the_operators()
-    assert launches[0] == launches[1]
-    assert len(launches[0]) == 33
+        thrice()
+        assert found == launched(step)
+    kernels = sum(name.endswith("_kernel") for name, *_ in found)
+    assert (kernels, len(found) - kernels) == expected
 
 
 @pytest.mark.compiler
@@ -393,8 +483,8 @@ def ways(monkeypatch):
     without_plans(monkeypatch)
     monkeypatch.setattr(tail, "run", count("forward", STRAIGHT, tail.run))
     monkeypatch.setattr("fusedres.nn.batch_norm.run", tail.run)
-    monkeypatch.setattr(tail, "_straight_back", count("backward", STRAIGHT, tail._straight_back))
-    monkeypatch.setattr(tail, "_long_back", count("backward", LONG, tail._long_back))
+    monkeypatch.setattr(node, "_straight_back", count("backward", STRAIGHT, node._straight_back))
+    monkeypatch.setattr(node, "_long_back", count("backward", LONG, node._long_back))
     return taken
 
 
@@ -414,13 +504,79 @@ def test_who_looks_is_not_passed_by(situation, ways, device):
         assert ways["backward"] == {backward}
 
 
+class Called(nn.Module):
+    """One of the functions that a module calls, with a BatchNorm `bn` to give it."""
+
+    def __init__(self, call, device) -> None:
+        super().__init__()
+        self.bn, self.other = (nn.BatchNorm2d(8, device=device) for _ in range(2))
+        self.one = nn.Parameter(torch.ones(1, device=device))
+        self.projection = nn.Conv2d(8, 8, 1, device=device)
+        self.call = call
+
+    def forward(self, x, residual):
+        return self.call(self, x, residual)
+
+
+# What goes straight, and its operator.
+CALLS = {
+    "tail": (lambda m, x, r: call_tail(m.bn, x, r, "relu"), "batch_norm_act"),
+    "two norms": (lambda m, x, r: call_dual_batch_norm(m.bn, x, m.other, r, "relu"), "dual_batch_norm_act"),
+    "add": (lambda m, x, r: call_add(x, r, "silu"), "add_act"),
+    "scaled add": (lambda m, x, r: call_scaled_add(x, r, m.one, "silu"), "scaled_add_act"),
+    "pre-activation": (lambda m, x, r: sum(call_add_batch_norm(m.bn, x, r)), "add_batch_norm_act"),
+    "projection": (lambda m, x, r: project(x, m.projection.weight, m.projection.bias, (1, 1), False)[0], "projection"),
+}  # fmt: skip
+BACKWARD = {"add_batch_norm_act": "batch_norm_act"}
+# Of the situations one for each thing that is asked.
+ASKED = (
+    "plainly", "no_grad", "create_graph", "is_grads_batched", "a dispatch mode", "a dispatch mode around the backward",
+    "a function mode", "FakeTensorMode", "torch.func.grad", "plain tensors within torch.func", "a profiler",
+    "a profiler around the backward", "torch.compile", "a subclass", "an input that is not aligned",
+    "a gradient that is not aligned",
+)  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.cpu
+@pytest.mark.parametrize("situation", ASKED)
+@pytest.mark.parametrize("call", [name for name in CALLS if name != "tail"])
+def test_who_looks_is_not_passed_by_whatever_is_called(call, situation, ways, device):
+    do, forward, backward = SITUATIONS[situation]
+    module = Called(CALLS[call][0], device)
+    do(module, *(t.detach().contiguous(**LAST).requires_grad_() for t in images(2, device=device)))
+    assert ways["forward"] == ({STRAIGHT} if forward is STRAIGHT else set())
+    if backward is not None:
+        assert ways["backward"] == {backward}
+
+
 @pytest.mark.composes("`torch.profiler` shows the operators by name", "works")
 @pytest.mark.compiler
-def test_a_profiler_sees_the_operators_by_their_names():
-    with fusedres.backend("triton"), compile_only(90), profiler() as profile:
-        plainly(fusedres.nn.BatchNormAct2d(8), *images(2))
+@pytest.mark.parametrize("call", CALLS)
+def test_a_profiler_sees_the_operators_by_their_names(call):
+    function, name = CALLS[call]
+    x, residual = (t.detach().bfloat16().contiguous(**LAST).requires_grad_() for t in images(2))
+    module = Called(function, "cpu")
+    module.projection.bfloat16()
+    with fusedres.backend("triton"), compile_only(90), profiler() as profile, in_triton():
+        plainly(module, x, residual)
     names = {event.name for event in profile.events()}
-    assert {"fusedres::batch_norm_act", "fusedres::batch_norm_act_backward"} <= names
+    assert {f"fusedres::{name}", f"fusedres::{BACKWARD.get(name, name)}_backward"} <= names
+
+
+@pytest.mark.compiler
+def test_a_switch_that_was_turned_since_the_forward_is_looked_at(ways, monkeypatch):
+    """Whether float32 products may round their operands."""
+    weight = torch.randn(8, 8, 1, 1).requires_grad_()
+    x = torch.randn(SHAPE).contiguous(**LAST).requires_grad_()
+    with fusedres.backend("triton"), compile_only(90), in_triton():
+        for rounds, way in ((True, STRAIGHT), (False, LONG)):
+            monkeypatch.setattr(projection, "_allows_tf32", lambda: True)
+            output, _ = project(x, weight, None, (1, 1), False)
+            monkeypatch.setattr(projection, "_allows_tf32", lambda rounds=rounds: rounds)
+            output.sum().backward()
+            assert ways["backward"] == {way}
+            ways["backward"].clear()
 
 
 # --- what changes between two calls ----------------------------------------------------------------------------------
@@ -567,6 +723,29 @@ def test_a_call_with_one_tensor_twice_says_nothing_of_the_next(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("first", [own_residual, own_gradient])
+def test_whatever_is_called_with_one_tensor_twice_says_nothing_of_the_next(
+    first, call, device, monkeypatch
+):
+    module = Called(CALLS[call][0], device)
+    x, residual, *others = (t.detach().contiguous(**LAST) for t in images(4, device=device))
+
+    def gradients_of():
+        a, b = (t.clone().requires_grad_() for t in (x, residual))
+        leaves = [a, b, *module.parameters()]
+        return torch.autograd.grad(module(a, b).square().sum(), leaves, allow_unused=True)
+
+    without_plans(monkeypatch)
+    expected = gradients_of()
+    without_plans(monkeypatch)
+    first(module, *(t.requires_grad_() for t in others))
+    for found in (gradients_of(), gradients_of()):
+        assert all(
+            a is b is None or torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+        )
+
+
 def test_two_batchnorms_of_one_tensor_say_nothing_of_the_next(device, monkeypatch):
     without_plans(monkeypatch)
     norms = [nn.BatchNorm2d(8, device=device) for _ in range(2)]
@@ -676,8 +855,9 @@ def test_what_is_printed_of_a_call(monkeypatch):
 
 
 @pytest.mark.kernels
-def test_a_plan_holds_no_tensor(device):
-    module = fusedres.nn.BatchNormAct2d(8, device=device)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_plan_holds_no_tensor(call, device):
+    module = Called(CALLS[call][0], device)
     x, residual = images(2, device=device)
     plainly(module, x, residual)
     held = [weakref.ref(t) for t in (x, residual, *module.parameters(), *module.buffers())]
