@@ -136,7 +136,8 @@ def _complete(ctx: Any) -> None:
     )
     ctx.residual_dtype, ctx.bias_dtypes = planned.dtypes[1], planned.dtypes[3::2]
     ctx.behind = ()
-    if planned.how.activation is not None and ~0 not in planned.reads:
+    masks = getattr(planned.how, "activation", None) is not None  # a projection has none
+    if masks and ~0 not in planned.reads:
         unsaved = (k for k in (0, 1) if planned.dtypes[k] is not None and k not in planned.reads)
         ctx.behind = leaves_behind(ctx, *unsaved)
 
