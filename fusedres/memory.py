@@ -171,7 +171,7 @@ def _arguments(model: nn.Module, input: Any) -> tuple[Any, ...]:
     if isinstance(input, Tensor):
         return (input,)
     if isinstance(input, (tuple, list)) and input:
-        if not all(isinstance(each, Integral) and type(each) is not bool for each in input):
+        if not all(isinstance(each, Integral) and not isinstance(each, bool) for each in input):
             return tuple(input)
         like = next(model.parameters(), torch.empty(0))
         return (torch.zeros(tuple(map(int, input)), dtype=like.dtype, device=like.device),)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -166,11 +167,11 @@ def is_fused(model: nn.Module) -> bool:
     return any(plan_of(module) is not None for module in model.modules())
 
 
-def _asked_once(filter_fn: FilterFn | None) -> Callable[[nn.Module, str], bool]:
+def _asked_once(filter_fn: FilterFn | None) -> Callable[[Any, str], bool]:
     """Whether a module of a name may be changed; its user is asked once."""
     asked: dict[str, bool] = {}
 
-    def allows(module: nn.Module, name: str) -> bool:
+    def allows(module: Any, name: str) -> bool:
         if name not in asked:
             asked[name] = filter_fn is None or bool(filter_fn(module, name))
         return asked[name]
