@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+
+from fusedres.kernels.bind import driven_by
 
 SOURCE = Path(__file__).with_name("stub.c")
 NAME = "libcuda.so.1"
@@ -85,15 +86,10 @@ def stub_driver() -> Iterator[StubDriver]:
         NoStub: there is a GPU, no C compiler, or another libcuda in this process.
     """
     made = _driver()
-    before = driver._active
-    with knobs.nvidia.scope():
+    with knobs.nvidia.scope(), driven_by(made):
         # A launcher is linked against it at a kernel's first launch (Triton 3.6).
         knobs.nvidia.libcuda_path = str(_built().parent)
-        driver.set_active(made)
-        try:
-            yield made
-        finally:
-            driver._active = before
+        yield made
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activations import check_activation
 from .dispatch import DTYPES
+from .words import a_type
 
 # What PyTorch runs on oneDNN's own layout stays with PyTorch (`dispatch.goes_to_kernels`).
 _LAYOUTS = (torch.strided, torch._mkldnn)  # type: ignore[attr-defined]
@@ -177,7 +178,7 @@ def _refuse_dimensions(name, input, vectors, training) -> None:
 
 def _check_input(name, input, activation) -> None:
     if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input is a {type(input).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: input is {a_type(input)}, expected a torch.Tensor")
     _check_kind(name, "input", input)
     check_activation(name, activation)
 
@@ -226,7 +227,7 @@ def check_scaled_add_act(name, input, residual, scale, activation) -> None:
         scale = scale.reshape(1).expand(input.shape[1])
     if not isinstance(scale, Tensor):
         raise TypeError(
-            f"{name}: scale is a {type(scale).__name__}, expected a torch.Tensor of one element or of one per channel"
+            f"{name}: scale is {a_type(scale)}, expected a torch.Tensor of one element or of one per channel"
         )
     if (
         scale.shape != input.shape[1:2]
@@ -239,9 +240,7 @@ def check_scaled_add_act(name, input, residual, scale, activation) -> None:
 def _refuse_vector(name, argument, tensor, input) -> None:
     channels, dtype, device = input.shape[1], input.dtype, input.device
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name}: {argument} is a {type(tensor).__name__}, expected a torch.Tensor or None"
-        )
+        raise TypeError(f"{name}: {argument} is {a_type(tensor)}, expected a torch.Tensor or None")
     if tensor.shape != (channels,):
         raise RuntimeError(
             f"{name}: {argument} has shape {_shape(tensor)}, expected [{channels}], "
@@ -261,9 +260,7 @@ def _refuse_vector(name, argument, tensor, input) -> None:
 
 def _check_residual(name, residual, input) -> None:
     if not isinstance(residual, Tensor):
-        raise TypeError(
-            f"{name}: residual is a {type(residual).__name__}, expected a torch.Tensor or None"
-        )
+        raise TypeError(f"{name}: residual is {a_type(residual)}, expected a torch.Tensor or None")
     if residual.shape != input.shape:
         raise RuntimeError(
             f"{name}: residual has shape {_shape(residual)}, expected {_shape(input)} like input; "
@@ -297,7 +294,7 @@ def check_projection(
         ValueError: a convolution that is none of 1x1: its kernel, padding, dilation or groups.
     """
     if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: {argument} is a {type(input).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: {argument} is {a_type(input)}, expected a torch.Tensor")
     _check_kind(name, argument, input)
     dimensions = input.dim() - 2
     if not 1 <= dimensions <= 3:
@@ -320,7 +317,7 @@ def check_projection(
         )
     if not isinstance(weight, Tensor):
         raise TypeError(
-            f"{name}: weight of the projection is a {type(weight).__name__}, expected a torch.Tensor"
+            f"{name}: weight of the projection is {a_type(weight)}, expected a torch.Tensor"
         )
     if weight.dim() != input.dim() or set(weight.shape[2:]) != {1}:
         expected = ["Cout", "Cin", *["1"] * dimensions]
@@ -338,7 +335,7 @@ def check_projection(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"{name}: {what} of the projection is a {type(tensor).__name__}, expected a torch.Tensor"
+                f"{name}: {what} of the projection is {a_type(tensor)}, expected a torch.Tensor"
             )
         if tensor.device != input.device:
             raise RuntimeError(
@@ -382,7 +379,7 @@ def check_projected_shape(name, input, shortcut, weight, stride) -> None:
     ]
     projected = [shortcut.shape[0], weight.shape[0], *spatial]
     if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: input is a {type(input).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{name}: input is {a_type(input)}, expected a torch.Tensor")
     if list(input.shape) == projected:
         return
     fitting = [

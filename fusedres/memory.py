@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .dispatch import backend, get_backend, resolve
 from .swap import FuseConfig, fuse_, is_fused, unfuse_
-from .swap.config import check_arguments
+from .swap.config import check_arguments, check_not_lazy
 from .swap.report import written
 from .tables import paragraph
+from .words import a_type
 
 # In the order in which a storage that is several of them is counted.
 KINDS = ("convolution inputs", "BatchNorm inputs", "statistics", "masks", "others")
@@ -139,12 +140,14 @@ def memory_report(
         kernels would keep on a GPU; it comes from the operators' shapes, by a forward on the meta device.
 
     Raises:
-        TypeError: an argument of the wrong type. Whatever else the model's forward raises.
+        TypeError: an argument of the wrong type.
+        ValueError: a layer is lazy and has had no input. Whatever else the model's forward raises.
     """
     if torch.is_inference_mode_enabled():  # in which nothing is kept
         with torch.inference_mode(False):
             return memory_report(model, input, config)
     check_arguments("memory_report", model, config, None)
+    check_not_lazy("memory_report", model)
     arguments = tree_map_only(
         Tensor, lambda t: t.clone() if t.is_inference() else t, _arguments(model, input)
     )
@@ -176,7 +179,7 @@ def _arguments(model: nn.Module, input: Any) -> tuple[Any, ...]:
         like = next(model.parameters(), torch.empty(0))
         return (torch.zeros(tuple(map(int, input)), dtype=like.dtype, device=like.device),)
     raise TypeError(
-        f"memory_report: input is {type(input).__name__} {input!r:.40}, expected a tensor, a tuple of arguments, or a "
+        f"memory_report: input is {a_type(input)}, {input!r:.40}, expected a tensor, a tuple of arguments, or a "
         "shape, for example (8, 3, 224, 224)"
     )
 

@@ -58,14 +58,16 @@ def in_place(output: Tensor, residual: Tensor | None, activation: str | None) ->
 
 
 def eager(
-    input: Tensor, residual: Tensor | None, vectors: Sequence[Tensor | None], numbers: tuple[float, float],
+    input: Tensor, residual: Tensor | None, vectors: Sequence[Tensor | None], numbers: Sequence[float],
     training: bool, activation: str | None,
 ) -> Tensor:  # fmt: skip
     """`batch_norm_act` with nothing left to ask: nothing is compiled or transformed, and all tensors are of one kind.
 
     vectors: weight, bias, running mean and variance; numbers: momentum, eps.
     """
-    output = torch.batch_norm(input, *vectors, training, *numbers, _cudnn())
+    weight, bias, mean, var = vectors
+    momentum, eps = numbers
+    output = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, _cudnn())
     return in_place(output, residual, activation)
 
 

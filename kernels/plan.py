@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .bind import is_watched
+from .bind import Pointer, is_watched, replaced
 from .chip import current_chip
 from .layout import RowMap, bits_layout, row_map_of
 from .memory import EMPTY, empty_strided
@@ -52,17 +52,17 @@ class Step:
     """What PyTorch does between the launches, as a copy of what no kernel can walk."""
 
     function: Callable[..., Any]
-    slots: tuple[int | None, ...]
+    slots: tuple[int, ...]
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Tensor) -> None:
         # What autograd follows may be among them; what is done here is no part of its graph.
-        self.function(*[t.detach() if t is not None and t.requires_grad else t for t in tensors])
+        self.function(*[t.detach() if t.requires_grad else t for t in tensors])
 
-    def on(self, slots: tuple[int | None, ...]) -> Step:
-        return Step(self.function, slots)
+    def on(self, place: Callable[[int], int]) -> Step:
+        return Step(self.function, tuple(map(place, self.slots)))
 
-    def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
-        self(*(None if k is None else tensors[k] for k in self.slots))
+    def start(self, tensors: Sequence[Any], floats: tuple[float, ...]) -> None:
+        self(*(tensors[k] for k in self.slots))
 
 
 class Planner:
@@ -74,7 +74,7 @@ class Planner:
         self._slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
         self._made: list[Tensor] = []
         self._kept: set[int] = set()
-        self._steps: list[tuple[Any, tuple[Tensor | None, ...]]] = []
+        self._steps: list[tuple[Any, tuple]] = []
 
     def _add(self, tensor: Tensor) -> Tensor:
         self._slots[id(tensor)] = len(self.given) + len(self._made)
@@ -120,15 +120,12 @@ class Planner:
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-        integers: tuple,
-        floats: tuple[float, ...],
+        arguments: tuple,
         constants: dict[str, Any],
         options: dict[str, int],
     ) -> None:
-        """Launch a kernel; see `start.Launch`."""
-        launch = (kernel, grid, integers, floats, constants, options)
-        self._steps.append((launch, tensors))
+        """Launch a kernel; see `start.Launch`. The arguments have the tensors of the plan in them."""
+        self._steps.append(((kernel, grid, constants, options), arguments))
 
     def common_rows(self, output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor, ...]]:
         """The index map that `output` and the others share; what does not fit is copied into the output's layout."""
@@ -172,13 +169,16 @@ class Planner:
         slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
         slots |= {id(t): len(self.given) + k for k, t in enumerate(order)}
         steps: list[Launch | Step] = []
-        for what, tensors in self._steps:
-            places = tuple(None if t is None else slots[id(t)] for t in tensors)
+
+        def placed(value: Any) -> Any:
+            return Pointer(slots[id(value)]) if isinstance(value, Tensor) else value
+
+        for what, given in self._steps:
             if callable(what):
-                steps.append(Step(what, places))
+                steps.append(Step(what, tuple(slots[id(t)] for t in given)))
             else:
-                kernel, grid, *rest = what
-                steps.append(Launch(kernel, grid, places, *rest))
+                kernel, grid, constants, options = what
+                steps.append(Launch(kernel, grid, replaced(given, placed), constants, options))
         return Plan(
             len(self.given),
             alone,
@@ -320,7 +320,7 @@ class Plan:
                 return slot
             return places[slot] if slot < self.given else slot + moved
 
-        steps = tuple(step.on(tuple(place(slot) for slot in step.slots)) for step in self.steps)
+        steps = tuple(step.on(place) for step in self.steps)
         within = tuple((block, part) for part in parts)
         made = self.alone, self.kept, self.scratch
         return Plan(given + len(parts), *made, tuple(map(place, results)), steps, within)
@@ -395,7 +395,7 @@ def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple
     for i, step in enumerate(plan.steps):
         if isinstance(step, Step):
             scope[f"step{i}"] = step
-            given = (None if slot is None else f"t{slot}" for slot in step.slots)
+            given = (f"t{slot}" for slot in step.slots)
             lines.append(f"step{i}({', '.join(map(str, given))})")
             continue
         bound: Any = step.bound

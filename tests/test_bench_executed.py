@@ -54,7 +54,7 @@ def test_every_kernel_has_its_rows(folder):
         assert figures["instructions"] == pytest.approx(sum(classes))
         assert figures["float_instructions"] > 0
         assert figures["load_sectors"] > 0
-        assert figures.get("shared_load_wavefronts_ratio", 1.0) == 1.0  # no bank conflicts
+        assert figures.get("shared_load_wavefronts_ratio", 1.0) >= 1.0  # more: bank conflicts
 
 
 def test_the_page_has_a_line_for_each(folder):

@@ -271,7 +271,7 @@ MISTAKES = [
     (["explain", "net.py:"], "'net.py:' is no model; write module:callable"),
     (["explain", "net.py:Nett"], "there is no 'Nett' in net.py; did you mean Net?"),
     (["explain", "net:qqq"], "there is no 'qqq' in net; write the name of a class or a function"),
-    (["explain", "net.py:SIZE"], "'net.py:SIZE' is a int, expected a class, a function"),
+    (["explain", "net.py:SIZE"], "'net.py:SIZE' is an int, expected a class, a function"),
     (["explain", "net.py:nothing"], "'net.py:nothing' gives a NoneType, expected a torch.nn.Module"),
     (["explain", "net.py:needs"], "cannot be called without arguments (missing a required argument: 'depth')"),
     (["explain", "net.py:broken"], "'net.py:broken': KeyError: 'weights' ("),
@@ -801,6 +801,25 @@ def test_a_table_is_as_wide_as_its_cells():
     rows = [["a", "bb"], ["ccc", "d"]]
     assert table(rows).splitlines() == ["a    bb", "---- ---", "ccc  d"]
     assert table(rows, head=False).splitlines() == ["a    bb", "ccc  d"]
+
+
+@pytest.mark.parametrize("without", [[], ["rich", "rich.table"]], ids=["rich", "plain"])
+def test_at_40_columns_a_row_is_a_paragraph_and_no_word_is_broken(monkeypatch, without):
+    for name in without:
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = [
+        ["n", "block", "why", "where"],
+        ["12", "BottleneckWithAttention", "", "layer1.0.bn1, layer2.0.bn1, layer2.1"],
+    ]
+    assert table(rows, width=40).splitlines() == [
+        "n      12",
+        "block  BottleneckWithAttention",
+        "where  layer1.0.bn1, layer2.0.bn1,",
+        "       layer2.1",
+    ]
+    assert (
+        len(table(rows, width=60).splitlines()) == 4
+    )  # a head, a line of dashes, and a row of two lines
 
 
 def test_progress_off_a_terminal_is_a_few_lines(capsys):

@@ -1,6 +1,8 @@
 """A wheel, installed in an environment of its own, seen from outside the checkout."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -15,6 +17,7 @@ import fusedres
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -30,14 +33,17 @@ def tracked() -> list[str]:
     return [name for name in names if name and (ROOT / name).is_file()]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copied(folder: Path) -> Path:
     """The tracked files alone: what the checkout has lying about must not get in, nor be touched."""
-    folder = tmp_path_factory.mktemp("source")
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copied(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +94,15 @@ def test_the_only_top_level_name_is_fusedres(wheel):
         assert archive.read(top).decode().split() == ["fusedres"]
 
 
-def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return archive.read(name).decode()
+
+
+def test_the_wheel_states_its_licence_and_needs_only_torch_and_triton(metadata):
+    lines = metadata.splitlines()
     assert "License-Expression: MIT" in lines
     needs = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert [line.split()[1].split(">")[0] for line in needs] == ["torch", "triton"]
@@ -111,12 +122,29 @@ def test_the_source_distribution_holds_what_is_tracked(copy):
     assert ours == set(tracked()) - of_the_host
 
 
-def test_the_metadata_name_the_project_s_addresses(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    urls = [line.split()[1].rstrip(",") for line in lines if line.startswith("Project-URL:")]
-    assert urls == ["Source", "Documentation", "Changelog", "Issues"]
+def addresses(metadata: str) -> dict[str, str]:
+    return dict(re.findall(r"^Project-URL: (\w+), (\S+)$", metadata, re.MULTILINE))
+
+
+def test_the_metadata_name_the_project_s_addresses(metadata):
+    assert list(addresses(metadata)) == ["Source", "Documentation", "Changelog", "Issues"]
+
+
+LINK = re.compile(r"(?<=\]\()[^)\s]+")
+
+
+def test_on_an_index_readme_reads_as_here_and_every_link_of_it_is_absolute(metadata):
+    """They are held together link by link: a page by `blob`, a picture by `raw`, both of this version's tag."""
+    headers, _, shown = metadata.partition("\n\n")
+    version = f"{addresses(metadata)['Source']}/{{}}/v{fusedres.__version__}/"
+    wanted = [
+        link if re.match(r"#|\w+:", link)
+        else version.format("raw" if link.endswith(".png") else "blob") + link
+        for link in LINK.findall(README)
+    ]  # fmt: skip
+    assert "Description-Content-Type: text/markdown" in headers
+    assert LINK.findall(shown) == wanted
+    assert LINK.sub("", shown).strip() == LINK.sub("", README).strip()
 
 
 def test_kernels_come_with_it_and_run_nowhere_else(python, tmp_path):
@@ -162,18 +190,68 @@ def test_in_the_checkout_the_folder_refuses_the_short_name():
 
 
 def test_what_readme_shows_needs_nothing_but_the_package(python, tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     nothing_else = (
         "import sys\nsys.modules.update(dict.fromkeys(('torchvision', 'timm', 'numpy')))\n"
     )
     assert "1 fused" in run(python, "-W", "ignore", "-c", nothing_else + example, cwd=tmp_path)
 
 
+# Of README's commands those that a test cannot run as they are written, and why: what is added to them (the last
+# of an option twice counts), or for `make` that it only says what it would run.
+SHORTER = {
+    "compare": [
+        "--batch",
+        "2",
+        "--images",
+        "2",
+        "--steps",
+        "1",
+    ],  # written for a GPU: hours on a CPU
+    "warm": [] if torch.cuda.is_available() else ["--arch", "90"],  # there is no GPU to ask
+    "test": ["--dry-run"],  # this one is of it
+    "bench": ["--dry-run"],  # an hour
+}
+WORDS = {
+    "demo": "BatchNorms fused",
+    "compare": "time",
+    "env": "backend",
+    "explain": "moves",
+    "warm": "kernels",
+}
+
+
 @pytest.mark.slow
-def test_readme_s_commands_run_where_it_is_installed(python, tmp_path):
-    """Those that need no GPU and no minutes."""
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^    python -m fusedres (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
-    short = [command.split() for command in commands if command.split()[0] in ("env", "explain")]
-    said = [run(python, "-W", "ignore", "-m", "fusedres", *words, cwd=tmp_path) for words in short]
-    assert ["backend" in said[0], "moves" in said[1]] == [True, True]
+def test_readme_from_top_to_bottom_in_a_clean_environment(tmp_path):
+    """Every block in its order, in a copy of the repository that has an environment of its own with nothing in it.
+
+    Downloads are borrowed: what `pip install` would fetch is found in this environment's folder (the line in a .pth
+    file, as above), and `make` is told that it has installed its own.
+    """
+    copied(tmp_path)
+    run(sys.executable, "-m", "venv", tmp_path / ".venv", cwd=tmp_path)
+    (site,) = tmp_path.glob(".venv/lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    for target in ("ready", "demo-ready"):
+        (tmp_path / ".venv" / target).touch()
+    environment = os.environ | {
+        "PATH": f"{tmp_path / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it the other way round
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    blocks = re.findall(
+        r"^    ((?:pip|make|python) [^\n]*?)(?: +#[^\n]*)?$|^```python\n(.*?)```",
+        README,
+        re.M | re.S,
+    )
+    assert len(blocks) > 10
+    for command, example in blocks:
+        words = shlex.split(command) or ["python", "-c", example]
+        name = words[3 if words[1] == "-m" else 1]
+        done = subprocess.run(
+            [*words, *SHORTER.get(name, [])], cwd=tmp_path, env=environment, text=True, capture_output=True
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command or example}\n{done.stdout}{done.stderr}"
+        assert WORDS.get(name, "") in done.stdout

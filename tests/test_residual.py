@@ -353,7 +353,7 @@ class TestErrors:
         [
             ({"block": len}, TypeError, "block is a builtin_function_or_method, expected an nn.Module"),
             ({"skip": "conv"}, ValueError, r"skip is 'conv', expected None .*, 'project' \(a 1x1 convolution"),
-            ({"skip": 2}, TypeError, "skip is a int, expected None, an nn.Module, 'project' or 'pad'"),
+            ({"skip": 2}, TypeError, "skip is an int, expected None, an nn.Module, 'project' or 'pad'"),
             ({"scale": "row"}, ValueError, "scale is 'row', expected None, 'scalar', 'channel', a number or"),
             ({"scale": [1.0]}, TypeError, "scale is a list, expected None, a number, a tensor, 'scalar'"),
             ({"scale": torch.ones(2, 2)}, ValueError, r"scale has shape \[2, 2\], expected one element"),

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from triton import knobs
 
 import fusedres
 from fusedres.benchmarks.compile_only import compile_only
@@ -86,7 +88,9 @@ def launched(stub, monkeypatch):
             values = arguments[-1] if self._is_packed else arguments[len(arguments) - len(specs) :]
             told = [
                 address(value) if type(spec) is bind.Pointer else value
-                for spec, value in zip(specs, values, strict=True)
+                for spec, value in zip(
+                    bind.parts_of(specs), bind.parts_of(tuple(values)), strict=True
+                )
             ]
             found.append((self.kept.name, arguments[:3], told))
             launch(*arguments)
@@ -274,18 +278,94 @@ def test_another_layout_is_another_launch(launched, monkeypatch, kind):
     assert found != launched(lambda: (step({}, {}), step({}, {})))[-6:]
 
 
-@pytest.mark.compiler
-@pytest.mark.parametrize("level", ["launcher", "run", "triton"])
-def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, level):
-    """Triton's C function, its launcher, or its own start."""
-    monkeypatch.setattr(bind, "LEVEL", level)
+COMPILED = []  # what is compiled goes by the driver that it was compiled for, which is gone by then
+
+
+@pytest.fixture
+def written(stub):
+    """A module all of whose launches are written out, its inputs, and the kernels of its forward."""
     module, (x, residual) = fusedres.nn.BatchNormAct2d(8), images(2)
-    counts = []
     for _ in range(3):
-        before = stub.launches
+        module(x, residual).backward(torch.ones(SHAPE))
+    (planned,) = tail._kinds.values()
+    assert planned.forward._written is not None
+    return module, x, residual, planned
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("spoiled", ["input", "gradient"])
+def test_a_written_plan_looks_at_addresses(written, spoiled, monkeypatch):
+    module, x, residual, _ = written
+    gradient = torch.ones(SHAPE)
+    if spoiled == "input":
+        x = moved_on(x).requires_grad_()
+    else:
+        gradient = moved_on(gradient)
+    launched, taken = plan.Plan.launch, []
+    monkeypatch.setattr(plan.Plan, "launch", lambda *a: taken.append(made := launched(*a)) or made)
+    module(x, residual).backward(gradient)
+    assert [made is None for made in taken] == [spoiled == "input", True][spoiled == "input" :]
+
+
+@pytest.mark.compiler
+def test_a_written_plan_looks_at_the_driver(stub, written):
+    module, x, residual, _ = written
+    before = stub.launches
+    with compile_only(90) as launches:
         plainly(module, x, residual)
-        counts.append(stub.launches - before)
-    assert counts == [6, 6, 6]
+        assert (len(launches), stub.launches - before) == (6, 0)
+
+
+@pytest.mark.compiler
+def test_a_written_plan_looks_for_hooks_at_the_launch(written, monkeypatch):
+    module, x, residual, _ = written
+    seen = []
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda told: seen.append(told))
+    plainly(module, x, residual)
+    assert len(seen) == 6
+
+
+@pytest.mark.compiler
+def test_a_written_plan_looks_for_hooks_of_a_kernel(written, monkeypatch):
+    module, x, residual, planned = written
+    kernel, seen = planned.forward.launches[0].kernel, []
+    monkeypatch.setattr(kernel, "pre_run_hooks", [lambda *a, **k: seen.append(1)])
+    plainly(module, x, residual)
+    assert seen == [1]
+
+
+@pytest.mark.compiler
+def test_a_written_plan_looks_whether_a_kernel_is_debugged(written, monkeypatch):
+    module, x, residual, planned = written
+    kernel, seen = planned.forward.launches[0].kernel, []
+    run = type(kernel).run
+    monkeypatch.setattr(kernel, "debug", True)
+    monkeypatch.setattr(type(kernel), "run", lambda *a, **k: seen.append(a[0]) or run(*a, **k))
+    module(x, residual)
+    assert seen == [kernel]
+
+
+@pytest.mark.compiler
+def test_a_written_plan_looks_whether_its_code_is_there(written, monkeypatch):
+    module, x, residual, planned = written
+    kernel = planned.forward.launches[0].kernel
+    caches = kernel.device_caches
+    monkeypatch.setattr(kernel, "device_caches", type(caches)(caches.default_factory))
+    module(x, residual)
+    assert kernel.device_caches[0][0]
+    COMPILED.append(kernel.device_caches)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(("current", "goes"), [(0, False), (1, True)])
+def test_a_written_plan_looks_which_gpu_is_the_current_one(written, monkeypatch, current, goes):
+    *_, planned = written
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    monkeypatch.setitem(memory.EMPTY, "cuda", memory.EMPTY["cpu"])
+    launch = plan.write(planned.forward, torch.device("cuda", 1))
+    tensors = [torch.empty(1024)] * planned.forward.given
+    assert (launch(tensors, (0.1, 1e-5)) is not None) == goes
+    assert straight.is_current(1) == goes
 
 
 @pytest.mark.compiler
@@ -311,6 +391,7 @@ def test_what_a_call_allocates(stub, monkeypatch):
 LONG, STRAIGHT = "operators", "straight"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning"),  # PyTorch's own, of AD
     pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning"),  # PyTorch 2.11's
     pytest.mark.filterwarnings(
         "ignore:.*should not be instantiated:DeprecationWarning"
@@ -386,13 +467,18 @@ def hooked(module, x, residual):
         handle.remove()
 
 
+def moved_on(t):
+    """The same a few bytes further on, where no vector of values may be read."""
+    room = torch.empty(t.numel() + 1, device=t.device)[1:].as_strided(t.shape, t.stride())
+    return room.copy_(t.detach())
+
+
 def misaligned(module, x, residual):
-    module(torch.randn(x.numel() + 1)[1:].view(SHAPE), residual)
+    module(moved_on(x).requires_grad_(), residual)
 
 
 def misaligned_gradient(module, x, residual):
-    gradient = torch.randn(x.numel() + 1)[1:].view(SHAPE)
-    torch.autograd.grad(module(x, residual), x, gradient)
+    torch.autograd.grad(module(x, residual), x, moved_on(x))
 
 
 def cloned_saved_tensors(module, x, residual):
@@ -405,6 +491,12 @@ def other_saved_tensors(module, x, residual):
     hooks = torch.autograd.graph.saved_tensors_hooks
     with hooks(lambda t: t, lambda t: t.as_subclass(Subclass)):
         module(x, residual).sum().backward()
+
+
+def with_a_tangent(module, x, residual):
+    with forward_ad.dual_level():
+        output = module.eval()(forward_ad.make_dual(x, residual.detach()), residual)
+        assert forward_ad.unpack_dual(output).tangent is not None
 
 
 SITUATIONS = {
@@ -440,6 +532,7 @@ SITUATIONS = {
         lambda m, x, r: torch.func.grad(lambda a: (a * m.eval()(x, r)).sum())(torch.ones(())), LONG, None,
     ),
     "vmap": (lambda m, x, r: torch.vmap(m.eval())(torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)), LONG, None),
+    "forward-mode AD": (with_a_tangent, LONG, None),
     "a profiler": (under(profiler), LONG, LONG),
     "a profiler around the backward": (profiled_backward, STRAIGHT, LONG),
     "jit.trace": (
@@ -463,6 +556,10 @@ SITUATIONS = {
         STRAIGHT, STRAIGHT,
     ),
     "eval": (lambda m, x, r: plainly(m.eval(), x, r), STRAIGHT, STRAIGHT),
+    "an empty input": (lambda m, x, r: m.eval()(x[:0], r[:0]), LONG, None),
+    "another backend": (
+        lambda m, x, r: under(lambda: fusedres.backend("aten"), False)(m, x, r), LONG, None,
+    ),
 }  # fmt: skip
 
 
@@ -531,20 +628,26 @@ BACKWARD = {"add_batch_norm_act": "batch_norm_act"}
 # Of the situations one for each thing that is asked.
 ASKED = (
     "plainly", "no_grad", "create_graph", "is_grads_batched", "a dispatch mode", "a dispatch mode around the backward",
-    "a function mode", "FakeTensorMode", "torch.func.grad", "plain tensors within torch.func", "a profiler",
-    "a profiler around the backward", "torch.compile", "a subclass", "an input that is not aligned",
-    "a gradient that is not aligned",
+    "a function mode", "FakeTensorMode", "torch.func.grad", "plain tensors within torch.func", "forward-mode AD",
+    "a profiler", "a profiler around the backward", "torch.compile", "a subclass", "an input that is not aligned",
+    "a gradient that is not aligned", "another backend",
 )  # fmt: skip
 
 
 @pytest.mark.kernels
 @pytest.mark.cpu
 @pytest.mark.parametrize("situation", ASKED)
-@pytest.mark.parametrize("call", [name for name in CALLS if name != "tail"])
-def test_who_looks_is_not_passed_by_whatever_is_called(call, situation, ways, device):
+@pytest.mark.parametrize("call", CALLS)
+def test_who_looks_is_not_passed_by_whatever_was_called_before(call, situation, ways, device):
     do, forward, backward = SITUATIONS[situation]
     module = Called(CALLS[call][0], device)
-    do(module, *(t.detach().contiguous(**LAST).requires_grad_() for t in images(2, device=device)))
+    x, residual = (t.detach().contiguous(**LAST).requires_grad_() for t in images(2, device=device))
+    for training in (False, True):
+        plainly(module.train(training), x, residual)
+    for taken in ways.values():
+        assert taken == {STRAIGHT}
+        taken.clear()
+    do(module, x, residual)
     assert ways["forward"] == ({STRAIGHT} if forward is STRAIGHT else set())
     if backward is not None:
         assert ways["backward"] == {backward}
@@ -562,6 +665,29 @@ def test_a_profiler_sees_the_operators_by_their_names(call):
         plainly(module, x, residual)
     names = {event.name for event in profile.events()}
     assert {f"fusedres::{name}", f"fusedres::{BACKWARD.get(name, name)}_backward"} <= names
+
+
+# What a forward and a backward launch, however: by Triton's C function, by its launcher, or as Triton starts them.
+LAUNCHES = {
+    "tail": 6, "two norms": 9, "add": 2, "scaled add": 3, "pre-activation": 6, "projection": 3,
+}  # fmt: skip
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("level", ["launcher", "run", "triton"])
+@pytest.mark.parametrize("call", CALLS)
+def test_at_every_level_each_kernel_is_launched_once(stub, monkeypatch, call, level):
+    monkeypatch.setattr(bind, "LEVEL", level)
+    module = Called(CALLS[call][0], "cpu")
+    module.projection.bfloat16()
+    x, residual = (t.detach().bfloat16().contiguous(**LAST).requires_grad_() for t in images(2))
+    counts = []
+    with in_triton():
+        for _ in range(3):
+            before = stub.launches
+            plainly(module, x, residual)
+            counts.append(stub.launches - before)
+    assert counts == [LAUNCHES[call]] * 3
 
 
 @pytest.mark.compiler
@@ -604,6 +730,9 @@ CHANGES = {
     "no counter": lambda m: setattr(m, "num_batches_tracked", None),
     "another forward": lambda m: setattr(m, "forward", lambda t: t * 2),
     "a hook": lambda m: m.register_forward_hook(lambda *a: a[-1] * 2),
+    "a hook in front": lambda m: m.register_forward_pre_hook(lambda _, a: (a[0] * 2 + 1,)),
+    "a hook on the gradient": lambda m: m.register_full_backward_hook(lambda _, dx, dy: (dx[0] * 2,)),
+    "a hook in front of the gradient": lambda m: m.register_full_backward_pre_hook(lambda _, dy: (dy[0] * 2,)),
 }  # fmt: skip
 
 
@@ -619,6 +748,158 @@ def test_a_module_that_was_changed_is_looked_at_again(change, device):
         CHANGES[change](each.bn)
     found, expected = (results(each, x, residual) for each in (module, fresh))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("vector", ["running_mean", "running_var"])
+def test_statistics_that_are_not_dense_are_moved_where_they_are(vector, device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    module(x)
+    expected = copy.deepcopy(module.bn)
+    spread = torch.stack([getattr(module.bn, vector)] * 2, 1)[:, 0]
+    module.bn._buffers[vector] = spread
+    module(x), expected(x)
+    torch.testing.assert_close(spread, getattr(expected, vector), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_in_eval_without_statistics_it_is_the_batchs(is_pair, device):
+    module = Joined(device) if is_pair else fusedres.nn.BatchNormAct2d(8, device=device)
+    x, residual = images(2, device=device)
+    module.eval()(x, residual), module(x, residual)
+    module.bn.running_mean = module.bn.running_var = None
+    fresh = copy.deepcopy(module)
+    assert torch.equal(module(x, residual), fresh(x, residual))
+
+
+def test_what_was_met_without_a_graph_has_one_later(device):
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    for _ in range(2):
+        with torch.no_grad():
+            module(x, residual)
+        assert module(x, residual).requires_grad
+
+
+def test_what_a_batchnorm_was_asked_for_says_nothing_of_the_next(device):
+    norm, (x, residual) = nn.BatchNorm2d(8, device=device), images(2, device=device)
+    for _ in range(2):
+        assert isinstance(call_tail(norm, x, residual, "relu"), torch.Tensor)
+        assert len(call_add_batch_norm(norm, x, residual, "relu")) == 2
+
+
+def test_where_the_sum_goes_is_asked_again(device):
+    """PyTorch's sum has the layout of its first operand."""
+    norm, (x, residual) = nn.BatchNorm2d(8, device=device).eval(), images(2, device=device)
+    residual = residual.detach().contiguous(**LAST)
+    for _ in range(2):
+        assert call_tail(norm, x, residual, "relu").is_contiguous()
+        first = call_tail(norm, x, residual, "relu", "residual first")
+        assert first.is_contiguous(**LAST)
+
+
+def test_statistics_are_kept_from_when_it_is_asked_for(device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    for _ in range(2):
+        module(x)
+    module.keep_finite_statistics = True
+    before = module.bn.running_var.clone()
+    for _ in range(2):
+        module(x.detach() * float("inf"))
+    assert torch.equal(module.bn.running_var, before)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_counter_of_another_kind_is_counted_alike(keep, device):
+    modules = [
+        fusedres.nn.BatchNormAct2d(8, device=device, keep_finite_statistics=keep) for _ in range(2)
+    ]
+    modules[1].bn.num_batches_tracked = torch.tensor(0, dtype=torch.int32, device=device)
+    x = images(device=device).detach()
+    for input in (x, x, moved_on(x), x * float("inf"), x):
+        for module in modules:
+            module(input)
+    counts = [module.bn.num_batches_tracked.item() for module in modules]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_dtype_that_is_not_the_vectors(dtype, device):
+    """However often: 16 bits go with float32 vectors, others do not."""
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device).to(dtype)
+    for _ in range(3):
+        if dtype is torch.float64:
+            with pytest.raises(RuntimeError):
+                module(x)
+        else:
+            assert module(x).dtype is dtype
+
+
+def test_a_residual_that_is_a_number_is_refused(device):
+    module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="residual is a float"):
+            module(x, 0.5)
+
+
+def test_a_transform_of_a_module_that_was_met(device):
+    """The output of one call, mapped over residuals, is too small for its sums to be written to."""
+    module = fusedres.nn.BatchNormAct2d(8, device=device).eval()
+    x, residual = (t.detach() for t in images(2, device=device))
+    module(x, residual), module(x, residual)
+    stacked = torch.stack([residual, -residual])
+    found = torch.vmap(module, (None, 0))(x, stacked)
+    expected = torch.stack([module(x, each) for each in stacked])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def dual_of(norm, other, x):
+    return call_dual_batch_norm(norm.to(x.device), x, other.to(x.device), x)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda x: dual_of(nn.BatchNorm2d(8), nn.BatchNorm1d(8), x), ValueError),
+        (lambda x: fusedres.functional.add_act(x, x, activation=[]), ValueError),
+        (lambda x: [fusedres.functional.add_act(x, each) for each in (x, x, 2.0)], TypeError),
+        (lambda x: fusedres.functional.scaled_add_act(x, x, x[0, :, 0, 0], activation=[]), ValueError),
+        (lambda x: fusedres.functional.scaled_add_act(x.flatten(), x.flatten(), x[0, 0, 0, :1]), RuntimeError),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_refused_by_the_checks(call, error, device):
+    with pytest.raises(error, match="expected"):
+        call(images(device=device))
+
+
+@pytest.mark.kernels
+@pytest.mark.cpu
+def test_what_may_be_counted_by_a_kernel():
+    input = torch.empty(SHAPE)
+    assert tail._is_counter(None, input)
+    assert tail._is_counter(torch.tensor(0), input)
+    assert not tail._is_counter(torch.tensor(0, dtype=torch.int32), input)
+    assert not tail._is_counter(torch.tensor([0]), input)
+    assert not tail._is_counter(torch.tensor(0, device="meta"), input)
+
+
+def test_gradients_of_some_inputs_say_nothing_of_those_of_all(device):
+    module, (x, residual) = fusedres.nn.BatchNormAct2d(8, device=device), images(2, device=device)
+    expected = gradients(module, (x, residual))
+    for of in (x, residual):
+        torch.autograd.grad(module(x, residual).sum(), of)
+        torch.autograd.grad(module(x, residual), of, torch.ones(SHAPE, device=device))
+    found = gradients(module, (x, residual))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_residual_of_another_dtype_gets_its_own_gradient(device):
+    x, residual = images(2, device=device)
+    vectors = [torch.ones(8, device=device) for _ in range(4)]
+    for _ in range(2):
+        output = fusedres.functional.batch_norm_act(
+            x.bfloat16(), *vectors, residual=residual, activation=None
+        )
+        output.sum().backward()
+    assert residual.grad.dtype is torch.float32
 
 
 class Joined(nn.Module):
@@ -647,7 +928,6 @@ def test_a_pair_of_which_one_was_changed_is_looked_at_again(change, side, device
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize("vector", ["weight", "bias", "running_mean"])
 def test_a_vector_that_no_longer_fits_is_refused(vector, device):
     module, x = fusedres.nn.BatchNormAct2d(8, device=device), images(device=device)

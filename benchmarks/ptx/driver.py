@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from fusedres.kernels import chip
+from fusedres.kernels.bind import driven_by
 
 from ..compile_only import MULTIPROCESSORS, SHARED_MEMORY
 from .build import library
@@ -246,16 +246,16 @@ def emulated(architecture: int, **options: Any) -> Iterator[list[Launch]]:
     Not beside other threads that launch or compile: Triton's driver and knobs are the process's.
     """
     machine = _emulator(architecture)
-    before = driver._active, machine.options, machine.launches
+    before = machine.options, machine.launches
     machine.options, machine.launches = Options(**options), []
     chip.forget()
     with knobs.cache.scope(), knobs.runtime.scope():
         # Triton 3.6 keeps kernels without asking for the hook: what it keeps here must not be found elsewhere.
         knobs.cache.dir = f"{knobs.cache.dir}/ptx-only"
         knobs.runtime.add_stages_inspection_hook = _Stages()
-        driver.set_active(machine)
         try:
-            yield machine.launches
+            with driven_by(machine):
+                yield machine.launches
         finally:
-            driver._active, machine.options, machine.launches = before
+            machine.options, machine.launches = before
             chip.forget()

@@ -19,7 +19,7 @@ from .data import Images, batches, source
 from .device import Choice, choose_device, chosen_backend, device_name
 from .errors import CommandError, Interrupted, require
 from .experiment import Outcome, against_itself, train_side_by_side
-from .models import build_model, image_size
+from .models import build_model, image_size, settle
 from .picture import save_losses
 from .record import Accuracies, difference_table, finite, record, speed_table
 from .training import DTYPES, LAYOUTS, Setting
@@ -43,6 +43,7 @@ def _run(
     if options.image_size is None:
         options.image_size = image_size(options.model, model)
     images = data.load(options.image_size).to(device)
+    settle(options.model, model, images.images.shape)
     setting = Setting(device, dtype, LAYOUTS[options.channels_last])
     model = model.to(device).to(memory_format=setting.memory_format)
     itself = against_itself(options.model, model, images, setting, options.batch, options.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from .differences import Difference, difference
 from .errors import CommandError, first_line
 from .progress import Progress
 from .summary import Spread
-from .training import Setting, Trainee
+from .training import NotLogits, Setting, Trainee, logits_of
 
 # The first steps compile kernels and choose convolution algorithms: trained, not timed.
 WARM_UP = 5
@@ -99,17 +100,51 @@ def against_itself(
     Raises:
         CommandError: it cannot.
     """
-    if next(model.parameters(), None) is None:
-        raise CommandError(f"{name} has no parameters: there is nothing to train")
-    twins = [Trainee("original", copy.deepcopy(model), setting) for _ in range(2)]
     ((pixels, labels),) = batches(images, batch, 1, seed)
     try:
+        _check_logits(_answer(model, pixels, setting), batch, images.classes)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise NotLogits("it has no parameters that need a gradient: there is nothing to train")
+        twins = [Trainee("original", copy.deepcopy(model), setting) for _ in range(2)]
         for twin in twins:
             twin.step(pixels, labels, seed)
+    except NotLogits as error:
+        raise CommandError(f"{name} cannot be trained here: {error}") from error
     except Exception as error:  # whatever the model says to an input that it does not take
-        smaller = isinstance(error, torch.OutOfMemoryError)
-        hint = "a smaller --batch" if smaller else "another --image-size or a larger --batch"
         raise CommandError(
-            f"{name} cannot be trained on a batch of shape {list(pixels.shape)}: {first_line(error)}; {hint} may help"
+            f"{name} cannot be trained on a batch of shape {list(pixels.shape)}: {first_line(error)}; "
+            + _hint(model, error)
         ) from error
     return difference(*twins)
+
+
+def _answer(model: nn.Module, pixels: Tensor, setting: Setting) -> Tensor:
+    model.eval()
+    with torch.no_grad(), setting.autocast():
+        answer = logits_of(model(pixels.contiguous(memory_format=setting.memory_format)))
+    model.train()
+    return answer
+
+
+def _check_logits(logits: Tensor, batch: int, classes: int) -> None:
+    """Refuse what cross-entropy takes for something else, or stumbles over in the middle of an epoch."""
+    if logits.dim() != 2 or len(logits) != batch:
+        raise NotLogits(
+            f"it gives a tensor of shape {list(logits.shape)}, expected logits of shape [{batch}, classes]"
+        )
+    if logits.shape[1] < classes:
+        raise NotLogits(
+            f"it has {logits.shape[1]} classes and the data {classes}; a model whose callable has an argument "
+            "num_classes is given the data's"
+        )
+
+
+def _hint(model: nn.Module, error: Exception) -> str:
+    try:
+        inspect.signature(model.forward).bind(None)
+    except TypeError:
+        return "a model is called with the images alone: wrap one that takes more"
+    smaller = isinstance(error, torch.OutOfMemoryError)
+    return (
+        f"{'a smaller --batch' if smaller else 'another --image-size or a larger --batch'} may help"
+    )

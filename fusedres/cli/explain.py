@@ -7,11 +7,13 @@ import argparse
 import fusedres
 
 from .errors import CommandError
-from .models import build_model
+from .models import build_model, settle
 
 
 def run(options: argparse.Namespace) -> None:
     model = build_model(options.model)
+    if options.input is not None:
+        settle(options.model, model, options.input)
     try:
         report = fusedres.explain(model, input_shape=options.input)
     except ValueError as error:

@@ -8,13 +8,16 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..words import a_type
 from .errors import CommandError, did_you_mean, first_line, require, unknown
 
 TIMM, HUGGING_FACE = "timm:", "hf:"
@@ -35,6 +38,25 @@ def build_model(name: str, classes: int | None = None) -> nn.Module:
     if ":" in name:
         return _build_own(name, classes)
     return _build_torchvision(name, classes)
+
+
+def settle(name: str, model: nn.Module, shape: Sequence[int]) -> nn.Module:
+    """The model; if it has lazy layers, they have taken their own shapes from one image of this one.
+
+    Raises:
+        CommandError: it does not take such an input.
+    """
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        training = model.training
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, *shape[1:]))
+        except Exception as error:  # of foreign code
+            raise CommandError(
+                f"{name} does not take a tensor of shape {list(shape)}: {first_line(error)}"
+            ) from error
+        model.train(training)
+    return model
 
 
 def image_size(name: str, model: nn.Module) -> int:
@@ -158,7 +180,7 @@ def _build_own(name: str, classes: int | None) -> nn.Module:
         return made
     if not callable(made):
         raise CommandError(
-            f"{name!r} is a {type(made).__name__}, expected a class, a function that builds the model, or a model"
+            f"{name!r} is {a_type(made)}, expected a class, a function that builds the model, or a model"
         )
     keywords = (
         {} if classes is None or not _takes(made, "num_classes") else {"num_classes": classes}
@@ -173,7 +195,7 @@ def _build_own(name: str, classes: int | None) -> nn.Module:
         pass
     model = _guarded(name, lambda: made(**keywords))
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{name!r} gives a {type(model).__name__}, expected a torch.nn.Module")
+        raise CommandError(f"{name!r} gives {a_type(model)}, expected a torch.nn.Module")
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..words import a_type
 from .data import Images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,7 +72,7 @@ class Trainee:
         _synchronize(device)
         start = time.perf_counter()
         with self.setting.autocast():
-            loss = F.cross_entropy(_logits(self.model(images)), labels)
+            loss = F.cross_entropy(logits_of(self.model(images)), labels)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -105,19 +107,35 @@ class Trainee:
         self.model.eval()
         with torch.no_grad(), self.setting.autocast():
             right = [
-                (_logits(self.model(images)).argmax(1) == labels).sum() for images, labels in pairs
+                (logits_of(self.model(images)).argmax(1) == labels).sum()
+                for images, labels in pairs
             ]
         self.model.train()
         return sum(map(int, right)) / len(data.held_out_labels)
 
 
-def _logits(output: Any) -> Tensor:
+class NotLogits(TypeError):
+    """What a model gives is nothing that the data's labels can be held against."""
+
+
+def logits_of(output: Any) -> Tensor:
     """Inception and GoogLeNet answer with a tuple while training: the logits, then those of the auxiliary heads;
-    Hugging Face's models with an object that has them by name."""
-    if isinstance(output, Tensor):
-        return output
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits
+    Hugging Face's models with an object that has them by name.
+
+    Raises:
+        NotLogits: there are none in it.
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping):
+        found = found.get("logits")
+    elif isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if isinstance(found, Tensor):
+        return found
+    keys = f" of {', '.join(map(repr, output))}" if isinstance(output, Mapping) else ""
+    raise NotLogits(
+        f"it gives {a_type(output)}{keys}, expected logits: a tensor, the first of a tuple, or what is named 'logits'"
+    )
 
 
 def _synchronize(device: torch.device) -> None:

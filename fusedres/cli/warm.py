@@ -9,7 +9,7 @@ import fusedres
 from fusedres import dispatch
 
 from .errors import CommandError, Interrupted, first_line
-from .models import build_model
+from .models import build_model, settle
 from .progress import Progress
 from .training import DTYPES, LAYOUTS
 
@@ -23,7 +23,8 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"there is nothing to compile with: {error}") from error
     layout = LAYOUTS[options.channels_last]
     chip = _chip(options)
-    model = build_model(options.model).train(not options.eval).to(memory_format=layout)
+    model = settle(options.model, build_model(options.model), options.input)
+    model.train(not options.eval).to(memory_format=layout)
     fusedres.fuse_(model)
     network = ahead.Network(model, options.input, DTYPES[options.dtype], layout)
     step = network.inference if options.eval else network.training_step

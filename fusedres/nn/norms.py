@@ -17,6 +17,7 @@ from ..dispatch import resolve
 from ..kernels.dtypes import accumulate_dtype
 from ..ops.norm import BatchNorm
 from ..ops.sync import Group
+from ..words import with_article
 
 FUSED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _TIMM = "timm.layers.norm_act"
@@ -141,7 +142,7 @@ def _why_not_of_kind(kind: type, norm: Any) -> str | None:
         return "it waits for its first input; run one batch first, then fuse"
     if isinstance(norm, torch.jit.ScriptModule):
         return "it is a TorchScript module; call fuse_ before torch.jit.script or torch.jit.trace"
-    return f"it is a {kind.__name__}, not an nn.BatchNorm1d/2d/3d"
+    return f"it is {with_article(kind.__name__)}, not an nn.BatchNorm1d/2d/3d"
 
 
 def is_synchronised(norm: nn.Module) -> bool:

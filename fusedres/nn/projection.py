@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..activations import check_activation
 from ..dispatch import wants_triton
 from ..ops.projection import project
+from ..words import a_type
 from .batch_norm import call_dual_batch_norm, keeping, plain_call
 from .keeping import KeepsStatistics
 from .norms import FUSED_NORMS, parts_inside, why_called, why_not_fused
@@ -21,7 +22,7 @@ _ONES = ((1,), (1, 1), (1, 1, 1))
 def why_not_projection(convolution: nn.Module | None) -> str | None:
     """Why this child is not a 1x1 convolution that can be run without calling it; None when it is."""
     if type(convolution) not in CONVOLUTIONS:
-        return f"it is a {type(convolution).__name__}, not an nn.Conv1d/2d/3d"
+        return f"it is {a_type(convolution)}, not an nn.Conv1d/2d/3d"
     child: Any = convolution
     if (reason := why_called(child)) is not None:
         return reason

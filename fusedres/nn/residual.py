@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..activations import activate, check_activation
 from ..dispatch import is_eager
 from ..ops.projection import project
+from ..words import a_type
 from .activations import activation_of
 from .add import call_scaled_add
 from .batch_norm import run_tail
@@ -79,7 +80,7 @@ class Residual(KeepsStatistics, _MadeLater):
     ) -> None:
         super().__init__()
         if not isinstance(block, nn.Module):
-            raise TypeError(f"Residual: block is a {type(block).__name__}, expected an nn.Module")
+            raise TypeError(f"Residual: block is {a_type(block)}, expected an nn.Module")
         if not isinstance(activation, nn.Module):
             check_activation("Residual", activation)
         where = {"device": device, "dtype": dtype}
@@ -171,7 +172,7 @@ def _make_skip(skip: Any, where: dict[str, Any]) -> nn.Module | None:
         )
     if skip is not None and not isinstance(skip, nn.Module):
         raise TypeError(
-            f"Residual: skip is a {type(skip).__name__}, expected None, an nn.Module, "
+            f"Residual: skip is {a_type(skip)}, expected None, an nn.Module, "
             f"{' or '.join(map(repr, SKIPS))}"
         )
     return skip
@@ -198,7 +199,7 @@ def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
         start = nn.Parameter(torch.full((), float(scale), **where))
     else:
         raise TypeError(
-            f"Residual: scale is a {type(scale).__name__}, expected None, a number, a tensor, "
+            f"Residual: scale is {a_type(scale)}, expected None, a number, a tensor, "
             f"{' or '.join(map(repr, SCALES))}"
         )
     if start.dim() > 1 and start.numel() > 1:
@@ -210,7 +211,7 @@ def _make_scale(scale: Any, where: dict[str, Any]) -> Tensor | None:
 
 def _no_tensor(what: str, module: Any, given: Any) -> str:
     return (
-        f"Residual: the {what}, {type(module).__name__}, gives a {type(given).__name__}, expected one tensor; wrap it "
+        f"Residual: the {what}, {type(module).__name__}, gives {a_type(given)}, expected one tensor; wrap it "
         "in a module whose forward returns the one that is to be added"
     )
 

@@ -151,7 +151,7 @@ class Operator:
             return self.plain(*groups)
         tensors = self.tensors_of(groups)
         # The kernels write to vectors without strides; of what they read the plan sees to it.
-        dense = [*tensors]
+        dense: list[Any] = [*tensors]
         for k in self._written:
             if (t := tensors[k]) is not None and t.dim() == 1:
                 dense[k] = t.contiguous()

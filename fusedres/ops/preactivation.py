@@ -101,7 +101,9 @@ class AddBatchNormAct(Node):
     """Saved for backward: the sum, the weight, four values a channel."""
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> Gradients:
+    def backward(  # type: ignore[override]
+        ctx: Any, dtotal: Tensor | None, dy: Tensor | None
+    ) -> Gradients:
         return gradients(ctx, dy, Skip(dtotal), ctx.needs_input_grad)
 
 

@@ -395,15 +395,15 @@ class Projection(Node):
         return output, partial
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Gradients:
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Gradients:  # type: ignore[override]
         needs = ctx.needs_input_grad
         node = fork.target(ctx, 0) if needs[0] and dy is not None else None
         if node is None:
             return gradients(ctx, dy, Skip(), needs)
-        dx, *others = gradients(ctx, dy, Skip(), (VISITED, *needs[1:]))
+        found: Any = gradients(ctx, dy, Skip(), (VISITED, *needs[1:]))
         stride = ctx.planned.how.stride
-        fork.leave(node, dx, list(stride) if max(stride) > 1 else None)
-        return None, *others
+        fork.leave(node, found[0], list(stride) if max(stride) > 1 else None)
+        return None, *found[1:]
 
 
 class _Library(torch.autograd.Function):

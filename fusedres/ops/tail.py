@@ -109,7 +109,7 @@ class Planned:
         self.forks, returned = tail.forks, len(tail.forward.op._schema.returns)
         self.keep(range(self.outputs, returned), len(inputs))
         # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
-        self.apply: Any = super(torch.autograd.Function, tail.function).apply
+        self.apply: Any = super(torch.autograd.Function, tail.function).apply  # type: ignore[misc]
         self.check: Callable[..., bool] = _never
         self.forward: Any = None
         self.stride: Any = None
@@ -222,8 +222,7 @@ def straight(
             return None
         ids = [id(t) for t in tensors]
         same = tuple([ids.index(each) for each in ids])  # which of them are one tensor
-        same += tuple([n.keep for n in _norms_of(groups)])
-        who = tail, dispatch.get_backend(), tail.forward.state(), groups[tail.how], kind or key
+        who = tail, dispatch.get_backend(), groups[tail.how], kind or key
         alike = (*who, same, *[look(t) for t in tensors])
         planned = _kinds.get(alike)
         if planned is None:
@@ -265,7 +264,6 @@ def _plan(tail: Tail, groups: tuple, check: Callable[[], bool] | None) -> Planne
         not is_ours
         or _is_refused(inputs, norms)
         or input.numel() == 0
-        or input.layout is not torch.strided
         or not are_plain(tail.forward.tensors_of(groups))
         or not all(t.is_contiguous() for n in norms for t in n[2:4] if t is not None)
     ):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..words import a_type, with_article
 from .guards import Guard, eager_only, stays
 from .known import TENSOR_METHODS
 from .reads import Reads, described, is_named, is_plain_object
@@ -81,7 +82,7 @@ class Attributes(Reads):
             return self._of_thing(value, name)
         if isinstance(value, Opaque):
             raise NotTraceable(
-                f"its forward depends on self.{value.path}, a {type(value.value).__name__}, whose contents may change"
+                f"its forward depends on self.{value.path}, {a_type(value.value)}, whose contents may change"
             )
         if isinstance(value, (types.ModuleType, type)):
             return self._of_named(value, name)
@@ -106,7 +107,7 @@ class Attributes(Reads):
         if isinstance(value, PLAIN) and hasattr(value, name):
             return getattr(value, name)
         if hasattr(kind, name):
-            raise NotTraceable(f"it reads {name} of a {kind.__name__}")
+            raise NotTraceable(f"it reads {name} of {with_article(kind.__name__)}")
         return ABSENT
 
     def _of_symbol(self, symbol: Symbol, name: str) -> Any:
@@ -154,14 +155,14 @@ class Attributes(Reads):
             return Bound(raw.__func__, owner)
         if isinstance(raw, (types.FunctionType, *PLAIN, *HOLDERS)) or is_named(raw):
             return self.admitted(raw, source)
-        raise NotTraceable(f"it uses {source.text}, a {type(raw).__name__}")
+        raise NotTraceable(f"it uses {source.text}, {a_type(raw)}")
 
     def _of_thing(self, thing: Thing, name: str) -> Any:
         state = getattr(thing.value, "__dict__", {})
         source = thing.source.attribute(name)
         if isinstance(thing.value, functools.partial) or not is_plain_object(type(thing.value)):
             raise NotTraceable(
-                f"its forward depends on {thing.source.text}, a {type(thing.value).__name__}, whose contents may change"
+                f"its forward depends on {thing.source.text}, {a_type(thing.value)}, whose contents may change"
             )
         raw = inspect.getattr_static(type(thing.value), name, ABSENT)
         if name in state and not _is_data(raw):
@@ -181,7 +182,7 @@ class Attributes(Reads):
         if isinstance(raw, property) and isinstance(raw.fget, types.FunctionType):
             self._class_keeps(None, type(thing.value), name, raw)
             return self.enter(raw.fget, [thing], {})
-        raise NotTraceable(f"it uses {source.text}, a {type(raw).__name__}")
+        raise NotTraceable(f"it uses {source.text}, {a_type(raw)}")
 
     def _thing_has_not(self, thing: Thing, name: str) -> None:
         """That nothing of the object hides what its class has, or has not."""
@@ -375,7 +376,7 @@ class Attributes(Reads):
         if isinstance(raw, (*PLAIN, *HOLDERS)) or is_named(raw):
             return self.admitted(raw, self.source(at, name))
         raise NotTraceable(
-            f"its forward depends on self.{'.'.join((*at.path, name))}, a {type(raw).__name__} of its class"
+            f"its forward depends on self.{'.'.join((*at.path, name))}, {a_type(raw)} of its class"
         )
 
     def _computed(self, at: ModuleAt, name: str, raw: Any) -> Any:
@@ -383,7 +384,7 @@ class Attributes(Reads):
             self._class_keeps(at, at.cls, name, raw)
             return self.enter(raw.fget, [at], {})
         raise NotTraceable(
-            f"its forward depends on self.{'.'.join((*at.path, name))}, a {type(raw).__name__} of its class"
+            f"its forward depends on self.{'.'.join((*at.path, name))}, {a_type(raw)} of its class"
         )
 
     # --- super() ----------------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ class Attributes(Reads):
                     reason = f"{base.__name__}.{name} was changed after it was fused"
                     self.guard(Guard(at.path, test, (cls, raw), reason))
                     return Bound(raw, at)
-                raise NotTraceable(f"it uses super().{name}, a {type(raw).__name__}")
+                raise NotTraceable(f"it uses super().{name}, {a_type(raw)}")
         test = f"not hasattr(super({{0}}, {{m}}), {literal(name)})"
         self.guard(Guard(at.path, test, (cls,), f"super().{name} was set after it was fused"))
         return ABSENT

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..words import a_type
 from . import builtin, known
 from .attributes import Attributes
 from .frame import Frame
@@ -106,9 +107,7 @@ class Calls(Operators):
             if any(isinstance(value, types.FunctionType) for value in (*args, *keywords.values())):
                 raise NotTraceable(text)
             if _is_in(function, known.WRITING) and isinstance(args[0], HOLDERS):
-                raise NotTraceable(
-                    f"it writes to a {type(args[0]).__name__} by {known.full_name(function)}"
-                )
+                raise NotTraceable(f"it writes to {a_type(args[0])} by {known.full_name(function)}")
             if is_symbolic:
                 return self.node("call_function", function, tuple(args), keywords)
             return self.natively(function, args, keywords)

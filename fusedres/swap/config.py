@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..activations import NAMES
+from ..words import a_type
 
 # The longest pattern that a BatchNorm stands in is the one that is fused.
 SUM = "add+ReLU"
@@ -91,12 +93,12 @@ def check_arguments(name: str, model: Any, config: Any, filter_fn: Any) -> FuseC
     check_model(name, model)
     if config is not None and not isinstance(config, FuseConfig):
         raise TypeError(
-            f"{name}: config is a {type(config).__name__}, expected a FuseConfig or None; "
+            f"{name}: config is {a_type(config)}, expected a FuseConfig or None; "
             "write config=FuseConfig(patterns=(...))"
         )
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(
-            f"{name}: filter_fn is a {type(filter_fn).__name__}, expected a function "
+            f"{name}: filter_fn is {a_type(filter_fn)}, expected a function "
             "(module, fqn) -> bool, or None"
         )
     if filter_fn is not None:
@@ -124,9 +126,19 @@ def check_model(name: str, model: Any) -> None:
     """Refuse what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"{name}: model is a {type(model).__name__}, expected a torch.nn.Module; "
+            f"{name}: model is {a_type(model)}, expected a torch.nn.Module; "
             "pass the model itself, not its name, its class or its state_dict"
         )
+
+
+def check_not_lazy(name: str, model: nn.Module) -> None:
+    """Refuse a model whose shapes a first input is still to tell: there is nothing to count yet."""
+    for fqn, module in model.named_modules():
+        if any(map(is_lazy, (*module.parameters(False), *module.buffers(False)))):
+            raise ValueError(
+                f"{name}: {fqn or 'the model'} is {a_type(module)}, whose shapes its first input tells; run one batch "
+                "through the model first"
+            )
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..nn.norms import is_batch_norm
+from .config import check_not_lazy
 from .install import install
 
 # Passes, forward and backward: (eager, fused); where an activation follows, and it is one that a bit an element is kept
@@ -53,10 +54,11 @@ def norm_outputs(
 
     Raises:
         TypeError: `input_shape` is not a sequence of whole numbers.
-        ValueError: one of them is below 1; or the model does not take one tensor of this shape, and the text says what
-            it raised.
+        ValueError: one of them is below 1; a layer is lazy and has had no input; or the model does not take one tensor
+            of this shape, and the text says what it raised.
     """
     _check_shape(caller, input_shape)
+    check_not_lazy(caller, model)
     found: Counter[str] = Counter()
     element_sizes: dict[str, int] = {}
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..words import with_article
 from .source import import_of, resolve
 from .values import HOLDERS, NAMED, PLAIN, NotTraceable, Path, Source, is_plain
 
@@ -87,7 +88,7 @@ def frozen(value: Any) -> Any:
         return kind, value, math.copysign(1, value)  # 0.0 equals -0.0
     if is_plain(value) or isinstance(value, NAMED):
         return kind, value
-    raise NotTraceable(f"a {kind.__name__}, whose contents may change")
+    raise NotTraceable(f"{with_article(kind.__name__)}, whose contents may change")
 
 
 def is_same(now: Any, expected: Any) -> bool:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..words import a_type
+
 
 @functools.cache
 def tensor_functions() -> frozenset[int]:
@@ -166,7 +168,7 @@ def full_name(function: Any) -> str:
     """A function as a report names it."""
     name = getattr(function, "__qualname__", None) or getattr(function, "__name__", None)
     if name is None:
-        return f"a {type(function).__name__}"
+        return f"{a_type(function)}"
     module = getattr(function, "__module__", None)
     owner = getattr(function, "__self__", None)
     if owner is not None and not isinstance(owner, (types.ModuleType, type)):

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ..activations import SLOPE, is_piecewise
 from ..nn.activations import activation_of, gelu, leaky
 from ..nn.norms import is_batch_norm, why_called
+from ..words import a_type
 from .values import Path
 
 Modules = Mapping[str, nn.Module]
@@ -69,7 +70,7 @@ def why_not_skipped(child: nn.Module | None, expected: Skipped) -> str | None:
     if type(child) is not kind:
         name = kind.__name__
         package = "nn." if kind.__module__.startswith("torch.nn.") else ""
-        return f"it is a {type(child).__name__}, not an {package}{name}"
+        return f"it is {a_type(child)}, not an {package}{name}"
     drops = is_identity_kind(kind) and not expected.is_called
     if drops and (share := _dropped_share(child)) != 0:
         return f"it drops a share of {share}"

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..nn.norms import why_called
+from ..words import a_type
 from . import known
 from .attributes import Attributes
 from .guards import Guard, Look
@@ -140,9 +141,7 @@ class Operators(Attributes):
         if isinstance(value, HOLDERS):
             if not isinstance(value, (tuple, frozenset)):
                 if id(value) in self.outside:
-                    raise NotTraceable(
-                        f"it hands on a {type(value).__name__} that outlives the call"
-                    )
+                    raise NotTraceable(f"it hands on {a_type(value)} that outlives the call")
                 self._given[id(value)] = value
             for item in value.values() if isinstance(value, dict) else value:
                 self.give(item)
@@ -150,7 +149,7 @@ class Operators(Attributes):
     def not_given(self, value: Any) -> None:
         """Refuse what somebody else may have written to."""
         if id(value) in self._given:
-            raise NotTraceable(f"it uses a {type(value).__name__} after it gave it to a child")
+            raise NotTraceable(f"it uses {a_type(value)} after it gave it to a child")
 
     # --- questions --------------------------------------------------------------------------------------------------
 

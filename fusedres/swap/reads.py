@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..words import a_type
 from .guards import Guard, Held, eager_only, stays
 from .known import full_name
 from .values import (
@@ -128,7 +129,7 @@ class Reads:
             self.guard(Guard(source.path, test, (*source.constants, type(value)), reason))
             return Thing(value, source)
         raise NotTraceable(
-            f"its forward depends on {source.text}, a {type(value).__name__}, whose contents may change"
+            f"its forward depends on {source.text}, {a_type(value)}, whose contents may change"
         )
 
     def _held(self, value: Any, source: Source) -> Any:
@@ -139,9 +140,8 @@ class Reads:
         try:
             self.guard(stays(source, value))
         except NotTraceable as error:
-            kind = type(value).__name__
             raise NotTraceable(
-                f"its forward depends on {source.text}, a {kind}, whose contents may change"
+                f"its forward depends on {source.text}, {a_type(value)}, whose contents may change"
             ) from error
         return self.held(value)
 
@@ -161,7 +161,7 @@ class Reads:
         """Refuse to write to what was read from outside."""
         if id(holder) in self.outside and not isinstance(holder, (tuple, frozenset)):
             raise NotTraceable(
-                f"it writes to a {type(holder).__name__} that outlives the call; return the value instead"
+                f"it writes to {a_type(holder)} that outlives the call; return the value instead"
             )
 
 
@@ -199,4 +199,4 @@ def described(value: Any) -> str:
         return value.source.text
     if isinstance(value, (Bound, types.FunctionType, type, types.ModuleType)):
         return full_name(value.function if isinstance(value, Bound) else value)
-    return f"a {type(value).__name__}"
+    return f"{a_type(value)}"
