@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import resource
@@ -32,7 +33,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import fusedres
 import fusedres.models
 from fusedres.cli.data import load_digits, make_synthetic
 
@@ -81,9 +81,7 @@ def build(name: str, classes: int) -> nn.Module:
     if package == "fusedres":
         return getattr(fusedres.models, model)(num_classes=classes)
     if package == "timm":
-        import timm
-
-        return timm.create_model(model, num_classes=classes)
+        return importlib.import_module("timm").create_model(model, num_classes=classes)
     return torchvision.models.get_model(model, num_classes=classes)
 
 
@@ -95,18 +93,24 @@ def prepare(options: argparse.Namespace, classes: int, device: torch.device) -> 
         model.load_state_dict(torch.load(options.weights, map_location="cpu"))
     # Then where they lie in memory: DDP lays out its buckets, and the optimizer its state, as the parameters are.
     model.to(device=device, memory_format=LAYOUTS[options.channels_last])
-    # SyncBatchNorm puts other modules in, with the same parameters: before whatever remembers modules.
-    if options.sync_bn and device.type == "cpu" and options.processes > 1:
-        raise SystemExit("--sync-bn: DDP refuses SyncBatchNorm on a CPU; leave it out")
+    # On a CPU DDP refuses SyncBatchNorm, since PyTorch's own does not run there. Fused it does: it comes behind DDP.
+    several, is_late = options.processes > 1, options.sync_bn and device.type == "cpu"
+    if several and is_late and not options.fuse:
+        raise SystemExit("--sync-bn: PyTorch's SyncBatchNorm does not run on a CPU; add --fuse")
+    wrapped: Any = DistributedDataParallel(model) if several and is_late else model
+    # SyncBatchNorm puts other modules in, with the same parameters and buffers: before what remembers modules.
     if options.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # timm's own knows of its BatchNorms that hold an activation.
+        is_timm = options.model.startswith("timm:")
+        owner: Any = importlib.import_module("timm.layers") if is_timm else nn.SyncBatchNorm
+        model = owner.convert_sync_batchnorm(model)
     # fuse_ when the modules are the final ones, so that its report tells what runs. It changes no parameter.
     if options.fuse:
         say(fusedres.fuse_(model))
     # The average is a deep copy of the bare model: fused too, with nothing of DDP or the compiler in it.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
     # DDP when the parameters are where they will be: it makes its buckets of them.
-    wrapped: Any = DistributedDataParallel(model) if options.processes > 1 else model
+    wrapped = DistributedDataParallel(model) if several and not is_late else wrapped
     # The compiler last: it cuts its graph at DDP's buckets, so that gradients travel while the backward runs.
     if options.compile:
         wrapped = torch.compile(wrapped)
@@ -160,9 +164,8 @@ def load(options: argparse.Namespace) -> tuple[Any, Any, int]:
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     augmented = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     centred = [v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)]
-    root = Path(options.data)
-    train = ImageFolder(str(root / "train"), v2.Compose([*augmented, *tensor]))
-    val = root / "val"
+    folder, val = (Path(options.data) / name for name in ("train", "val"))
+    train = ImageFolder(str(folder), v2.Compose([*augmented, *tensor]))
     held_out = ImageFolder(str(val), v2.Compose([*centred, *tensor])) if val.is_dir() else None
     return train, held_out, len(train.classes)
 
@@ -325,10 +328,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         loss = training.run(to_train_on, steps)
         step, is_end = training.step, training.step == steps
         if step % options.log_every == 0 or is_end:
-            value, now = (
-                loss.item(),
-                time.perf_counter(),
-            )  # the only place that waits for the device
+            value, now = loss.item(), time.perf_counter()  # all that waits for the device
             rate, memory = (step - counted) * a_step / (now - clock), peak_bytes(device) / 2**20
             clock, counted = now, step
             say(f"step {step}/{steps} loss {value:.9g} images/s {rate:.0f} peak {memory:.0f} MiB")

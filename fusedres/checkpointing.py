@@ -35,8 +35,10 @@ def checkpoint(
     Args:
         function: what is run now, and again in the backward. The modules that it runs are found in it: it is a module
             or a method of one, or a function that has them in its closure, its defaults, or under a global that it
-            names, in lists, tuples, dicts and attributes of objects too. Modules among `args` and `kwargs` are found as
-            well; one that is reached in another way (a registry, a weak reference) moves its statistics twice.
+            names (of a Python module that it names, too), in lists, tuples, dicts and attributes of objects, up to
+            three objects inside of one another. Modules among `args` and `kwargs` are found as well; one that is
+            reached in another way (a method of an object that reads a global, a weak reference, a registry that is
+            asked by a function of another library) moves its statistics twice.
         args, kwargs: of the function, and the options of `torch.utils.checkpoint.checkpoint` of the installed PyTorch
             (`preserve_rng_state`, `context_fn`, `determinism_check`, ...).
         use_reentrant: as PyTorch's, but False where nothing is said.
@@ -145,7 +147,7 @@ def _modules_of(value: Any) -> list[nn.Module]:
     return list(found)
 
 
-def _roots(value: Any, seen: dict[int, int], objects: int = 1) -> Iterator[nn.Module]:
+def _roots(value: Any, seen: dict[int, int], objects: int = 3) -> Iterator[nn.Module]:
     """objects: how many that are nothing of these, and hold something, may stand inside of one another."""
     waiting = [(value, objects)]
     while waiting:
@@ -174,7 +176,7 @@ def _roots(value: Any, seen: dict[int, int], objects: int = 1) -> Iterator[nn.Mo
         elif isinstance(owner := _owner(value), nn.Module):
             yield owner  # of what stands for a method
         elif objects and not isinstance(value, _NO_HOLDERS):
-            inside = getattr(value, "__dict__", {}).values()
+            inside = _attributes(value)
             objects -= 1
         waiting += [(each, objects) for each in inside if not isinstance(each, _ATOMS)]
 
@@ -182,12 +184,35 @@ def _roots(value: Any, seen: dict[int, int], objects: int = 1) -> Iterator[nn.Mo
 def _read_by(function: types.FunctionType) -> list[Any]:
     """What a function may read: globals (by name; those of the functions inside of it too), defaults, its closure."""
     inside = [function.__defaults__, function.__kwdefaults__, function.__dict__]
-    if not (function.__module__ or "").startswith("torch."):
+    if not _is_torchs(function.__module__ or ""):
         known, codes = function.__globals__, [function.__code__]
         for code in codes:
-            inside += [known[name] for name in code.co_names if name in known]
+            read = [known[name] for name in code.co_names if name in known]
+            inside += read
+            for module in read:  # `models.net(x)`
+                if isinstance(module, types.ModuleType) and not _is_torchs(module.__name__):
+                    inside += [vars(module)[n] for n in code.co_names if n in vars(module)]
             codes += [each for each in code.co_consts if isinstance(each, types.CodeType)]
     return inside + [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
+
+
+def _is_torchs(name: str) -> bool:
+    return name == "torch" or name.startswith("torch.")
+
+
+def _attributes(value: Any) -> list[Any]:
+    """What an object holds, in slots too."""
+    found = [*getattr(value, "__dict__", {}).values()]
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            member = vars(kind).get(name, vars(kind).get(f"_{kind.__name__.lstrip('_')}{name}"))
+            if isinstance(member, types.MemberDescriptorType):
+                try:
+                    found.append(member.__get__(value))
+                except AttributeError:  # empty
+                    continue
+    return found
 
 
 def _owner(value: Any) -> Any:

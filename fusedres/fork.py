@@ -52,7 +52,7 @@ class _Run:
 # By the engine's number for it.
 _runs: dict[int, weakref.ref[_Run]] = {}
 _makers: list[type] = []
-_Leaf: type = torch._C._functions.AccumulateGrad
+Leaf: type = torch._C._functions.AccumulateGrad
 
 
 def takes_part(function: type[torch.autograd.Function]) -> None:
@@ -130,7 +130,7 @@ def _begun(functions: tuple[tuple[Any, int], ...]) -> _Run | None:
     not among those.) One answer holds for the whole run.
     """
     number = torch._C._current_graph_task_id()
-    leaf = next((f for f, _ in functions if type(f) is _Leaf), None)
+    leaf = next((f for f, _ in functions if type(f) is Leaf), None)
     if number < 0 or leaf is None:
         return None
     for gone in [each for each, reference in list(_runs.items()) if reference() is None]:

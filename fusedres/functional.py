@@ -22,7 +22,7 @@ from .ops import add, dual, preactivation, scaled
 from .ops import batch_norm_act as single
 from .ops.norm import BatchNorm, How, blend
 from .ops.projection import project
-from .ops.statistics import Statistics, keep_finite
+from .ops.statistics import keep_finite, tracked
 
 __all__ = [
     "add_act",
@@ -95,10 +95,10 @@ def batch_norm_act(
     check_batch_norm_act(
         name, input, running_mean, running_var, weight, bias, training, eps, residual, activation
     )
-    if keep_finite_statistics and training and running_mean is not None and running_var is not None:
+    if keep_finite_statistics and training:
         arguments = input, running_mean, running_var, weight, bias, training, momentum, eps
         return keep_finite(
-            [Statistics(running_mean, running_var)],
+            tracked(BatchNorm(None, None, running_mean, running_var)),
             lambda: batch_norm_act(*arguments, residual=residual, activation=activation),
         )
     if isinstance(momentum, Tensor):
@@ -135,6 +135,7 @@ def dual_batch_norm_act(
     residual_eps: float = 1e-5,
     *,
     activation: str | None = "relu",
+    keep_finite_statistics: bool = False,
 ) -> Tensor:
     """`activation(batch_norm(input) + batch_norm(residual))`: the tail of a block whose shortcut is projected.
 
@@ -147,7 +148,7 @@ def dual_batch_norm_act(
         weight, bias, residual_weight, residual_bias: [C] or None (ones and zeros).
         training: normalise both with the statistics of the batch.
         momentum, eps, residual_momentum, residual_eps: as for `batch_norm_act`; a momentum that is a tensor is read.
-        activation: as for `batch_norm_act`.
+        activation, keep_finite_statistics: as for `batch_norm_act`.
 
     Returns:
         A tensor with the input's shape, dtype and memory format. First and second derivatives are supported.
@@ -164,9 +165,20 @@ def dual_batch_norm_act(
             residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
         ),
     )  # fmt: skip
-    return dual.tail_of_two(
-        "dual_batch_norm_act", input, residual, norms, How(training, activation)
-    )
+    return _tail_of_two(
+        "dual_batch_norm_act", input, residual, norms, How(training, activation), None,
+        keep_finite_statistics,
+    )  # fmt: skip
+
+
+def _tail_of_two(
+    name: str, input: Tensor, residual: Tensor, norms: tuple[BatchNorm, BatchNorm], how: How,
+    moments: Tensor | None, keep: bool,
+) -> Tensor:  # fmt: skip
+    def run() -> Tensor:
+        return dual.tail_of_two(name, input, residual, norms, how, moments)
+
+    return keep_finite(tracked(*norms), run) if keep and how.training else run()
 
 
 def projection(
@@ -230,6 +242,7 @@ def projection_batch_norm_act(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
     activation: str | None = "relu",
+    keep_finite_statistics: bool = False,
 ) -> Tensor:
     """`activation(batch_norm(input) + batch_norm(projection(shortcut)))`: a projected shortcut and its block's tail.
 
@@ -242,7 +255,7 @@ def projection_batch_norm_act(
         projection_weight: [C, Cin, 1, ...].
         running_mean to residual_eps: as for `dual_batch_norm_act`; the residual is the projected shortcut.
         projection_bias, stride, padding, dilation, groups: as for `projection`.
-        activation: as for `batch_norm_act`.
+        activation, keep_finite_statistics: as for `batch_norm_act`.
 
     Returns:
         A tensor with the input's shape, dtype and memory format.
@@ -265,7 +278,9 @@ def projection_batch_norm_act(
             residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
         ),
     )  # fmt: skip
-    return dual.tail_of_two(name, input, residual, norms, How(training, activation), moments)
+    return _tail_of_two(
+        name, input, residual, norms, How(training, activation), moments, keep_finite_statistics
+    )
 
 
 def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu") -> Tensor:
@@ -340,6 +355,7 @@ def add_batch_norm_act(
     eps: float = 1e-5,
     *,
     activation: str | None = "relu",
+    keep_finite_statistics: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`sum = input + residual` and `output = activation(batch_norm(sum))`, both kept: a pre-activation unit (He et al.
     2016, arXiv:1603.05027) from the end of one to the beginning of the next.
@@ -348,7 +364,8 @@ def add_batch_norm_act(
         input: what the last unit's branch gives, [N, C, ...], at least 2-D, any strides; float32, bfloat16, float16 or
             float64.
         residual: like `input` in shape and dtype, in any layout.
-        running_mean to eps, activation: as for `batch_norm_act`; the statistics are those of the sum as it is stored.
+        running_mean to eps, activation, keep_finite_statistics: as for `batch_norm_act`; the statistics are those of
+            the sum as it is stored.
 
     Returns:
         (sum, output), both with the input's shape, dtype and memory format. First and second derivatives are supported.
@@ -364,6 +381,22 @@ def add_batch_norm_act(
     check_batch_norm_act(
         name, input, running_mean, running_var, weight, bias, training, eps, None, activation
     )
+    if keep_finite_statistics and training:
+        arguments = (
+            input,
+            residual,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+        )
+        return keep_finite(
+            tracked(BatchNorm(None, None, running_mean, running_var)),
+            lambda: add_batch_norm_act(*arguments, activation=activation),
+        )
     if (
         not isinstance(momentum, Tensor)
         and is_eager()

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .dispatch import backend, get_backend, resolve
 from .swap import FuseConfig, fuse_, is_fused, unfuse_
@@ -119,13 +124,15 @@ def memory_report(
     """What `model(input)` keeps for its backward, unfused and fused.
 
     The model stays as it was: it is a copy that runs, with the same Parameters and buffers of its own, in the model's
-    mode (train or eval); there is no backward, and the state of PyTorch's random generators is put back. Hooks of the
-    model run with it.
+    mode (train or eval); there is no backward, and the random generators of PyTorch, Python and numpy are put back.
+    Hooks of the model run with it. It is copied by `copy.deepcopy`, which refuses a tensor that was computed, but for
+    one that is an attribute of a module (as pruning and the old weight norm have).
 
     Args:
         model: any module, fused or not; one that is not is fused in the copy.
-        input: what it is called with: a tensor, a tuple of arguments, or a shape, for which a tensor of zeros is made
-            on the device and in the dtype of the model's first parameter.
+        input: what it is called with: a tensor, a tuple of arguments (with dicts, lists and tuples of tensors among
+            them), or a shape, for which a tensor of zeros is made on the device and in the dtype of the model's first
+            parameter.
         config: as in `fuse_`; of a model that is fused already the default is how it is fused.
 
     Returns:
@@ -141,11 +148,10 @@ def memory_report(
             return memory_report(model, input, config)
     check_arguments("memory_report", model, config, None)
     check_not_lazy("memory_report", model)
-    arguments = tuple(
-        each.clone() if isinstance(each, Tensor) and each.is_inference() else each
-        for each in _arguments(model, input)
+    arguments = tree_map_only(
+        Tensor, lambda t: t.clone() if t.is_inference() else t, _arguments(model, input)
     )
-    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    tensors = _tensors_in(arguments)
     columns = {}
     with backend("off"):
         columns[UNFUSED] = _kept(_copied(model, None, config), arguments)
@@ -168,14 +174,18 @@ def _arguments(model: nn.Module, input: Any) -> tuple[Any, ...]:
     if isinstance(input, Tensor):
         return (input,)
     if isinstance(input, (tuple, list)) and input:
-        if not all(type(each) is int for each in input):
+        if not all(isinstance(each, Integral) and not isinstance(each, bool) for each in input):
             return tuple(input)
         like = next(model.parameters(), torch.empty(0))
-        return (torch.zeros(tuple(input), dtype=like.dtype, device=like.device),)
+        return (torch.zeros(tuple(map(int, input)), dtype=like.dtype, device=like.device),)
     raise TypeError(
         f"memory_report: input is {a_type(input)}, {input!r:.40}, expected a tensor, a tuple of arguments, or a "
         "shape, for example (8, 3, 224, 224)"
     )
+
+
+def _tensors_in(arguments: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
 
 def _ran(tensors: list[Tensor]) -> str:
@@ -192,6 +202,10 @@ def _copied(
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = _shape_of(parameter) if on_meta else parameter
+    # What a parametrization of the old kind computes at each call: `deepcopy` refuses it.
+    for tensor in (t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = _shape_of(tensor) if on_meta else tensor
     if on_meta:
         memo |= {id(buffer): _shape_of(buffer) for buffer in model.buffers()}
     double = copy.deepcopy(model, memo)
@@ -215,7 +229,7 @@ def _by_shapes(
         raise RuntimeError("autocast does not know tensors without values")
     # Fused with its values, which `fuse_` may look at.
     double = _copied(_copied(model, True, config), True, None, on_meta=True)
-    moved = tuple(_shape_of(each) if isinstance(each, Tensor) else each for each in arguments)
+    moved = tree_map_only(Tensor, _shape_of, arguments)
     with backend("triton"):
         return _kept(double, moved)
 
@@ -229,6 +243,19 @@ class _Held:
         self.tensor = tensor
 
 
+@contextmanager
+def _others_generators() -> Iterator[None]:
+    """The state of Python's random generator and, where it is loaded, of numpy's is put back."""
+    numpy: Any = sys.modules.get("numpy")
+    state, numpys = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpys is not None:
+            numpy.random.set_state(numpys)
+
+
 def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
     """Bytes by kind that one call keeps."""
     held: list[weakref.ref[_Held]] = []
@@ -238,10 +265,11 @@ def _kept(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, int]:
         held.append(weakref.ref(one))
         return one
 
-    devices = {each.device for each in arguments if isinstance(each, Tensor) and each.is_cuda}
+    devices = {each.device for each in _tensors_in(arguments) if each.is_cuda}
     roles = _Roles()
     with (
         torch.random.fork_rng(sorted(device.index for device in devices)),
+        _others_generators(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor),
         roles,

@@ -163,6 +163,9 @@ class Narrow(torchvision.models.ResNet):
         return super()._make_layer(block, planes // 16, *args, **options)
 
 
+KEEP = fusedres.FuseConfig(keep_finite_statistics=True)
+KEPT = {"before": (Projected, "before"), "after": (Preactivation, "after")}
+
 # --- cases -------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +188,7 @@ class Case:
     training: bool = True
     autocast: bool = False
     compiled: bool = False
+    compiler: str = "aot_eager"
     penalty: bool = False
     steps: int = 1
     mean: float = 1.0
@@ -247,9 +251,7 @@ CASES: dict[str, Case] = {
     "whole in bfloat16": Case(Preactivation, dtype=torch.bfloat16, parameters=torch.bfloat16),
     # Smooth: a mask may differ where a 16-bit product is rounded otherwise.
     "autocast": Case(ProjectedSilu, dtype=torch.float32, autocast=True),
-    **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddGelu, Dual, Preactivation)},
-    # The residual itself is not kept: what PyTorch gives it is 0.
-    "AddRelu twice": Case(AddRelu, penalty=True, needs="x weight bias"),
+    **{f"{make.__name__} twice": Case(make, penalty=True) for make in (Silu, AddRelu, AddGelu, Dual, Preactivation)},
 }  # fmt: skip
 # What each of them compiles takes seconds.
 CASES |= {
@@ -263,6 +265,8 @@ CASES |= {
         "cumulative": Case(Dual, options={"momentum": None}, steps=2),
         "float32": Case(Dual, dtype=torch.float32, sizes=(2, 3, 2)),
         "ours": Case(Ours, sizes=(2, 3, 2)),
+        "inductor": Case(Projected, sizes=(2, 3, 2), compiler="inductor", steps=2),
+        "tail, inductor": Case(AddGelu, sizes=(2, 3, 2), compiler="inductor", dtype=torch.float32),
     }.items()
 }
 # Those whose kernels differ; what the others are about is the same on both backends.
@@ -285,7 +289,7 @@ def share_of(name: str, backend: str) -> str:
 
 def found(model: nn.Module, case: Case, x: Tensor, r: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """Output, gradients and buffers after the last step."""
-    run = torch.compile(model, backend="aot_eager", fullgraph=True) if case.compiled else model
+    run = torch.compile(model, backend=case.compiler, fullgraph=True) if case.compiled else model
     results: dict[str, Tensor] = {}
     for _ in range(case.steps):
         model.zero_grad()
@@ -343,15 +347,18 @@ def narrow() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 class Counting(TorchDispatchMode):
-    """Which collectives are called."""
+    """Which collectives are called, and who waits for a value."""
+
+    WAITS = "_local_scalar_dense"
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional"):
-            self.found[function.__name__.split(".")[0]] += 1
+        name = function.__name__.split(".")[0]
+        if function.namespace in ("c10d", "_c10d_functional") or name == self.WAITS:
+            self.found[name] += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -361,14 +368,14 @@ class Process:
     def __init__(self, rank: int, processes: int, device: str) -> None:
         self.rank, self.processes, self.device = rank, processes, device
 
-    def model(self, case: Case) -> nn.Module:
+    def model(self, case: Case, config: fusedres.FuseConfig | None = None) -> nn.Module:
         """The model of a case, fused and converted."""
         model, group = case.model(), None
         if case.members is not None:
             group = torch.distributed.new_group(case.members)
         if case.order == "before":
             model = convert(model, group)
-        fusedres.fuse_(model)
+        fusedres.fuse_(model, config)
         if case.order == "after":
             model = convert(model, group)
         return model.to(self.device).train(case.training)
@@ -392,6 +399,23 @@ class Process:
         with Counting() as counting:
             found(self.model(case), case, *self.part(case))
         return dict(counting.found)
+
+    def kept_finite(self, make: type[Model], order: str) -> dict[str, Any]:
+        """The buffers after a step with `keep_finite_statistics`: as the batch is, and with an infinity in one channel
+        of one image of one process; and which operators asked for a value."""
+        results: dict[str, Any] = {}
+        for name in ("finite", "not finite"):
+            case = Case(make, order=order).among(self.processes)
+            model, (x, r, dy) = self.model(case, KEEP), self.part(case)
+            if name == "not finite" and self.rank == 0:
+                x[1, 2, 0, 1] = torch.inf
+            with Counting() as counting:
+                found(model, case, x, r, dy)
+            results |= {
+                name: {n: t.cpu() for n, t in model.named_buffers()},
+                "asked": counting.found[Counting.WAITS],
+            }
+        return results
 
     def refused(self, what: str) -> tuple[str, bool]:
         """What is said of a transform, and whether the state is what it was."""
@@ -441,6 +465,7 @@ def results(process: Process, backend: str, share: str) -> dict[str, Any]:
     if share in ("eager", "kernels"):
         found["one value"] = process.one_value()
         found["report"] = process.report()
+        found["kept finite"] = {order: process.kept_finite(*each) for order, each in KEPT.items()}
         refused = ("dual tensors", "jvp", "grad", "vmap")
         found["refused"] = {what: process.refused(what) for what in refused}
     if share in ("eager", "rest"):

@@ -288,6 +288,23 @@ def test_found_and_told(cls):
     assert row.note.endswith(f"; add+{end} of its block runs as one too")
 
 
+@pytest.mark.once
+def test_told_of_where_its_batch_norm_is_left_alone():
+    model = nn.Sequential(block_of(Excited), block_of(Excited))
+    model[0].bn.register_forward_hook(lambda *_: None)
+    told = [fusedres.explain(model), fusedres.fuse_(model), fusedres.explain(model)]
+    model[0].act = nn.Tanh()  # where it no longer runs
+    told.append(fusedres.explain(model))
+    assert [(report.n_fused, report.n_fusable, report.n_sums) for report in told] == [
+        (0, 1, 2), (1, 1, 2), (1, 1, 2), (1, 1, 1)
+    ]  # fmt: skip
+    assert str(told[1]).startswith(
+        "fusedres: 2 BatchNorm: 1 fused, 1 left alone; and 2 add with its activation"
+    )
+    assert told[1].rows[0].note == "add+ReLU of its block runs as one"
+    assert told[3].rows[0].note == ""
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("cls", [*FOUND, ReadLater])
 def test_it_computes_the_same(cls, training, device):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -239,12 +240,45 @@ class _InAList(torch.nn.Module):
         return self.hidden[0](x)
 
 
+class _Slotted:
+    __slots__ = ("__block", "empty")
+
+    def __init__(self, block):
+        self.__block = block
+
+    def run(self, x):
+        return self.__block(x)
+
+
+def _in_slots(block):
+    return _Slotted(block).run
+
+
+def _in_an_object_in_an_object(block):
+    holder = _Holder(_Holder(_Holder(block)))
+    return lambda x: holder.block.block.block(x)
+
+
+def _in_a_python_module(block):
+    _module.net = _Holder(block)
+    return lambda x: _module.net.block(x)
+
+
+_module = types.ModuleType("models_of_a_test")
 _GLOBAL: dict = {}
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(
-    "hide", [_in_a_lambda, _in_an_object_that_holds_itself_to_be_met_twice, _InAList]
+    "hide",
+    [
+        _in_a_lambda,
+        _in_an_object_that_holds_itself_to_be_met_twice,
+        _InAList,
+        _in_slots,
+        _in_an_object_in_an_object,
+        _in_a_python_module,
+    ],
 )
 def test_what_is_hidden_in_what_is_run_moves_once_too(hide):
     block = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3))

@@ -43,6 +43,14 @@ WAYS = {
     "preactivation": lambda n, m, x: call_add_batch_norm(n, x, torch.ones_like(x), "relu", True),
     "function": lambda n, m, x: fusedres.functional.batch_norm_act(
         x, n.running_mean, n.running_var, n.weight, n.bias, True, keep_finite_statistics=True),
+    "add function": lambda n, m, x: fusedres.functional.add_batch_norm_act(
+        x, torch.ones_like(x), n.running_mean, n.running_var, n.weight, n.bias, True, keep_finite_statistics=True),
+    "dual function": lambda n, m, x: fusedres.functional.dual_batch_norm_act(
+        x, torch.ones_like(x) + x, n.running_mean, n.running_var, m.running_mean, m.running_var, n.weight, n.bias,
+        training=True, keep_finite_statistics=True),
+    "projection function": lambda n, m, x: fusedres.functional.projection_batch_norm_act(
+        x, torch.ones_like(x), torch.ones(4, 4, 1, 1, device=x.device), n.running_mean, n.running_var, m.running_mean,
+        m.running_var, training=True, keep_finite_statistics=True),
 }  # fmt: skip
 
 
@@ -113,6 +121,95 @@ def test_a_module_keeps_them_if_it_is_asked_to(keep, device):
     module(input(device, bad=[2])).sum().backward()
     assert bool(module.running_var.isfinite().all()) is keep
     assert ("keep_finite_statistics=True" in repr(module)) is keep
+
+
+def Bare(**how):
+    return nn.Sequential(fusedres.nn.Projection(4, 4, **how), nn.Identity())
+
+
+class Joined(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.bn, self.downsample = nn.BatchNorm2d(4), fusedres.nn.Projection(4, 4, **how)
+
+    def forward(self, x):
+        return self.downsample.join(self.bn, x, x)
+
+
+class Hooked(Joined):
+    """So that the modules are called one by one."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.bn.register_forward_hook(lambda *_: None)
+
+
+OURS = {
+    "Projection": Bare,
+    "Projection.join": Joined,
+    "Projection.join, one by one": Hooked,
+    "BasicBlock": lambda **how: fusedres.nn.BasicBlock(4, 4, shortcut="conv", **how),
+    "Bottleneck, weighed": lambda **how: fusedres.nn.Bottleneck(4, 1, shortcut="scale", **how),
+    "Residual": lambda **how: fusedres.nn.Residual(
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), **how),
+    "Residual, projected": lambda **how: fusedres.nn.Residual(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), fusedres.nn.Projection(4, 4), **how),
+    "ResNet": lambda **how: fusedres.models.ResNet(
+        fusedres.nn.BasicBlock, (1,), 3, 4, widths=(4,), stem="3x3", **how),
+    "PreActResNet": lambda **how: fusedres.models.PreActResNet(
+        fusedres.nn.PreActBasicBlock, (2,), 3, 4, widths=(4,), stem="3x3", **how),
+}  # fmt: skip
+
+
+def spoilt(model, device):
+    """The buffers that a batch with an infinity moves, of a model that has seen one without."""
+    model.to(device)(input(device))
+    before = buffers(model)
+    model(input(device, bad=range(4)))
+    return {name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
+
+
+@pytest.mark.parametrize("how", ["when it is made", "by fuse_"])
+@pytest.mark.parametrize("name", OURS)
+def test_a_module_of_ours_keeps_those_of_all_that_it_runs(name, how, device):
+    if how == "by fuse_":
+        model = OURS[name]()
+        fusedres.fuse_(model, KEEP)
+    else:
+        model = OURS[name](keep_finite_statistics=True)
+    assert spoilt(model, device) == set()
+    assert "keep_finite_statistics=True" in repr(model)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", OURS)
+def test_unfused_a_module_of_ours_does_as_it_was_made(name, device):
+    model = OURS[name]()
+    fusedres.fuse_(model, KEEP)
+    fusedres.unfuse_(model)
+    assert spoilt(model, device) == {*buffers(model)}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("made_with", [True, False])
+def test_what_a_module_was_made_with_comes_back(made_with):
+    model = fusedres.nn.BatchNormAct2d(4, keep_finite_statistics=made_with)
+    state = dict(vars(model))
+    found = []
+    for config in (KEEP, KEEP, None):
+        fusedres.fuse_(model, config)
+        found.append(copy.deepcopy(model).keep_finite_statistics)
+    fusedres.fuse_(model, KEEP)
+    fusedres.unfuse_(model)
+    assert found == [True, True, made_with]
+    assert vars(model) == state
+
+
+@pytest.mark.once
+def test_a_module_of_ours_that_the_filter_leaves_out_does_as_it_was_made():
+    model = nn.ModuleDict({name: fusedres.nn.BatchNormAct2d(4) for name in "ab"})
+    fusedres.fuse_(model, KEEP, filter_fn=lambda module, name: name != "a")
+    assert [each.keep_finite_statistics for each in model.values()] == [False, True]
 
 
 def test_gradients_are_those_without_it(device):

@@ -65,6 +65,28 @@ def forwards(monkeypatch):
     return found
 
 
+@pytest.mark.once
+@pytest.mark.composes("FullyShardedDataParallel (FSDP1), in front of fuse_ and behind it", "works")
+@pytest.mark.parametrize("order", ["fuse_ first", "fuse_ last"])
+def test_parameters_that_are_flat_between_calls(order, mesh):
+    """As `FullyShardedDataParallel` leaves them: pieces of one flat tensor, which are put back for a call. (It wants
+    several processes for it; what is done in front of a call stands here.)"""
+    model, plain = Small(), Small()
+    plain.load_state_dict(model.state_dict())
+    shapes = {p: p.shape for p in model.parameters()}
+    if order == "fuse_ first":
+        fusedres.fuse_(model)
+    for parameter in shapes:
+        parameter.data = parameter.data.flatten()
+    report = fusedres.fuse_(model)
+    for parameter, shape in shapes.items():
+        parameter.data = parameter.data.view(shape)
+    loss_of(model).backward()
+    loss_of(plain).backward()
+    assert report.n_fused == len(report.rows)
+    torch.testing.assert_close(gradients(model), gradients(plain))
+
+
 @pytest.mark.cpu
 @pytest.mark.kernels
 @pytest.mark.parametrize("where", ["root", "blocks"])

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fusedres
 from fusedres.memory import FUSED, KERNELS, KINDS
@@ -114,6 +117,58 @@ def test_an_input_may_be_a_tensor_arguments_or_a_shape():
         fusedres.memory_report(model, input) for input in (x, (x,), SHAPE, torch.Size(SHAPE))
     ]
     assert all(report.columns == reports[0].columns for report in reports)
+
+
+class OfMany(Tail):
+    def forward(self, x, more):
+        return super().forward(x + more["a"][0]) * more["scale"]
+
+
+@pytest.mark.once
+def test_tensors_in_dicts_are_moved_to_where_shapes_are_and_are_told():
+    x = images(*SHAPE).float()
+    report = fusedres.memory_report(OfMany(), (x, {"a": [x], "scale": 2}))
+    assert report.on_gpu is not None, report.note
+    assert report.input == (SHAPE, SHAPE)
+
+
+@pytest.mark.once
+def test_a_shape_may_be_of_numpys_numbers():
+    report = fusedres.memory_report(Tail(), tuple(np.array(SHAPE)))
+    assert report == fusedres.memory_report(Tail(), SHAPE)
+
+
+class Draws(Tail):
+    def forward(self, x):
+        return super().forward(x) * (random.random() + np.random.rand())
+
+
+@pytest.mark.once
+def test_other_generators_are_put_back_too():
+    expected = random.getstate(), np.random.get_state()[1].tolist()
+    fusedres.memory_report(Draws(), SHAPE)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == expected
+
+
+def weight_norm(conv):
+    torch.nn.utils.weight_norm(conv)
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "how",
+    [weight_norm, lambda conv: prune.l1_unstructured(conv, "weight", 1)],
+    ids=["norm", "pruned"],
+)
+def test_a_weight_that_is_computed_at_each_call_is_no_obstacle(how):
+    model = net()
+    how(model.block.conv1)
+    model(images(*SHAPE).float())
+    weight = model.block.conv1.weight
+    report = fusedres.memory_report(model, SHAPE)
+    assert report.on_gpu is not None, report.note
+    assert model.block.conv1.weight is weight
 
 
 @pytest.mark.once

@@ -66,6 +66,21 @@ def test_three_batches_then_eval(dims, options, device):
             torch.testing.assert_close(getattr(module, name).grad, getattr(reference, name).grad)
 
 
+@pytest.mark.composes("another default dtype", "works")
+def test_a_cumulative_average_is_as_exact_as_its_buffers(device):
+    """The default dtype is what somebody has set for what they make, not for 1 / n."""
+    module, reference, shape = pair(device=device, momentum=None)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(3):
+            x = torch.randn(shape, dtype=torch.float64, device=device)
+            module(x)
+            reference(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(module.running_mean, reference.running_mean, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.parametrize("dims", PAIRS)
 @pytest.mark.parametrize("options", ["default", "untracked", "not affine"])
 def test_state_dict_is_that_of_batch_norm(dims, options):

@@ -90,13 +90,13 @@ def too_far(case, found, oracle, eager):
     return wrong
 
 
-def cases(compiled):
+def cases(compiled, compiler="aot_eager"):
     """Each with each backend; what takes long is slow."""
     found = []
     for name, case in CASES.items():
         for backend, mark in RUNS.items():
             slow = (pytest.mark.slow,) if "rest" in share_of(name, backend) else ()
-            if case.compiled == compiled:
+            if case.compiled == compiled and case.compiler == compiler:
                 found.append(
                     pytest.param(name, backend, marks=(mark, *slow), id=f"{name}-{backend}")
                 )
@@ -119,6 +119,14 @@ def test_processes_find_what_one_does(name, backend):
 @pytest.mark.parametrize(("name", "backend"), cases(compiled=True))
 @pytest.mark.composes("SyncBatchNorm under torch.compile(fullgraph=True)", "works")
 def test_compiled_processes_find_what_one_does(name, backend):
+    check(name, backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), cases(compiled=True, compiler="inductor"))
+@pytest.mark.composes(
+    "SyncBatchNorm under torch.compile with its default backend, inductor", "works"
+)
+def test_compiled_by_inductor_they_find_it_too(name, backend):
     check(name, backend)
 
 
@@ -156,6 +164,19 @@ def test_one_value_a_channel_in_all_leaves_the_running_statistics(backend):
     for each in found:
         assert each["state bn.running_mean"].eq(0).all()
         assert each["state bn.running_var"].eq(1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", sync_cases.KEPT)
+@pytest.mark.composes("SyncBatchNorm with `keep_finite_statistics`", "works")
+def test_what_is_not_finite_in_one_process_leaves_the_statistics_of_all(order, backend):
+    """In its channel; nobody asks for a value on the host."""
+    for each in started("gloo", backend, FIRST[backend]):
+        found = each["kept finite"][order]
+        expected = {name: tensor.clone() for name, tensor in found["finite"].items()}
+        expected["bn.running_mean"][2], expected["bn.running_var"][2] = 0, 1
+        torch.testing.assert_close(found["not finite"], expected, rtol=0, atol=0)
+        assert not found["asked"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from torch import nn
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ["--image-size", "32", "--batch", "8", "--log-every", "1", "--warmup", "2"]
@@ -42,14 +44,17 @@ LOOPS = [
 ]
 
 
-@pytest.mark.once  # in the interpreter a step takes minutes
+@pytest.mark.once  # in the interpreter a step of these takes minutes
 @pytest.mark.parametrize(("model", "given"), LOOPS)
 @pytest.mark.composes("training loop: autocast, GradScaler, EMA, accumulated gradients", "works")
 def test_the_losses_with_and_without_fuse_are_the_same(
     train, model, given, monkeypatch, capsys, tmp_path
 ):
     """To the rounding of the plain run, which its distance from the same run in float64 shows."""
-    given = ["--model", model, "--steps", 3, *given]
+    assert_alike(train, ["--model", model, "--steps", 3, *given], monkeypatch, capsys, tmp_path)
+
+
+def assert_alike(train, given, monkeypatch, capsys, tmp_path):
     fused = losses(train, capsys, *given, "--fuse", "--out", tmp_path / "fused")
     plain = losses(train, capsys, *given, "--out", tmp_path / "plain")
     build, to_device = train.build, train.Training.to_device
@@ -62,8 +67,38 @@ def test_the_losses_with_and_without_fuse_are_the_same(
     monkeypatch.setattr(train.Training, "to_device", wide)
     exact = losses(train, capsys, *given, "--dtype", "fp32", "--out", tmp_path / "exact")
     rounding = (plain - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
-    assert len(exact) == 3
+    assert len(exact) > 1
     assert (fused - plain).abs().max() <= 4 * rounding
+
+
+class Small(nn.Sequential):
+    """A stem and two blocks of torchvision's, one of them projected: 6 BatchNorms."""
+
+    def __init__(self, classes: int) -> None:
+        block, shortcut = torchvision.models.resnet.BasicBlock, nn.Conv2d(4, 8, 1, 2, bias=False)
+        super().__init__(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+            block(4, 4), block(4, 8, 2, nn.Sequential(shortcut, nn.BatchNorm2d(8))),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+        )  # fmt: skip
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        pytest.param(["--accumulate", 2], marks=pytest.mark.slow),
+        pytest.param(["--dtype", "bf16", "--channels-last"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_losses_by_the_kernels_are_the_same(train, given, monkeypatch, capsys, tmp_path):
+    """Of a model and images that are small enough for the interpreter; as above."""
+    # The Triton product of a projection rounds to tf32 where it may, which no CPU does.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(train, "build", lambda name, classes: Small(classes))
+    given = ["--data", "synthetic", "--image-size", 8, "--batch", 4, "--steps", 2, *given]
+    assert_alike(train, given, monkeypatch, capsys, tmp_path)
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
@@ -148,14 +183,22 @@ DROPS = [
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [
+        (1, []),
+        pytest.param(2, [], marks=pytest.mark.slow),
+        pytest.param(2, ["--sync-bn"], marks=pytest.mark.slow),
+    ],
+    ids=["one", "two", "two, sync-bn"],
+)
 @pytest.mark.composes("checkpoint, kill and resume", "works")
 def test_a_training_that_was_killed_twice_ends_as_one_that_was_not(
-    run, photographs, processes, tmp_path
+    run, photographs, processes, more, tmp_path
 ):
     """Bit for bit: killed after a step behind the last checkpoint, then in the middle of writing one, then loaded by
     other processes."""
-    given = [*DROPS, "--data", photographs, "--out"]
+    given = [*DROPS, *more, "--data", photographs, "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, said = run("train.py", *given, whole, processes=processes)
     assert status == 0, said
@@ -218,6 +261,53 @@ def test_two_processes_train_alike_compiled_or_not(run, tmp_path):
         torch.tensor([float(n) for n in re.findall(r"loss (\S+)", text)]) for _, text in said
     )
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+
+
+WIDE = """
+import sys
+import train
+build, to_device = train.build, train.Training.to_device
+def wide(self, images, labels):
+    images, labels = to_device(self, images, labels)
+    return images.double(), labels
+train.build = lambda *asked: build(*asked).double()
+train.Training.to_device = wide
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.once
+@pytest.mark.slow
+@pytest.mark.composes("DistributedDataParallel with SyncBatchNorm on a CPU, by torchrun", "works")
+def test_two_processes_with_shared_statistics_train_as_one_with_the_whole_batch(run, tmp_path):
+    """In float64; the one process is plain PyTorch, whose SyncBatchNorm does not run on a CPU."""
+    given = [
+        "--model",
+        "timm:test_resnet",
+        "--image-size",
+        32,
+        "--warmup",
+        2,
+        "--steps",
+        3,
+        "--out",
+    ]
+    one = run(WIDE, *given, tmp_path / "one", "--batch", 8)
+    two = run(WIDE, *given, tmp_path / "two", "--batch", 4, "--sync-bn", "--fuse", processes=2)
+    assert (one[0], two[0]) == (0, 0), two[1]
+    expected, found = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    for name in ("model", "average"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.once
+def test_without_fuse_shared_statistics_on_a_cpu_are_refused(train, monkeypatch, tmp_path):
+    options = train.arguments(["--sync-bn", "--model", "timm:test_resnet"])
+    options.processes = 2
+    with pytest.raises(
+        SystemExit, match="PyTorch's SyncBatchNorm does not run on a CPU; add --fuse"
+    ):
+        train.prepare(options, 10, torch.device("cpu"))
 
 
 @pytest.mark.once

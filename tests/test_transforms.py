@@ -300,6 +300,35 @@ def test_a_bias_that_trains_alone_has_a_second_derivative_of_zeros(name, inputs)
     _same_as_plain(of, CALLS[name])
 
 
+_FROM_A_RESIDUAL: dict[str, Callable[..., Tensor]] = {
+    name: CALLS[name] for name in ("bn-add-relu-train", "bn-add-leaky-eval", "dual-relu", "add-bn-relu", "add-relu")
+} | {
+    "bn-add-train": _norm(True, None, residual=True),
+    "bn-add-silu-eval": _norm(False, "silu", residual=True),
+    "scaled-add-relu": lambda x, r, w, b: F.scaled_add_act(x, r, w, activation="relu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "all else"])
+@pytest.mark.parametrize("name", _FROM_A_RESIDUAL)
+def test_a_penalty_reaches_what_only_a_residual_leads_to(name, frozen, inputs):
+    """Also where nobody keeps the residual: zeros, as in PyTorch, or None where PyTorch has None."""
+    x, r, w, b = inputs
+    for each in (x, w, b):
+        each.requires_grad_(frozen == "nothing")
+
+    def of(call):
+        bias = torch.full_like(b, 0.5).requires_grad_()
+        dy = torch.cos(x.detach()).requires_grad_()
+        y = call(x, r * 1.5 + bias.view(1, -1, 1, 1), w, b)
+        leaves = [t for t in (x, w, b, bias) if t.requires_grad]
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
+        penalty = sum(g.square().sum() for g in first if g is not None)
+        return torch.autograd.grad(penalty, [*leaves, dy], allow_unused=True)
+
+    _same_as_plain(of, _FROM_A_RESIDUAL[name])
+
+
 # --- the backend is a context's choice ---------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.batch_norm import run_tail
+from ..nn.keeping import KeepsStatistics
 from ..nn.norms import FUSED_NORMS
 from ..nn.projection import CONVOLUTIONS
 from ..nn.script import NotScriptable
@@ -25,7 +26,7 @@ _INITS: dict[str, Callable[[Tensor], Tensor]] = {
 _CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
-class Network(NotScriptable, nn.Module):
+class Network(KeepsStatistics, NotScriptable, nn.Module):
     """Stem, stages `layer1`, `layer2`, ... of blocks, average pooling and a linear classifier."""
 
     _stage: type[nn.Sequential] = nn.Sequential
@@ -49,6 +50,7 @@ class Network(NotScriptable, nn.Module):
         zero_init_residual: bool = False,
         channels_last: bool = False,
         dims: int = 2,
+        keep_finite_statistics: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -80,7 +82,9 @@ class Network(NotScriptable, nn.Module):
             "shortcut": shortcut, "stride_on": stride_on, "groups": groups, "base_width": base_width,
             "activation": activation, "gate_bias": gate_bias, "dims": dims, **where,
         }  # fmt: skip
-        self.activation = activation
+        if keep_finite_statistics:  # a block of one's own need not know of it
+            options["keep_finite_statistics"] = True
+        self.activation, self.keep_finite_statistics = activation, keep_finite_statistics
         self._add_stem(stem, in_channels, widths[0], dims, where)
         channels, first = widths[0], self._first_options()
         for k, (width, count) in enumerate(zip(widths, layers, strict=True)):
@@ -128,7 +132,7 @@ class Network(NotScriptable, nn.Module):
                     block.zero_last()  # type: ignore[operator]
 
     def _stem(self, x: Tensor) -> Tensor:
-        x = run_tail(self.bn1, self.conv1(x), None, self.activation)
+        x = run_tail(self.bn1, self.conv1(x), None, self.activation, self.keep_finite_statistics)
         return x if self.maxpool is None else self.maxpool(x)
 
     def _body(self, x: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class PreActResNet(Network):
     Args:
         block: `fusedres.nn.PreActBasicBlock` or `fusedres.nn.PreActBottleneck`.
         layers, num_classes, in_channels, widths, stem, shortcut, stride_on, groups, base_width: as for `ResNet`.
-        activation, gate_bias, init, zero_init_residual, channels_last, dims, device, dtype: as for `ResNet`.
+        activation, gate_bias, init, zero_init_residual, channels_last, dims, keep_finite_statistics, device, dtype: as
+            for `ResNet`.
 
     Raises:
         TypeError: a number that is no whole one.
@@ -33,7 +34,9 @@ class PreActResNet(Network):
         return {"input_activated": True}
 
     def _add_last_norm(self, channels: int, dims: int, where: dict[str, Any]) -> None:
-        self.bn = BATCH_NORM_ACTS[dims - 1](channels, activation=self.activation, **where)
+        self.bn = BATCH_NORM_ACTS[dims - 1](
+            channels, activation=self.activation, keep_finite_statistics=self.keep_finite_statistics, **where
+        )  # fmt: skip
 
     def _body(self, x: Tensor) -> Tensor:
         return run_units([*(self._modules[name] for name in self._stages), self.bn], x)

@@ -22,6 +22,7 @@ class ResNet(Network):
         zero_init_residual: every block begins as its shortcut alone.
         channels_last: give the parameters the memory format channels_last (channels_last_3d for `dims=3`).
         dims: 1, 2 or 3 spatial dimensions.
+        keep_finite_statistics: as in `FuseConfig`, for all BatchNorms of the network.
         device, dtype: of parameters and buffers.
 
     Raises:

@@ -20,6 +20,7 @@ from ..ops.norm import BatchNorm, How
 from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
 from ..ops.tail import NONE, Tail, find, run, straight
+from .keeping import KeepsStatistics
 from .norms import (
     activates,
     begin,
@@ -190,13 +191,13 @@ def run_tail(
     if output is not None:
         return output
     if keep:
-        return _kept((norm,), lambda: run_tail(norm, input, residual, activation))
+        return keeping((norm,), lambda: run_tail(norm, input, residual, activation))
     if _is_called(norm, input):
         return plain_call(norm, input, residual, activation)
     return call_tail(norm, input, residual, activation)
 
 
-def _kept(norms: tuple[Any, ...], run: Callable[[], Any]) -> Any:
+def keeping(norms: tuple[Any, ...], run: Callable[[], Any]) -> Any:
     """`run()`, which calls these BatchNorms; what their running statistics would not be finite in stays."""
     moved = {}
     for norm in norms:
@@ -232,7 +233,7 @@ def call_add_batch_norm(
     if found is not None:
         return found
     if keep:
-        return _kept((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
+        return keeping((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
     if _is_called(norm, input) or not is_like(residual, input):
         total = input + residual
         return total, activate(norm(total), activation)
@@ -278,7 +279,7 @@ def call_dual_batch_norm(
         return output
     if keep:
         again = call_dual_batch_norm
-        return _kept(
+        return keeping(
             (norm, residual_norm), lambda: again(norm, input, residual_norm, residual, *how)
         )
     (a, use_batch), (b, uses_batch_too) = begin(norm, input), begin(residual_norm, residual)
@@ -397,7 +398,7 @@ def call_tail(
     if output is not None:
         return output
     if keep:
-        return _kept((norm,), lambda: call_tail(norm, input, residual, activation, into))
+        return keeping((norm,), lambda: call_tail(norm, input, residual, activation, into))
     if left_to_pytorch(norm, input) and activates(norm):
         return norm(input)  # the activation is the one inside
     # By itself, a BatchNorm is better left to what torch.compile fuses it with; one that shares its statistics is
@@ -497,7 +498,7 @@ def _finished(
     return activate(output, activation)
 
 
-class _BatchNormAct(NotScriptable, nn.Module):
+class _BatchNormAct(KeepsStatistics, NotScriptable, nn.Module):
     """The shared part: a real BatchNorm child named `bn`, whose state appears under this module's own name.
 
     Why a child and not a subclass of nn.BatchNorm2d: `nn.SyncBatchNorm.convert_sync_batchnorm` replaces every
@@ -537,13 +538,12 @@ class _BatchNormAct(NotScriptable, nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """`activation(bn(input) + residual)`; shapes as in `fusedres.functional.batch_norm_act`."""
         norm: Any = self._modules["bn"]
-        # By `get`: a module that an older version has pickled has none.
-        keep = self.__dict__.get("keep_finite_statistics", False)
+        keep = self.keep_finite_statistics
         output = straight_tail(norm, input, residual, self.activation, keep=keep)
         if output is not None:
             return output
         if keep:
-            return _kept((norm,), lambda: self._by_itself(norm, input, residual))
+            return keeping((norm,), lambda: self._by_itself(norm, input, residual))
         return self._by_itself(norm, input, residual)
 
     def _by_itself(self, norm: Any, input: Tensor, residual: Tensor | None) -> Tensor:
@@ -566,10 +566,7 @@ class _BatchNormAct(NotScriptable, nn.Module):
             super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        kept = (
-            ", keep_finite_statistics=True" if self.__dict__.get("keep_finite_statistics") else ""
-        )
-        return f"activation={self.activation}{kept}"
+        return f"activation={self.activation}{self._kept_repr()}"
 
 
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

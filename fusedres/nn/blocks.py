@@ -16,6 +16,7 @@ from .batch_norm import (
     call_add_batch_norm,
     run_tail,
 )
+from .keeping import KeepsStatistics
 from .norms import FUSED_NORMS, why_called
 from .projection import CONVOLUTIONS, Projection
 from .script import NotScriptable
@@ -35,7 +36,7 @@ class _Convolution(NamedTuple):
     groups: int = 1
 
 
-class _Block(NotScriptable, nn.Module):
+class _Block(KeepsStatistics, NotScriptable, nn.Module):
     """What all four have in common: a branch of two or three convolutions with their BatchNorms, and a shortcut."""
 
     expansion = 1
@@ -55,6 +56,7 @@ class _Block(NotScriptable, nn.Module):
         zero_init_last: bool = False,
         dims: int = 2,
         gate_bias: float = -6.0,
+        keep_finite_statistics: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -70,6 +72,7 @@ class _Block(NotScriptable, nn.Module):
             check_count(owner, argument, count)
         check_activation(owner, activation)
         self.activation = activation
+        self.keep_finite_statistics = keep_finite_statistics
         self.out_channels = channels * self.expansion
         where = {"device": device, "dtype": dtype}
         branch = self._branch(in_channels, channels, stride, groups, base_width, stride_on)
@@ -103,13 +106,18 @@ class _Block(NotScriptable, nn.Module):
         """Let the block begin as its shortcut alone (Goyal et al. 2017, arXiv:1706.02677, section 5.1)."""
         raise NotImplementedError
 
+    def _run(
+        self, norm: Any, input: Tensor, residual: Tensor | None, activation: str | None
+    ) -> Tensor:
+        return run_tail(norm, input, residual, activation, self.keep_finite_statistics)
+
     def _pairs(self) -> list[tuple[Any, Any]]:
         """(convolution, BatchNorm) in the order of their numbers."""
         children = self._modules
         return [(children[f"conv{k}"], children[f"bn{k}"]) for k in range(1, self.depth + 1)]
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}"
+        return f"activation={self.activation}{self._kept_repr()}"
 
 
 def _convolution(each: _Convolution, dims: int, where: dict[str, Any]) -> nn.Module:
@@ -161,7 +169,17 @@ class _PostActivation(_Block):
         owner = type(self).__name__
         self.downsample = make_shortcut(
             name,
-            Change(owner, in_channels, self.out_channels, stride, dims, True, gate_bias, where),
+            Change(
+                owner,
+                in_channels,
+                self.out_channels,
+                stride,
+                dims,
+                True,
+                gate_bias,
+                where,
+                self.keep_finite_statistics,
+            ),
         )
 
     def zero_last(self) -> None:
@@ -174,17 +192,18 @@ class _PostActivation(_Block):
         out = x
         *front, (convolution, norm) = self._pairs()
         for before, its_norm in front:
-            out = run_tail(its_norm, before(out), None, self.activation)
+            out = self._run(its_norm, before(out), None, self.activation)
         return self._tail(norm, convolution(out), x)
 
     def _tail(self, norm: Any, out: Tensor, x: Tensor) -> Tensor:
         shortcut: Any = self.downsample
         if isinstance(shortcut, Weighed):
-            skip, f = shortcut(x, run_tail(norm, out, None, None))
+            skip, f = shortcut(x, self._run(norm, out, None, None))
             return activate(skip + f, self.activation)
         if isinstance(shortcut, Projection) and isinstance(x, Tensor):  # not a proxy of torch.fx
-            return shortcut.join(norm, out, x, self.activation)
-        return run_tail(norm, out, x if shortcut is None else shortcut(x), self.activation)
+            keep = self.keep_finite_statistics or shortcut.keep_finite_statistics
+            return shortcut.joined(norm, out, x, self.activation, keep)
+        return self._run(norm, out, x if shortcut is None else shortcut(x), self.activation)
 
     def fused_norms(self) -> dict[str, str]:
         """The pattern that each BatchNorm below runs in, by its name, for `fusedres.explain`."""
@@ -228,7 +247,7 @@ class _PreActivation(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, in_channels, ...] -> [N, channels * expansion, ...], strided."""
-        _, activated = _begin(self._modules["bn1"], self.activation, None, x)
+        _, activated = _begin(self._modules["bn1"], self, None, x)
         f, skip = self.branch(activated, x)
         return skip + f
 
@@ -237,7 +256,7 @@ class _PreActivation(_Block):
         (convolution, _), *rest = self._pairs()
         f = convolution(a)
         for convolution, norm in rest:
-            f = convolution(run_tail(norm, f, None, self.activation))
+            f = convolution(self._run(norm, f, None, self.activation))
         shortcut: Any = self.shortcut
         if shortcut is None:
             return f, x
@@ -271,6 +290,7 @@ class BasicBlock(_Basic, _PostActivation):
         zero_init_last: begin as the shortcut alone (`zero_last`).
         dims: 1, 2 or 3 spatial dimensions.
         gate_bias: where the bias of a gate begins; far below zero, the gate leaves the shortcut whole.
+        keep_finite_statistics: as in `FuseConfig`, for all BatchNorms of the block.
         device, dtype: of parameters and buffers.
 
     Raises:
@@ -285,7 +305,8 @@ class Bottleneck(_Bottleneck, _PostActivation):
     Children and state_dict are those of torchvision's Bottleneck, without a child for the ReLU.
 
     Args:
-        in_channels, channels, stride, shortcut, activation, zero_init_last, dims, gate_bias, device, dtype: as for
+        in_channels, channels, stride, shortcut, activation, zero_init_last, dims, gate_bias, keep_finite_statistics,
+            device, dtype: as for
             `BasicBlock`; the output has 4 times `channels`.
         groups: of the 3x3 convolution (Xie et al. 2017, arXiv:1611.05431).
         base_width: the 3x3 convolution has `channels * base_width / 64 * groups` channels.
@@ -304,7 +325,7 @@ class PreActBasicBlock(_Basic, _PreActivation):
 
     Args:
         in_channels, channels, stride, groups, base_width, stride_on: as for `BasicBlock`.
-        activation, dims, gate_bias, device, dtype: as for `BasicBlock`.
+        activation, dims, gate_bias, keep_finite_statistics, device, dtype: as for `BasicBlock`.
         shortcut: as for `BasicBlock`. The child is `shortcut`; its convolution, if it is one, has no BatchNorm and is
             given `act(bn1(x))`, as in the paper's appendix; all other shortcuts are given `x`.
         zero_init_last: begin as the shortcut alone: the last convolution's weight is zero.
@@ -322,7 +343,8 @@ class PreActBottleneck(_Bottleneck, _PreActivation):
 
     Args:
         groups, base_width, stride_on: as for `Bottleneck`.
-        in_channels, stride, shortcut, activation, dims, gate_bias, device, dtype: as for `PreActBasicBlock`.
+        in_channels, stride, shortcut, activation, dims, gate_bias, keep_finite_statistics, device, dtype: as for
+            `PreActBasicBlock`.
         channels, zero_init_last, input_activated: as for `PreActBasicBlock`; the output has 4 times `channels`.
 
     Raises:
@@ -365,10 +387,10 @@ def run_units(units: Iterable[Any], x: Tensor) -> Tensor:
     f = None  # of x + f, where the addition is still to come
     for unit in _flat(units):
         if isinstance(unit, _PreActivation) and _is_own(unit, _PreActivation):
-            x, activated = _begin(unit._modules["bn1"], unit.activation, f, x)
+            x, activated = _begin(unit._modules["bn1"], unit, f, x)
             f, x = unit.branch(activated, x)
         elif isinstance(unit, BATCH_NORM_ACTS) and _is_own(unit, BatchNormAct2d):
-            x, f = _begin(unit._modules["bn"], unit.activation, f, x)[1], None
+            x, f = _begin(unit._modules["bn"], unit, f, x)[1], None
         else:
             x, f = unit(x if f is None else x + f), None
     return x if f is None else x + f
@@ -387,13 +409,13 @@ def _is_own(unit: nn.Module, kind: type[nn.Module]) -> bool:
     return type(unit).forward is kind.forward and why_called(unit) is None
 
 
-def _begin(
-    norm: nn.Module | None, activation: str | None, f: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(x + f, act(norm(x + f))); an `f` of None is not added, a norm of None means that the sum is an activation."""
+def _begin(norm: nn.Module | None, unit: Any, f: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(x + f, act(norm(x + f))) with the activation of a unit; an `f` of None is not added, a norm of None means that
+    the sum is an activation."""
+    how = unit.activation, unit.keep_finite_statistics
     if f is None:
-        return x, x if norm is None else run_tail(norm, x, None, activation)
+        return x, x if norm is None else run_tail(norm, x, None, *how)
     if norm is None:
         x = x + f
         return x, x
-    return call_add_batch_norm(norm, f, x, activation)
+    return call_add_batch_norm(norm, f, x, *how)

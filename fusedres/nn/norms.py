@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checks import momentum_number, number
 from ..dispatch import resolve
+from ..kernels.dtypes import accumulate_dtype
 from ..ops.norm import BatchNorm
 from ..ops.sync import Group
 from ..words import with_article
@@ -194,7 +195,9 @@ def begin(norm: Any, input: Tensor) -> tuple[BatchNorm, bool]:
         if not norm.track_running_stats:
             running_mean = running_var = None
         elif (batches := norm.num_batches_tracked) is not None and momentum is None:
-            momentum = 1.0 / (batches + 1)  # this batch included
+            wide = torch.float32 if running_mean is None else running_mean.dtype
+            # This batch included; not in the default dtype, which somebody may have set to bfloat16.
+            momentum = 1.0 / (batches + 1).to(accumulate_dtype(wide))
     else:
         use_batch = running_mean is None and running_var is None
     momentum = 0.0 if momentum is None else momentum

@@ -11,7 +11,8 @@ from ..activations import check_activation
 from ..dispatch import wants_triton
 from ..ops.projection import project
 from ..words import a_type
-from .batch_norm import call_dual_batch_norm, plain_call
+from .batch_norm import call_dual_batch_norm, keeping, plain_call
+from .keeping import KeepsStatistics
 from .norms import FUSED_NORMS, parts_inside, why_called, why_not_fused
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,7 +97,7 @@ def call_projected_tail(
     )
 
 
-class Projection(nn.Sequential):
+class Projection(KeepsStatistics, nn.Sequential):
     """The shortcut of a block that changes shape: a strided 1x1 convolution and a BatchNorm.
 
     `projection(x)` is the shortcut by itself. `projection.join(norm, input, x)` is the block's tail with it,
@@ -109,6 +110,7 @@ class Projection(nn.Sequential):
         bias: of the convolution.
         eps, momentum, affine, track_running_stats: of the BatchNorm.
         dims: 1, 2 or 3 spatial dimensions.
+        keep_finite_statistics: as in `FuseConfig`; of `join`, for both BatchNorms.
 
     Raises:
         ValueError: `dims` is none of these.
@@ -128,6 +130,7 @@ class Projection(nn.Sequential):
         dtype: Any = None,
         *,
         dims: int = 2,
+        keep_finite_statistics: bool = False,
     ) -> None:
         if dims not in (1, 2, 3):
             raise ValueError(f"Projection: dims is {dims!r}, expected 1, 2 or 3")
@@ -139,6 +142,13 @@ class Projection(nn.Sequential):
                 out_channels, eps, momentum, affine, track_running_stats, **where
             ),
         )
+        self.keep_finite_statistics = keep_finite_statistics
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, ...] -> [N, out_channels, ...], strided."""
+        if self.keep_finite_statistics:
+            return keeping((self._modules["1"],), lambda: nn.Sequential.forward(self, input))
+        return nn.Sequential.forward(self, input)
 
     def join(
         self, norm: nn.Module, input: Tensor, shortcut: Tensor, activation: str | None = "relu"
@@ -158,6 +168,12 @@ class Projection(nn.Sequential):
         Where a child has hooks or was replaced, the modules are called one by one.
         """
         check_activation("Projection.join", activation)
+        return self.joined(norm, input, shortcut, activation, self.keep_finite_statistics)
+
+    def joined(
+        self, norm: nn.Module, input: Tensor, shortcut: Tensor, activation: str | None, keep: bool
+    ) -> Tensor:
+        """`join` for a module whose statistics are kept finite, or not, whatever the projection's own are."""
         children: Any = [*self._modules.values()]
         if (
             len(children) != 2
@@ -168,5 +184,14 @@ class Projection(nn.Sequential):
             or parts_inside(norm)
             or parts_inside(children[1])
         ):
-            return plain_call(norm, input, self(shortcut), activation)
-        return call_projected_tail(norm, input, children[1], children[0], shortcut, activation)
+
+            def run() -> Tensor:
+                return plain_call(norm, input, self(shortcut), activation)
+
+            return keeping((norm, *children[1:]), run) if keep else run()
+        return call_projected_tail(
+            norm, input, children[1], children[0], shortcut, activation, keep=keep
+        )
+
+    def extra_repr(self) -> str:
+        return self._kept_repr().removeprefix(", ")

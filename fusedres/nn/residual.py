@@ -18,6 +18,7 @@ from ..words import a_type
 from .activations import activation_of
 from .add import call_scaled_add
 from .batch_norm import run_tail
+from .keeping import KeepsStatistics
 from .norms import is_batch_norm, why_called, why_not_fused
 from .projection import Projection, why_not_projection
 from .script import NotScriptable
@@ -37,7 +38,7 @@ class _MadeLater(NotScriptable, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Residual(_MadeLater):
+class Residual(KeepsStatistics, _MadeLater):
     """`y = activation(skip(x) + scale * block(x))` (He et al. 2015, arXiv:1512.03385; with a scale: Bachlechner et al.
     2020, arXiv:2003.04887).
 
@@ -55,6 +56,7 @@ class Residual(_MadeLater):
             shape of "channel" is known at the first call.
         activation: None, a name as for `fusedres.functional.batch_norm_act`, or a module that is called.
         device, dtype: of `scale`, and of a weight that is made at the first call (on the device of what comes).
+        keep_finite_statistics: as in `FuseConfig`, for the BatchNorms that are run here: those of an `nn.Sequential`.
 
     Parameters made at the first call are there for an optimizer after one batch, as with PyTorch's lazy modules.
 
@@ -73,6 +75,8 @@ class Residual(_MadeLater):
         activation: nn.Module | str | None = None,
         device: Any = None,
         dtype: Any = None,
+        *,
+        keep_finite_statistics: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(block, nn.Module):
@@ -84,6 +88,7 @@ class Residual(_MadeLater):
         self.skip = _make_skip(skip, where)
         self.scale = _make_scale(scale, where)
         self.activation = activation
+        self.keep_finite_statistics = keep_finite_statistics
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, ...] -> the shape that the block gives.
@@ -96,14 +101,15 @@ class Residual(_MadeLater):
         if isinstance(out, (tuple, list, dict)) or out is None:
             raise TypeError(_no_tensor("block", self.block, out))
         name = self.activation if isinstance(self.activation, str) else None
+        keep = self.keep_finite_statistics
         if not isinstance(out, Tensor) or torch.jit.is_tracing():  # a proxy of torch.fx, a trace
             out = out if norm is None else norm(out)
             y = activate(self._shortcut(x, out) + self._scaled(out), name)
         elif norm is not None and isinstance(self.skip, Projection):
             _check_projection(self.skip, out, x)
-            y = self.skip.join(norm, out, x, name)
+            y = self.skip.joined(norm, out, x, name, keep or self.skip.keep_finite_statistics)
         elif norm is not None:
-            y = run_tail(norm, out, self._shortcut(x, out), name)
+            y = run_tail(norm, out, self._shortcut(x, out), name, keep)
         else:
             y = call_scaled_add(out, self._shortcut(x, out), self._shaped_scale(out), name)
         return self.activation(y) if isinstance(self.activation, nn.Module) else y
@@ -121,7 +127,7 @@ class Residual(_MadeLater):
     def _branch(self, x: Tensor) -> tuple[Any, Tensor]:
         """What the block gives; or, without a scale, its last BatchNorm and what is still to be normalised."""
         if self.scale is None:
-            return _run(self.block, x)
+            return _run(self.block, x, self.keep_finite_statistics)
         return None, self.block(x)
 
     def _shaped_scale(self, out: Tensor) -> Tensor | None:
@@ -151,7 +157,7 @@ class Residual(_MadeLater):
         else:
             text = "scalar" if scale.numel() == 1 else "channel"
         name = "" if isinstance(self.activation, nn.Module) else f", activation={self.activation}"
-        return f"scale={text}{name}"
+        return f"scale={text}{name}{self._kept_repr()}"
 
 
 def _make_skip(skip: Any, where: dict[str, Any]) -> nn.Module | None:
@@ -230,7 +236,7 @@ def _check_projection(skip: Projection, out: Tensor, x: Tensor) -> None:
         raise ValueError(_mismatch(list(out.shape), shape))
 
 
-def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
+def _run(block: nn.Module, x: Tensor, keep: bool) -> tuple[Any, Tensor]:
     """(None, block(x)), or the BatchNorm that the block ends in, and its input; fused as far as it is a chain."""
     if type(block) is not nn.Sequential or why_called(block) is not None:
         return None, block(x)
@@ -246,9 +252,9 @@ def _run(block: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
                 children.pop(0)
             else:
                 name = None
-            x = run_tail(child, x, None, name)
+            x = run_tail(child, x, None, name, keep)
             continue
-        norm, x = _run(child, x)
+        norm, x = _run(child, x, keep)
         if norm is not None and not children:
             return norm, x
         if norm is not None:

@@ -90,6 +90,7 @@ class Change(NamedTuple):
     normed: bool
     gate_bias: float
     where: dict[str, Any]
+    keep: bool = False
 
     def __bool__(self) -> bool:
         """Whether there is a change at all."""
@@ -105,8 +106,9 @@ class Change(NamedTuple):
         if not self.normed:
             return self.convolution()
         return Projection(
-            self.in_channels, self.out_channels, self.stride, dims=self.dims, **self.where
-        )
+            self.in_channels, self.out_channels, self.stride, dims=self.dims,
+            keep_finite_statistics=self.keep, **self.where,
+        )  # fmt: skip
 
     def pad(self) -> nn.Module:
         """Option A.

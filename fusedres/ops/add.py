@@ -17,7 +17,7 @@ from torch import Tensor
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
-from .graph import needs_graph, smooth
+from .graph import needs_graph, passing, smooth
 from .masks import empty_bits, has_bits, pack, unpack
 from .node import Node, is_node
 from .norm import How, Skip, names
@@ -121,13 +121,13 @@ BACKWARD = Operator(
 # --- second derivatives ------------------------------------------------------------------------------------------
 
 
-def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
+def _differentiable(dy, stride, input, residual, bits, activation, behind) -> Tensor:
     """As a graph (see `graph`): a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
             mask = torch.empty_strided(dy.shape, stride, dtype=torch.bool, device=dy.device)
             unpack(bits, mask)
-        return keep_passing(dy, mask, activation)
+        return passing(dy, mask, activation, behind)
     z = input + residual
     return smooth(dy, z, activation)
 
@@ -151,8 +151,9 @@ def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: S
 
 
 def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
-    gradient_of: Any = _differentiable if needs_graph(dy, *tensors[:2]) else BACKWARD
-    dz = gradient_of(*_backward_groups(ctx, dy, tensors, needs, skip))
+    groups = _backward_groups(ctx, dy, tensors, needs, skip)
+    is_graph = needs_graph(dy, *tensors[:2], *ctx.behind)
+    dz = _differentiable(*groups, ctx.behind) if is_graph else BACKWARD(*groups)
     return tuple(dz if need else None for need in needs)
 
 

@@ -439,13 +439,14 @@ def differentiable(
     dy: Tensor, kept: Kept, bits: Tensor, residual: Tensor | None, bias: Tensor | None, context: Any, needs: tuple
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of input, residual, weight and bias as a graph (see `graph`); bias: `bias_in_graph`; context: eps,
-    how, and the dtypes of bias and residual."""
+    how, the dtypes of bias and residual, and what is behind a residual that was not saved."""
     training, activation = context.how
     dz = dy
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = gradient_mask(kept, bits, activation)
-        dz = passing(dy, mask, activation, (kept.input, kept.weight, bias, residual))
+        sources = (kept.input, kept.weight, bias, residual, *context.behind)
+        dz = passing(dy, mask, activation, sources)
     elif activation is not None:
         y = normalized_graph(kept, bias, training, context.eps[0])
         dz = smooth(dy, y if residual is None else y + residual.to(y.dtype), activation)
@@ -475,7 +476,7 @@ def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: 
     if dy is None:
         dy, skip = skips.spread(skip, input), Skip()
     known = bias[0] if bias else None
-    if needs_graph(dy, input, weight, residual, known, ctx.biases[0]):
+    if needs_graph(dy, input, weight, residual, known, ctx.biases[0], *ctx.behind):
         kept = Kept(input, weight, saved)
         as_it_was = bias_in_graph(known, ctx.biases[0], saved, ctx.how.activation)
         return tuple(differentiable(dy, kept, bits, residual, as_it_was, ctx, needs))
@@ -536,7 +537,7 @@ class BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(*read, saved, bits, norm.bias)
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtypes = (None if norm.bias is None else norm.bias.dtype,)
-        ctx.how, ctx.eps, ctx.biases = how, (norm.eps,), (None,)
+        ctx.how, ctx.eps, ctx.biases, ctx.behind = how, (norm.eps,), (None,), ()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Gradients:

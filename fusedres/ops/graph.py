@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..activations import gradient, is_piecewise, keep_passing, parse
 from ..dispatch import has_tangents
+from ..fork import Leaf
 from ..kernels.dtypes import accumulate_dtype
 from .norm import Kept
 
@@ -29,6 +30,27 @@ def needs_graph(*tensors: Tensor | None) -> bool:
     if has_tangents():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def leaves_behind(node: Any, *places: int) -> tuple[Tensor, ...]:
+    """The leaves that inputs of a node come from, by their places, where its backward is to be a graph itself.
+
+    For inputs that were not saved: what a mask was made of gets zeros (`passing`), and a node knows what its inputs
+    came from without keeping them. (A tensor in between, for which a gradient is asked, gets none.)
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return ()
+    waiting, seen, found = [node.next_functions[k][0] for k in places], set(), []
+    while waiting:
+        each = waiting.pop()
+        if each is None or each in seen:
+            continue
+        seen.add(each)
+        if isinstance(each, Leaf):
+            found.append(each.variable)
+        else:
+            waiting += [before for before, _ in each.next_functions]
+    return tuple(t for t in found if type(t) in (Tensor, torch.nn.Parameter))
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -64,14 +86,14 @@ class _Passing(torch.autograd.Function):
         _, mask, ctx.activation, *sources = inputs
         ctx.save_for_backward(mask)
         ctx.save_for_forward(mask)
-        ctx.kinds = [(t.shape, t.dtype) for t in sources]
+        ctx.kinds = [(t.shape, t.dtype, t.device) for t in sources]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (mask,), needs = ctx.saved_tensors, ctx.needs_input_grad
         zeros = [
-            dy.new_zeros((), dtype=dtype).expand(shape) if need else None
-            for (shape, dtype), need in zip(ctx.kinds, needs[3:], strict=True)
+            dy.new_zeros((), dtype=dtype, device=device).expand(shape) if need else None
+            for (shape, dtype, device), need in zip(ctx.kinds, needs[3:], strict=True)
         ]
         dz = keep_passing(dy, mask, ctx.activation) if needs[0] else None
         return dz, None, None, *zeros

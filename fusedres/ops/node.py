@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import fork
+from .graph import leaves_behind
 from .norm import Skip
 from .operator import remember
 from .straight import are_plain, guard, is_quiet
@@ -134,6 +135,11 @@ def _complete(ctx: Any) -> None:
         ctx.floats[1::2],
     )
     ctx.residual_dtype, ctx.bias_dtypes = planned.dtypes[1], planned.dtypes[3::2]
+    ctx.behind = ()
+    masks = getattr(planned.how, "activation", None) is not None  # a projection has none
+    if masks and ~0 not in planned.reads:
+        unsaved = (k for k in (0, 1) if planned.dtypes[k] is not None and k not in planned.reads)
+        ctx.behind = leaves_behind(ctx, *unsaved)
 
 
 def saved_by(node: Any, tensors: Sequence[Tensor] | None = None) -> tuple:

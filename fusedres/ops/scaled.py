@@ -210,7 +210,7 @@ BACKWARD = Operator(
 
 
 def _differentiable(
-    dy: Tensor, kept: Kept, activation: str | None, needs: Needs
+    dy: Tensor, kept: Kept, activation: str | None, behind: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """As a graph (see `graph`): a mask is a constant, all else PyTorch's own."""
     dz = dy
@@ -218,7 +218,7 @@ def _differentiable(
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = unpack(bits, torch.empty_like(_like(kept), dtype=torch.bool))
-        dz = passing(dy, mask, activation, (input, scale))
+        dz = passing(dy, mask, activation, (input, scale, *behind))
     elif activation is not None and residual is not None:
         dz = smooth(dy, _sum(input, residual, scale), activation)
     wide = accumulate_dtype(input.dtype)
@@ -253,8 +253,8 @@ def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: S
 def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
     groups = _backward_groups(ctx, dy, tensors, needs, skip)
     found: Any
-    if needs_graph(dy, *tensors[:3]):
-        found = _differentiable(*groups)
+    if needs_graph(dy, *tensors[:3], *ctx.behind):
+        found = _differentiable(*groups[:3], ctx.behind)
     else:
         dinput, dresidual, dscale = BACKWARD(*groups)
         found = dinput, dresidual if groups[-1].residual else dy, dscale

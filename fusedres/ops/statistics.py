@@ -18,6 +18,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .norm import BatchNorm
+
 T = TypeVar("T")
 
 
@@ -27,6 +29,15 @@ class Statistics(NamedTuple):
     mean: Tensor
     var: Tensor
     batches: Tensor | None = None
+
+
+def tracked(*norms: BatchNorm) -> list[Statistics]:
+    """The running statistics of those BatchNorms that have some."""
+    return [
+        Statistics(n.running_mean, n.running_var)
+        for n in norms
+        if isinstance(n.running_mean, Tensor) and isinstance(n.running_var, Tensor)
+    ]
 
 
 def keep_finite(moved: Sequence[Statistics], run: Callable[[], T]) -> T:

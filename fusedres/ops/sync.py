@@ -39,7 +39,7 @@ from ..layouts import like_output, like_sum
 from . import batch_norm_act as single
 from . import dual
 from .dual import Wanted
-from .graph import bias_in_graph, needs_graph, passing, per_channel, smooth
+from .graph import bias_in_graph, leaves_behind, needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack
 from .norm import BatchNorm, Kept, blend, empty_saved, names
 from .operator import Operator
@@ -532,7 +532,8 @@ def _graph(kept: Kept, count: Tensor, eps: float, group: Group) -> _Graph:
 
 
 def _differentiable(
-    ctx: Any, dy: Tensor, kept: Kept, other: Kept, bits: Tensor, count: Tensor, needs: tuple
+    ctx: Any, dy: Tensor, kept: Kept, other: Kept, bits: Tensor, count: Tensor, needs: tuple,
+    behind: tuple[Tensor, ...],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of input, residual, weight, bias, residual weight and bias, as a graph (see `graph`)."""
     activation, residual = ctx.how.activation, other.input
@@ -546,7 +547,7 @@ def _differentiable(
     if activation is not None and is_piecewise(activation):
         with torch.no_grad():
             mask = single.gradient_mask(kept, bits, activation)
-        sources = (*kept[:2], *other[:2], *biases)
+        sources = (*kept[:2], *other[:2], *biases, *behind)
         dz = passing(dy, mask, activation, sources)
     elif activation is not None:
         z = graphs[0].output(biases[0])
@@ -665,8 +666,10 @@ def _gradients(ctx: Any, dy: Tensor, addend: Tensor | None, needs: tuple) -> Gra
     how: How = ctx.how
     theirs: Any = rsaved if how.is_dual else None
     kept, other = Kept(input, weight, saved), Kept(residual, rweight, theirs)
-    if needs_graph(dy, addend, input, residual, weight, rweight, *ctx.biases):
-        dx, *others = _differentiable(ctx, dy, kept, other, bits, count, needs)
+    is_masked = how.activation is not None and ctx.residual_dtype is not None and not how.adds
+    behind = leaves_behind(ctx, 1) if is_masked and residual is None else ()
+    if needs_graph(dy, addend, input, residual, weight, rweight, *ctx.biases, *behind):
+        dx, *others = _differentiable(ctx, dy, kept, other, bits, count, needs, behind)
         return (dx if dx is None or addend is None else dx + addend), *others
     bias, rbias = ctx.bias_dtypes[0] if needs[3] else None, ctx.bias_dtypes[1] if needs[5] else None
     is_moved = needs[0] or (needs[1] and how.is_dual)  # by what the other processes have

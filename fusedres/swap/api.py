@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from ..dispatch import current_backend
 from ..nn.blocks import BATCH_NORM_ACTS
+from ..nn.keeping import KeepsStatistics, let_keep
 from ..nn.norms import as_called, is_batch_norm, processes_of
 from .config import FilterFn, FuseConfig, check_arguments, check_model
 from .estimate import norm_outputs, passes
@@ -88,7 +90,14 @@ def _fuse(
     strict: bool,
     input_shape: Sequence[int] | None,
 ) -> FuseReport:
-    owners = list(_decisions("fuse_", model, config, filter_fn))
+    config = check_arguments("fuse_", model, config, filter_fn)
+    allows = _asked_once(filter_fn)
+    owners = list(_decisions(model, config, allows))
+    keepers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, KeepsStatistics) and allows(module, name)
+    ]
     report = _estimated(_report(owners, dry=False), model, input_shape, "fuse_")
     if strict:
         _raise_if_left(report)
@@ -102,6 +111,8 @@ def _fuse(
         for module, before in changed:
             install(module, before)
         raise
+    for keeper in keepers:
+        let_keep(keeper, config.keep_finite_statistics)
     return report
 
 
@@ -127,7 +138,8 @@ def explain(
         ValueError: the model does not take an input of `input_shape`.
     """
     with _looking_at("explain", model):
-        owners = list(_decisions("explain", model, config, filter_fn, keep=True))
+        config = check_arguments("explain", model, config, filter_fn)
+        owners = list(_decisions(model, config, _asked_once(filter_fn), keep=True))
         return _estimated(_report(owners, dry=True), model, input_shape, "explain")
 
 
@@ -141,6 +153,8 @@ def unfuse_(model: nn.Module) -> None:
     with _LOCK:
         for module in model.modules():
             install(module, None)
+            if isinstance(module, KeepsStatistics):
+                let_keep(module, False)
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -153,22 +167,26 @@ def is_fused(model: nn.Module) -> bool:
     return any(plan_of(module) is not None for module in model.modules())
 
 
-def _decisions(
-    caller: str,
-    model: nn.Module,
-    config: FuseConfig | None,
-    filter_fn: FilterFn | None,
-    keep: bool = False,
-) -> Iterator[_Owner]:
-    """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
-    config = check_arguments(caller, model, config, filter_fn)
-    traces, asked = Traces(), dict[str, bool]()
+def _asked_once(filter_fn: FilterFn | None) -> Callable[[Any, str], bool]:
+    """Whether a module of a name may be changed; its user is asked once."""
+    asked: dict[str, bool] = {}
 
-    def allows(module: nn.Module, name: str) -> bool:
+    def allows(module: Any, name: str) -> bool:
         if name not in asked:
             asked[name] = filter_fn is None or bool(filter_fn(module, name))
         return asked[name]
 
+    return allows
+
+
+def _decisions(
+    model: nn.Module,
+    config: FuseConfig,
+    allows: Callable[[nn.Module, str], bool],
+    keep: bool = False,
+) -> Iterator[_Owner]:
+    """What to do with each module that owns BatchNorms; `keep`: a fused one stays as it is."""
+    traces = Traces()
     told_by_another: set[str] = set()  # those above a module come before it
     for name, module in _candidates(model):
         plan, owned = plan_of(module), owned_norms(module)
@@ -257,6 +275,7 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         for owner in owners
         if owner.plan is not None
     }
+    sums = sum(o.plan.sums for o in owners if o.plan is not None and stale[o.name] is None)
     rows = []
     for where, owner, site in ((w, o, site) for w, (o, found) in told.items() for site in found):
         reason, why_own = site.reason or "", stale.get(owner.name)
@@ -269,8 +288,10 @@ def _report(owners: list[_Owner], dry: bool) -> FuseReport:
         if not reason:
             # Looked at now: a model may be converted after it is fused.
             note = "; ".join(filter(None, (site.note, _shared(owner.module, site.norm))))
+        elif status == ALONE and owner.plan is not None and owner.plan.sums and why_own is None:
+            note = site.note
         rows.append(Row(where, block, site.pattern, status, reason, note))
-    return FuseReport(tuple(rows), fallback_note(current_backend()))
+    return FuseReport(tuple(rows), fallback_note(current_backend()), n_sums=sums)
 
 
 def _shared(owner: nn.Module, name: str) -> str:

@@ -43,7 +43,8 @@ class FuseConfig:
             an infinity or a NaN in it, as where float16 overflows and `GradScaler` skips the step) keeps both as they
             were; `num_batches_tracked` goes with the first channel. False by default, as PyTorch. It costs a fused site
             nothing on the Triton backend, a few operations on [C] elsewhere; there is no host synchronisation. What is
-            not fused moves as ever, and so does a block that runs its own forward.
+            not fused moves as ever, and so does a block that runs its own forward. Modules of `fusedres.nn` and
+            `fusedres.models` inside have the same option, which is on until `unfuse_`.
         recompute: a `relu(batch_norm(x))` in training that nothing reads but a convolution of the same block is not
             kept for its backward, but computed again there from `x`, which is kept anyway: fewer bytes for one more
             pass, the same gradients bit for bit. False by default. Under `torch.compile` it steps aside, since the

@@ -45,7 +45,8 @@ class Plan:
 
     imports: (name, module, attribute) for each global of the source. guards: what must be as it was. skipped: the
     children that the source does not call, the BatchNorms apart. fingerprint: of the code that was traced; another
-    release of it is not replayed from a pickle. min_elements: of an input that is to run fused.
+    release of it is not replayed from a pickle. min_elements: of an input that is to run fused. sums: how many
+    additions run with their activation, beside the sites.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Plan:
     sites: tuple[Site, ...]
     fingerprint: str
     min_elements: int = 0
+    sums: int = 0
 
     def __deepcopy__(self, memo: dict) -> Plan:
         return self
@@ -221,6 +223,7 @@ def decide(
         sites=sites,
         fingerprint=fingerprint(type(module), left_out),
         min_elements=config.min_elements,
+        sums=len(sums),
     )
     return Decision(plan, sites)
 
@@ -296,13 +299,14 @@ def _wants_sum(each: Sum, config: FuseConfig) -> bool:
 
 
 def _with_sums(sites: tuple[Site, ...], sums: list[Sum], chosen: list[Match]) -> tuple[Site, ...]:
-    """The sites, the last fused one of which tells of the sums: a row of the report is a BatchNorm."""
-    if not sums or not chosen:
+    """The sites, one of which tells of the sums, the last fused one if there is one: a row of the report is a
+    BatchNorm."""
+    if not sums:
         return sites
-    last = chosen[-1].name
-    text = f"add+{title(sums[-1].activation)} of its block runs as one too"
+    last = chosen[-1].name if chosen else sites[-1].norm
+    text = f"add+{title(sums[-1].activation)} of its block runs as one" + " too" * bool(chosen)
     return tuple(
-        replace(site, note="; ".join(filter(None, (site.note, text))))
+        replace(site, note="; ".join(filter(None, (site.note if chosen else "", text))))
         if site.norm == last
         else site
         for site in sites

@@ -33,8 +33,8 @@ class Row:
         status: "fused"; "fusable" (in a dry run); "left alone"; "excluded" by filter_fn or config; "own forward"
             (fused, but something changed since, so that the block falls back).
         reason: why it is not fused; empty where it is.
-        note: of a fused one, what else runs with it (how the 1x1 convolution of a shortcut is computed), or why nothing
-            does.
+        note: what else runs with it (how the 1x1 convolution of a shortcut is computed), or why nothing does; of one
+            that is left alone, what runs fused in its block all the same.
         moves: bytes that the site moves unfused in a training step, where an input shape was given. Of a site with two
             BatchNorms each has a half.
         saves: bytes of these that the fused site does not move.
@@ -60,20 +60,23 @@ class FuseReport:
         rows: one for each BatchNorm, in the model's order.
         note: a line about the whole, for example that the backend is off.
         input_shape: the input that the bytes are estimated for; None where none was given.
+        n_sums: the number of additions that run as one with their activation beside the BatchNorms, or would: where
+            something stands between them (squeeze-and-excitation), or the BatchNorm is left alone.
     """
 
     rows: tuple[Row, ...]
     note: str = ""
     input_shape: tuple[int, ...] | None = None
+    n_sums: int = 0
 
     @property
     def n_fused(self) -> int:
-        """The number of sites that run fused."""
+        """The number of BatchNorms that run fused."""
         return self._count(FUSED)
 
     @property
     def n_fusable(self) -> int:
-        """The number of sites that are fused or would be."""
+        """The number of BatchNorms that are fused or would be."""
         return self._count(FUSED) + self._count(FUSABLE)
 
     @property
@@ -115,6 +118,7 @@ class FuseReport:
         text = json.dumps(
             {
                 "n_fused": self.n_fused,
+                "n_sums": self.n_sums,
                 "note": self.note,
                 "input_shape": self.input_shape,
                 "bytes_moved": self.bytes_moved,
@@ -160,6 +164,8 @@ class FuseReport:
             }
             told = [f"{n} {status}" for status, n in counts.items() if n]
             text = f"fusedres: {len(self.rows)} BatchNorm: {', '.join(told)}"
+            if self.n_sums:
+                text += f"; and {self.n_sums} add with its activation"
             if self.input_shape is not None:
                 saved, moved = _size(self.bytes_saved or 0), _size(self.bytes_moved or 0)
                 text += f"; with an input of {list(self.input_shape)} a training step moves {saved} less of {moved}"
@@ -172,7 +178,8 @@ class FuseReport:
             local = row.where.rpartition(".")[2]
             # Numbered children (layers.0, layers.1) are alike; bn1 and bn2 are told apart.
             local = "" if local.isdigit() else local
-            key = (local, row.block, row.pattern, row.status, row.reason or row.note)
+            reason = "; ".join(filter(None, (row.reason, row.note)))
+            key = (local, row.block, row.pattern, row.status, reason)
             groups.setdefault(key, []).append(row)
         lines = []
         for (_, block, pattern, status, reason), rows in groups.items():

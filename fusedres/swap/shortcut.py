@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ..nn.norms import is_batch_norm, why_not_fused
 from ..nn.projection import CONVOLUTIONS, why_not_projection
@@ -172,10 +172,10 @@ def _written(writer: fx.Node) -> str:
     return f"its input may be written to before the site ends, by {name_of(writer)}"
 
 
-def _describe(convolution: nn.Module) -> str:
-    weight: Any = convolution.weight
-    architecture = 90
+def _describe(convolution: Any) -> str:
+    weight, architecture = convolution.weight, 90
     if weight.is_cuda:
         major, minor = torch.cuda.get_device_capability(weight.device)
         architecture = 10 * major + minor
-    return describe_choice(weight.shape[1], weight.shape[0], architecture)
+    # Not by the weight's shape, which FullyShardedDataParallel flattens between calls.
+    return describe_choice(convolution.in_channels, convolution.out_channels, architecture)
