@@ -16,7 +16,7 @@ USABLE := import sys, venv; v = sys.version_info[:3]; sys.exit(not (3, 10) <= v 
 PYTHON ?= $(shell for python in python3.14 python3.13 python3.12 python3.11 python3.10 python3 python; do \
 	$$python -c '$(USABLE)' >/dev/null 2>&1 && echo $$python && break; done)
 
-.PHONY: help demo test test-aten test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
+.PHONY: help demo test test-aten test-aten-sample test-triton test-triton-sample test-ptx test-ptx-sample test-slow test-oldest bench sweep docs lint format types wheel clean
 
 help:
 	@echo 'make demo    a ResNet-18 and its fused form side by side, the kernels beside PyTorch, the bytes that they move'
@@ -28,7 +28,7 @@ help:
 demo: $(DEMO)
 	$(BIN)/fusedres demo --out $(OUT)
 
-test: lint types test-aten test-triton-sample test-ptx-sample
+test: lint types test-aten-sample test-triton-sample test-ptx-sample
 
 test-aten: $(READY)
 	$(PYTEST) -m 'not slow' --backend aten $(ARGS)
@@ -36,9 +36,13 @@ test-aten: $(READY)
 test-triton: $(READY)
 	$(PYTEST) -m 'not slow' --backend triton $(ARGS)
 
-# Of each test every other case: the interpreter takes most of the time.
+# All tests, and of those that compile a kernel for one chip and another every third case.
+test-aten-sample: $(READY)
+	$(PYTEST) -m 'not slow' --backend aten --sample-compiler 3 $(ARGS)
+
+# The interpreter is slow.
 test-triton-sample: $(READY)
-	$(PYTEST) -m 'not slow' --backend triton --sample 2 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend triton --sample 4 $(ARGS)
 
 # What Triton compiles of the kernels, run on the CPU (docs/testing.md); it needs gcc. ARCH is 80 or 90.
 ARCH := 90
@@ -46,8 +50,8 @@ test-ptx: $(READY)
 	$(PYTEST) -m 'not slow' --backend ptx --arch $(ARCH) $(ARGS)
 
 test-ptx-sample: $(READY)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 32 $(ARGS)
-	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 40 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 90 --sample 48 $(ARGS)
+	$(PYTEST) -m 'not slow' --backend ptx --arch 80 --sample 80 $(ARGS)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow --backend aten $(ARGS)

@@ -56,7 +56,8 @@ class Operand:
 class Launch:
     """One launch: which kernel, how many programs, and its machine code (for AMD a code object).
 
-    arguments: by name, constants included; an `Operand` where a tensor was given.
+    arguments: by name, constants included; an `Operand` where a tensor was given. A named tuple's parts are there by
+    their own names, "of.x.stride".
     """
 
     kernel: str
@@ -205,17 +206,24 @@ class CompileOnlyDriver:
                     metadata.shared,
                     cubin,
                     self.architecture,
-                    {name: _recorded(v) for name, v in zip(names, values, strict=True)},
+                    dict(
+                        told for given in zip(names, values, strict=True) for told in _named(*given)
+                    ),
                 )
             )
 
         return launch
 
 
-def _recorded(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return Operand(value.numel(), value.element_size())
-    return value
+def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of an argument, or of each of its named parts."""
+    if hasattr(value, "_fields"):
+        for field_name, part in zip(value._fields, value, strict=True):
+            yield from _named(f"{name}.{field_name}", part)
+    elif isinstance(value, torch.Tensor):
+        yield name, Operand(value.numel(), value.element_size())
+    else:
+        yield name, value
 
 
 @contextmanager

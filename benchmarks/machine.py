@@ -37,10 +37,10 @@ BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # SXM, NVIDIA's data sheets
 ARCHITECTURE = 90
 # Tensors of the activation's size that a kernel writes; of the others that it gets it reads all.
 WRITTEN = {
-    "bn_stats_kernel": ("p_sum",),
-    "bn_apply_kernel": ("p_y", "p_bits"),
-    "bn_grad_reduce_kernel": ("p_dz", "p_dx"),
-    "bn_grad_apply_kernel": ("p_dx", "p_dresidual"),
+    "bn_stats_kernel": ("of.total.p",),
+    "bn_apply_kernel": ("out.y.p", "out.bits.p"),
+    "bn_grad_reduce_kernel": ("incoming.dz", "of.x.scaled"),
+    "bn_grad_apply_kernel": ("of.x.gradient", "of.residual.gradient"),
 }
 FINALISING = ("bn_finalize_kernel", "bn_grad_finalize_kernel")
 REDUCING = ("bn_stats_kernel", "bn_grad_reduce_kernel")
@@ -130,7 +130,7 @@ def read_pass(launch: Launch) -> Pass | None:
         return None
     given = launch.arguments
     elements = math.prod(given[name] for name in ("outer", "inner", "channels", "spread"))
-    tile = math.prod(given[f"BLOCK_{name}"] for name in ("OUTER", "INNER", "CHANNELS"))
+    tile = math.prod(given[f"TILE.{name}"] for name in ("outer", "inner", "channels"))
     moved = {True: 0, False: 0}
     for name, operand in given.items():
         if isinstance(operand, Operand) and operand.bytes >= SMALLEST * elements:
@@ -147,7 +147,7 @@ def read_pass(launch: Launch) -> Pass | None:
         launch.code.spills,
         launch.resident,
         launch.programs,
-        max(1, given["STAGES"] - 1) if loop.asynchronous else 1,
+        max(1, given["TILE.stages"] - 1) if loop.asynchronous else 1,
         loop,
     )
 

@@ -123,7 +123,7 @@ def run_operator(site: Site) -> tuple[Tensor, list[Tensor]]:
 
 def backward_of_two(operator: Operator, output: Tensor, gradient: Tensor, skip: Tensor) -> None:
     """The backward of an output whose second gradient, `skip`, came over a skip connection."""
-    from fusedres.ops.tail import saved_by
+    from fusedres.ops.node import saved_by
 
     stride = operator.skip or 1
     steps = [stride, stride] if stride > 1 else None

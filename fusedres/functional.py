@@ -284,6 +284,9 @@ def add_act(input: Tensor, residual: Tensor, *, activation: str | None = "relu")
         RuntimeError: shapes, dtypes or devices that do not fit; the triton backend was asked for and cannot run there.
         ValueError: an unknown activation.
     """
+    output = add.met(input, residual, activation)
+    if output is not None:
+        return output
     check_add_act("add_act", input, residual, activation)
     if (
         activation is not None
@@ -316,6 +319,9 @@ def scaled_add_act(
         RuntimeError: shapes, dtypes or devices that do not fit; the triton backend was asked for and cannot run there.
         ValueError: an unknown activation.
     """
+    output = scaled.met(input, residual, scale, activation)
+    if output is not None:
+        return output
     check_scaled_add_act("scaled_add_act", input, residual, scale, activation)
     if is_eager() and wants_triton(input.is_cuda) and goes_to_kernels(input):
         return scaled.scaled_add_act(input, residual, scale, activation)

@@ -5,6 +5,8 @@ Nothing here is fused. Autograd, double backward, forward mode and vmap are PyTo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from .activations import activate
 
 _level = torch._C._functorch.maybe_current_level
 _is_compiling, _cudnn = torch.compiler.is_compiling, torch._C._get_cudnn_enabled
-_BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
+BELOW_FLOAT32 = (torch.bfloat16, torch.float16)
 
 
 def batch_norm_act(
@@ -40,13 +42,33 @@ def batch_norm_act(
 def finish(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
     """`act(output + residual)`, in place on an output that nothing else has seen."""
     # Under torch.func an in-place result may be too small for its operand (vmap over the residual alone).
-    in_place = not torch.compiler.is_compiling() and _level() is None
+    may_write = not _is_compiling() and _level() is None
+    if residual is not None and not (
+        may_write and (type(residual) is type(output) or type(residual) is nn.Parameter)
+    ):  # of a subclass the sum is one too
+        output, residual = (output + residual).to(output.dtype), None
+    return in_place(output, residual, activation) if may_write else activate(output, activation)
+
+
+def in_place(output: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """`finish`, written to the output, with nothing left to ask."""
     if residual is not None:
-        if in_place and (type(residual) is type(output) or type(residual) is nn.Parameter):
-            output.add_(residual)
-        else:  # of a subclass the sum is one too
-            output = (output + residual).to(output.dtype)
-    return activate(output, activation, in_place)
+        output.add_(residual)
+    return torch.relu_(output) if activation == "relu" else activate(output, activation, True)
+
+
+def eager(
+    input: Tensor, residual: Tensor | None, vectors: Sequence[Tensor | None], numbers: Sequence[float],
+    training: bool, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """`batch_norm_act` with nothing left to ask: nothing is compiled or transformed, and all tensors are of one kind.
+
+    vectors: weight, bias, running mean and variance; numbers: momentum, eps.
+    """
+    weight, bias, mean, var = vectors
+    momentum, eps = numbers
+    output = torch.batch_norm(input, weight, bias, mean, var, training, momentum, eps, _cudnn())
+    return in_place(output, residual, activation)
 
 
 def scaled_add_act(
@@ -61,7 +83,7 @@ def scaled_add_act(
 
 def _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps):
     # To a wider input everything is of its dtype already.
-    if input.dtype not in _BELOW_FLOAT32 or not _are_mixed(running_mean, running_var, weight, bias):
+    if input.dtype not in BELOW_FLOAT32 or not _are_mixed(running_mean, running_var, weight, bias):
         # A property of a module, which costs as much as the sum; torch.compile knows nothing of what is behind it.
         cudnn = torch.backends.cudnn.enabled if _is_compiling() else _cudnn()
         return torch.batch_norm(

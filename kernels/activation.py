@@ -5,20 +5,29 @@ the others is computed from their input z again. Formulas: Hendrycks and Gimpel 
 Misra 2019 (Mish), Howard et al. 2019 (hard swish); at the corners and at NaN they do what PyTorch does.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .moments import fma
 
 
+class Activation(NamedTuple):
+    """Which one, or None; slope: of "leaky_relu", below 0."""
+
+    name: str | None
+    slope: float
+
+
 @triton.jit
 def passes(z, ACTIVATION: tl.constexpr):
     """Whether the gradient passes whole where the activation's input is z."""
-    if ACTIVATION == "relu":
+    if ACTIVATION.name == "relu":
         m = ~(z <= 0)
-    elif ACTIVATION == "relu6":
+    elif ACTIVATION.name == "relu6":
         m = ~((z <= 0) | (z >= 6))
-    elif ACTIVATION == "leaky_relu":
+    elif ACTIVATION.name == "leaky_relu":
         m = z > 0
     else:
         m = z == z
@@ -26,61 +35,61 @@ def passes(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def keep_passing(b_dy, m, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """dy where it passes whole; elsewhere nothing of it, or a share of SLOPE."""
-    if ACTIVATION == "leaky_relu":
-        b_dz = tl.where(m, b_dy, b_dy * _scalar(SLOPE, b_dy))
+def keep_passing(b_dy, m, ACTIVATION: tl.constexpr):
+    """dy where it passes whole; elsewhere nothing of it, or a share of the slope."""
+    if ACTIVATION.name == "leaky_relu":
+        b_dz = tl.where(m, b_dy, b_dy * _scalar(ACTIVATION.slope, b_dy))
     else:
         b_dz = tl.where(m, b_dy, 0.0)
     return b_dz
 
 
 @triton.jit
-def activate(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+def activate(z, ACTIVATION: tl.constexpr):
     """act(z); a NaN stays a NaN."""
-    if ACTIVATION == "relu":
+    if ACTIVATION.name == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "relu6":
+    elif ACTIVATION.name == "relu6":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         z = tl.minimum(z, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "leaky_relu":
-        z = tl.where(z > 0, z, z * _scalar(SLOPE, z))
-    elif ACTIVATION == "silu":
+    elif ACTIVATION.name == "leaky_relu":
+        z = tl.where(z > 0, z, z * _scalar(ACTIVATION.slope, z))
+    elif ACTIVATION.name == "silu":
         z = z * sigmoid(z)
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION.name == "gelu":
         z = z * normal_cdf(z)
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION.name == "gelu_tanh":
         z = z * sigmoid(_gelu_argument(z))
-    elif ACTIVATION == "hardswish":
+    elif ACTIVATION.name == "hardswish":
         b_gate = tl.where(z <= -3, 0.0, tl.where(z >= 3, 6.0, z + 3))
         z = z * b_gate / 6
-    elif ACTIVATION == "mish":
+    elif ACTIVATION.name == "mish":
         b_tanh, _ = _mish_tanh(z)
         z = z * b_tanh
     return z
 
 
 @triton.jit
-def through(b_dy, z, m, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+def through(b_dy, z, m, ACTIVATION: tl.constexpr):
     """dy * act'(z), where m; beyond it there is no gradient, whatever the derivative is there."""
-    if ACTIVATION == "silu":
+    if ACTIVATION.name == "silu":
         b_slope = sigmoid(z) * (1 + z * sigmoid(-z))
-    elif ACTIVATION == "gelu":
+    elif ACTIVATION.name == "gelu":
         b_density = tl.exp(-0.5 * z * z) * _scalar(0.3989422804014327, z)
         b_slope = normal_cdf(z) + z * b_density
-    elif ACTIVATION == "gelu_tanh":
+    elif ACTIVATION.name == "gelu_tanh":
         b_argument = _gelu_argument(z)
         b_inner = _scalar(1.5957691216057308, z) * (1 + _scalar(0.134145, z) * z * z)
         b_slope = sigmoid(b_argument) * (1 + z * sigmoid(-b_argument) * b_inner)
-    elif ACTIVATION == "hardswish":
+    elif ACTIVATION.name == "hardswish":
         b_slope = tl.where(z <= -3, 0.0, tl.where(z < 3, z / 3 + 0.5, 1.0))
-    elif ACTIVATION == "mish":
+    elif ACTIVATION.name == "mish":
         b_tanh, b_rest = _mish_tanh(z)
         b_slope = b_tanh + z * b_rest * (1 + b_tanh) * sigmoid(z)
     else:
         b_slope = None
     if b_slope is None:
-        b_dz = keep_passing(b_dy, passes(z, ACTIVATION), ACTIVATION, SLOPE)
+        b_dz = keep_passing(b_dy, passes(z, ACTIVATION), ACTIVATION)
     else:
         b_dz = tl.where(m, b_dy * b_slope, 0.0)
     return b_dz

@@ -7,132 +7,97 @@ rounded once. Tiles run in the reverse order of the statistics pass: what that p
 holds.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, passes
+from .activation import Activation, activate, passes
 from .bits import byte_tile, pack
 from .launch import ALONE, APPLYING, BITS, DUAL_SHARE, choose_tile
 from .layout import RowMap, mask_of
 from .moments import fold, normalize
-from .norm import NO_NORM, Norm, load_norm
+from .norm import NO_NORM, Branch, Norm, load_norm, vectors_of
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
-    arithmetic,
+    Pair,
+    Sizes,
+    View,
     only_if,
-    row_vectors,
-    tile_columns,
     tile_offsets,
     tile_rows,
+    walk_of,
     widen,
 )
 
 
-@triton.jit
-def apply_tiles(
-    p_x,
-    p_residual,
-    p_y,
-    p_bits,
-    norm,
-    residual_norm,
-    x_stride,
-    residual_stride,
-    y_stride,
-    bits_stride,
-    o_column,
-    m_column,
-    outer,
-    inner,
-    columns,
-    own,
-    spread,
-    tiles_inner,
-    tiles,
-    i_program,
-    programs,
-    adds,
-    normalizes,
-    writes_bits,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    WHOLE_BYTES: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """y (and bits) <- x, the tiles of a program; norm: what `load_norm` gives; residual_norm likewise, or None.
+class Output(NamedTuple):
+    """What the forward writes: y, and a tail's mask of it; each a `View`."""
 
-    Whether the residual is added, has its BatchNorm, and bits are written, if they are given at all: constants, or
-    integers of a kernel that is one for all of these.
-    """
-    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
-    b_mean, b_mean_low, b_scale, b_bias = norm
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
-    if residual_norm is not None:
-        b_mean, b_mean_low, b_rscale, b_bias = residual_norm
-        b_rhigh, b_rlow = fold(b_mean, b_mean_low, b_rscale, b_bias)
-    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        i_tile = tiles - 1 - i
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        m = m_row[:, None] & m_column[None, :]
-        o_y = tile_offsets(o_outer, o_inner, o_column, y_stride, spread)
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_y)
-        b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
+    y: Any
+    bits: Any
+
+
+class Tail(NamedTuple):
+    """Whether the residual is added, has its BatchNorm, and bits are written, if they are given at all: constants, or
+    integers of a kernel that is one for all of these."""
+
+    adds: Any
+    normalizes: Any
+    writes_bits: Any
+
+
+@triton.jit
+def apply_tiles(of, norms, out, walk, tail, TILE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """out <- of, the tiles of a program. of: the `Branch` of x, and of the residual; norms: the `Affine` of
+    each, or None; out: `Output`; tail: `Tail`."""
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    norm = norms.x
+    b_scale = norm.scale
+    b_high, b_low = fold(norm.mean, norm.mean_low, norm.scale, norm.bias)
+    if norms.residual is not None:
+        other = norms.residual
+        b_rscale = other.scale
+        b_rhigh, b_rlow = fold(other.mean, other.mean_low, other.scale, other.bias)
+    for i in tl.range(walk.first, walk.tiles, walk.programs, num_stages=TILE.second):
+        i_tile = walk.tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(i_tile, walk, TILE)
+        m = m_row[:, None] & walk.m_column[None, :]
+        o_y = tile_offsets(o_outer, o_inner, walk.o_column, out.y.stride, walk.spread)
+        o_x = tile_offsets(o_outer, o_inner, walk.o_column, of.x.stride, walk.spread, o_y)
+        b_x = widen(tl.load(of.x.p + o_x, mask=m, other=0.0), ACC)
         b_z = normalize(b_x, b_scale, b_high, b_low)
-        if p_residual is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_y)
-            b_residual = widen(
-                tl.load(p_residual + o_residual, mask=only_if(m, adds), other=0.0), ACC
+        if of.residual.p is not None:
+            o_residual = tile_offsets(
+                o_outer, o_inner, walk.o_column, of.residual.stride, walk.spread, o_y
             )
-            if adds:
-                if residual_norm is not None:
-                    if normalizes:
+            b_residual = widen(
+                tl.load(of.residual.p + o_residual, mask=only_if(m, tail.adds), other=0.0), ACC
+            )
+            if tail.adds:
+                if norms.residual is not None:
+                    if tail.normalizes:
                         b_residual = normalize(b_residual, b_rscale, b_rhigh, b_rlow)
                 b_z += b_residual
-        b_y = activate(b_z, ACTIVATION, SLOPE)
-        tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), mask=m)
-        if p_bits is not None:
-            if writes_bits:
-                o_byte, m_byte = byte_tile(
-                    i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
-                    PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-                )  # fmt: skip
+        b_y = activate(b_z, ACTIVATION)
+        tl.store(out.y.p + o_y, b_y.to(out.y.p.dtype.element_ty), mask=m)
+        if out.bits.p is not None:
+            if tail.writes_bits:
+                o_byte, m_byte = byte_tile(i_tile, walk, out.bits.stride, TILE)
                 m_bit = passes(b_z, ACTIVATION)
-                if not WHOLE_BYTES:
+                if not TILE.whole_bytes:
                     m_bit &= m
-                b_byte = pack(m_bit, PACK_CHANNELS)
-                tl.store(p_bits + o_byte, b_byte, mask=m_byte)
+                b_byte = pack(m_bit, TILE.packs_channels)
+                tl.store(out.bits.p + o_byte, b_byte, mask=m_byte)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_apply_kernel(
-    p_x,
-    p_residual,
-    p_weight,
-    p_bias,
-    p_running_mean,
-    p_running_var,
-    p_saved,
-    p_residual_weight,
-    p_residual_bias,
-    p_residual_running_mean,
-    p_residual_running_var,
-    p_residual_saved,
-    p_y,
-    p_bits,
-    x_stride,
-    residual_stride,
-    y_stride,
-    bits_stride,
+    of,
+    out,
     outer,
     inner,
     channels,
@@ -142,39 +107,18 @@ def bn_apply_kernel(
     programs,
     eps: "fp64",
     residual_eps: "fp64",
-    NORMALIZE_RESIDUAL: tl.constexpr,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    WHOLE_BYTES: tl.constexpr,
-    ACC: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    inner = row_vectors(inner, ROW_VECTORS)
-    i_program = tl.program_id(1)
-    columns = channels * spread
-    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
-    norm = load_norm(
-        p_running_mean, p_running_var, p_saved, p_weight, p_bias,
-        o_column, m_column, channels, spread, i_program, eps, ACC,
-    )  # fmt: skip
+    """out <- of; see `apply_tiles`."""
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
+    walk = walk_of(sizes, channels, 1, TILE)
+    norm = load_norm(of.x.norm, walk, eps, ACC)
     residual_norm = None
-    if NORMALIZE_RESIDUAL:
-        residual_norm = load_norm(
-            p_residual_running_mean, p_residual_running_var, p_residual_saved, p_residual_weight, p_residual_bias,
-            o_column, m_column, channels, spread, i_program, residual_eps, ACC,
-        )  # fmt: skip
-    apply_tiles(
-        p_x, p_residual, p_y, p_bits, norm, residual_norm, x_stride, residual_stride, y_stride, bits_stride,
-        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
-        True, True, True,
-        ACTIVATION, SLOPE, PACK_CHANNELS, WHOLE_BYTES, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
+    if of.residual.norm.running_mean is not None or of.residual.norm.saved is not None:
+        residual_norm = load_norm(of.residual.norm, walk, residual_eps, ACC)
+    apply_tiles(of, Pair(norm, residual_norm), out, walk, Tail(True, True, True), TILE, ACTIVATION)
 
 
 def launch_bn_apply(
@@ -194,22 +138,21 @@ def launch_bn_apply(
     else:
         kind, share = APPLYING, 1 if residual_norm is None else DUAL_SHARE
     tile = choose_tile(rows, x.element_size(), kind, p.chip, share)
-    other = residual_norm or NO_NORM
     mask = mask_of(bits, rows)
+    along = rows.columns if mask.packs_channels else rows.inner
     p.start(
         bn_apply_kernel,
         tile.grid,
         (
-            x, residual,
-            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.saved,
-            other.weight, other.bias, other.running_mean, other.running_var, other.saved,
-            y, bits,
-        ),
-        (
-            rows.others[1],
-            rows.others[2] if residual is not None else None,
-            rows.strides[0],
-            mask.stride,
+            Pair(
+                Branch(x, rows.others[1], vectors_of(norm)),
+                Branch(
+                    residual,
+                    rows.others[2] if residual is not None else None,
+                    vectors_of(residual_norm or NO_NORM),
+                ),
+            ),
+            Output(View(y, rows.strides[0]), View(bits, mask.stride)),
             rows.outer,
             rows.inner,
             rows.channels,
@@ -217,16 +160,14 @@ def launch_bn_apply(
             tile.tiles_inner if rows.outer > 1 else None,
             tile.tiles,
             tile.programs,
+            norm.eps,
+            (residual_norm or NO_NORM).eps,
         ),
-        (norm.eps, other.eps),
         {
-            "NORMALIZE_RESIDUAL": residual_norm is not None,
-            "ACTIVATION": activation[0],
-            "SLOPE": activation[1],
-            "PACK_CHANNELS": mask.packs_channels,
-            "WHOLE_BYTES": (rows.columns if mask.packs_channels else rows.inner) % BITS == 0,
-            "ROW_VECTORS": rows.row_vectors,
-            **arithmetic(x.dtype, rows),
+            "TILE": tile.block(rows)._replace(
+                packs_channels=mask.packs_channels, whole_bytes=along % BITS == 0
+            ),
+            "ACTIVATION": Activation(*activation),
         },
         tile.options,
     )  # fmt: skip

@@ -15,146 +15,95 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .finalize import finish_sums
-from .grad import Operand
+from .activation import Activation
+from .finalize import Gradients, finish_sums
+from .grad import Flags, Incoming, Operand, Second, Terms
 from .grad_apply import grad_apply_tiles
 from .grad_reduce import NO_SKIP, Skip, grad_sums, off_mean
 from .launch import Whole
 from .moments import sum_rows
-from .norm import load_norm
+from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_WHOLE,
-    arithmetic,
+    Pair,
+    Sizes,
+    View,
     by_channel,
     by_part,
     load_vector,
     own_channels,
-    own_columns,
-    own_stride,
-    tile_columns,
     to_columns,
+    walk_of,
+    walk_stride,
 )
 
 
 @triton.jit
-def _coefficients_of(
-    b_dz,
-    b_dot,
-    p_saved,
-    p_weight,
-    p_dweight,
-    p_dbias,
-    o_column,
-    m_column,
-    channels,
-    spread,
-    slots,
-    width,
-    inverse_count,
-    ACC: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """(slope, level) of these columns, of the sums [columns] in float64; dweight and dbias are written."""
-    b_dot = off_mean(b_dot, b_dz, p_saved, channels, o_column // spread, m_column, ACC)
-    o_channel, m_channel = own_channels(o_column, m_column, slots, PARTS)
+def _coefficients_of(b_dz, b_dot, of, walk, inverse_count, TILE: tl.constexpr, ACC: tl.constexpr):
+    """(slope, level) of these columns, of the sums [columns] in float64; of.dweight and of.dbias are written."""
+    PARTS: tl.constexpr = TILE.parts
+    slots, width = walk.slots, walk.width
+    b_dot = off_mean(b_dot, b_dz, of.norm.saved, walk, ACC)
+    o_channel, m_channel = own_channels(walk, PARTS)
     if PARTS > 0:
         b_dz = tl.sum(by_part(b_dz, slots, width, PARTS), axis=0)
         b_dot = tl.sum(by_part(b_dot, slots, width, PARTS), axis=0)
         b_dz = tl.sum(by_channel(b_dz, slots, PARTS), axis=0)
         b_dot = tl.sum(by_channel(b_dot, slots, PARTS), axis=0)
-    b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+    b_invstd = load_vector(of.norm.saved + 2 * walk.channels, o_channel, m_channel, 0.0, ACC)
     b_slope, b_level = finish_sums(
-        b_dz,
-        b_dot,
-        b_invstd,
-        p_weight,
-        p_dweight,
-        p_dbias,
-        o_channel,
-        m_channel,
-        inverse_count,
-        ACC,
-    )
+        (b_dz, b_dot), b_invstd, of.norm.weight, Gradients(of.dweight, of.dbias), o_channel, m_channel,
+        inverse_count, ACC,
+    )  # fmt: skip
     if PARTS > 0:
-        b_slope = to_columns(b_slope, slots, width, o_column.shape[0])
-        b_level = to_columns(b_level, slots, width, o_column.shape[0])
+        b_slope = to_columns(b_slope, slots, width, walk.o_column.shape[0])
+        b_level = to_columns(b_level, slots, width, walk.o_column.shape[0])
     return b_slope, b_level
 
 
 @triton.jit
 def _backward_of(
-    p_dy, p_skip, p_x, p_bits, p_weight, p_saved, p_dweight, p_dbias, p_dx, p_dresidual,
-    p_residual, p_residual_weight, p_residual_saved, p_residual_dweight, p_residual_dbias, p_addend, p_dz,
-    stride, bits_stride, own, outer, inner, channels, spread, slots, width, tiles_inner, tiles,
-    adds, normalizes, writes_residual, inverse_count,
-    EVEN: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr, PACK_CHANNELS: tl.constexpr, ACC: tl.constexpr, BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr,
+    incoming, of, stride, walk, flags, inverse_count, TILE: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """What a program of the kernel does, of tensors that are there or None."""
-    o_column, m_column = tile_columns(channels, own, BLOCK_CHANNELS, OFFSET)
-    norm = load_norm(
-        None, None, p_saved, p_weight, None, o_column, m_column, channels, spread, 0, 0.0, ACC
-    )
-    residual_norm = load_norm(
-        None, None, p_residual_saved, p_residual_weight, None, o_column, m_column, channels, spread, 0, 0.0, ACC,
-    )  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    norm = load_norm(of.x.norm, walk, 0.0, ACC)
+    residual_norm = load_norm(of.residual.norm, walk, 0.0, ACC)
     b_sum, b_dot, b_rdot = grad_sums(
-        p_dy, p_skip, p_x, p_bits, p_residual, p_residual_saved, p_dz, None, norm, residual_norm,
-        None, None, None, None, None, stride, bits_stride,
-        o_column, m_column, outer, inner, channels, own, spread, tiles_inner, tiles, 0, 1, adds, normalizes,
-        False, GROUP, RUN, True, EVEN, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
+        incoming, of, Terms(norm, residual_norm), stride, walk, flags, TILE, ACTIVATION
+    )
     b_dz = sum_rows(b_sum[0], b_sum[1])
     coefficients = _coefficients_of(
-        b_dz, sum_rows(b_dot[0], b_dot[1]), p_saved, p_weight, p_dweight, p_dbias,
-        o_column, m_column, channels, spread, slots, width, inverse_count, ACC, PARTS,
-    )  # fmt: skip
+        b_dz, sum_rows(b_dot[0], b_dot[1]), of.x, walk, inverse_count, TILE, ACC
+    )
     residual_coefficients = None
-    if p_residual_saved is not None:
-        b_slope = tl.zeros([BLOCK_CHANNELS], ACC)
-        b_level = tl.zeros([BLOCK_CHANNELS], ACC)
-        if normalizes:
+    if of.residual.norm.saved is not None:
+        b_slope = tl.zeros(walk.o_column.shape, ACC)
+        b_level = tl.zeros(walk.o_column.shape, ACC)
+        if flags.normalizes:
             b_slope, b_level = _coefficients_of(
-                b_dz, sum_rows(b_rdot[0], b_rdot[1]), p_residual_saved, p_residual_weight, p_residual_dweight,
-                p_residual_dbias, o_column, m_column, channels, spread, slots, width, inverse_count, ACC, PARTS,
-            )  # fmt: skip
+                b_dz, sum_rows(b_rdot[0], b_rdot[1]), of.residual, walk, inverse_count, TILE, ACC
+            )
         residual_coefficients = (b_slope, b_level)
+
     # With a second gradient dz is read, which the other threads of this program have written; all of it passes.
     tl.debug_barrier()
-    if p_dz is not None:
-        p_dy = tl.where(adds != 0, p_dz, p_dy)
+    p_dy = incoming.dy.p
+    if incoming.dz is not None:
+        p_dy = tl.where(flags.adds != 0, incoming.dz, p_dy)
     grad_apply_tiles(
-        p_dy, p_x, p_bits, p_dx, p_dresidual, p_residual, p_addend,
-        norm, residual_norm, coefficients, residual_coefficients,
-        None, None, None, None, bits_stride, stride,
-        o_column, m_column, outer, inner, channels, own, spread, tiles_inner, tiles, 0, 1,
-        normalizes, adds, writes_residual,
-        ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, 1,
+        Incoming(View(p_dy, None), Second(None, None, None), incoming.bits), of,
+        Terms(norm, residual_norm, coefficients, residual_coefficients), stride, walk,
+        Flags(True, flags.normalizes, flags.adds, flags.writes_residual), TILE, ACTIVATION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=ANY_WHOLE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_backward_kernel(
-    p_dy,
-    p_skip,
-    p_x,
-    p_bits,
-    p_weight,
-    p_saved,
-    p_dweight,
-    p_dbias,
-    p_dx,
-    p_dresidual,
-    p_residual,
-    p_residual_weight,
-    p_residual_saved,
-    p_residual_dweight,
-    p_residual_dbias,
-    p_addend,
-    p_dz,
+    incoming,
+    of,
     row_stride,
     bits_outer,
     bits_inner,
@@ -172,48 +121,30 @@ def bn_backward_kernel(
     plain,
     writes_residual,
     inverse_count: "fp64",
-    EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """dx, dresidual with `writes_residual`, dweight and dbias (each where given), and with `normalizes` those of a
-    residual that has a BatchNorm; dz of a second gradient, with `adds`. What is not there has a stand-in.
+    """The gradients of x, of the residual with `writes_residual`, dweight and dbias (each where given), and with
+    `normalizes` those of a residual that has a BatchNorm; dz of a second gradient, with `adds`. What is not
+    there has a stand-in.
 
     plain: there are dy and x alone, which the loops of a tail would take half again as many instructions for.
-
-    PARTS: what the columns of a flat walk are added up in (`by_part`), else 0.
     """
-    SECTOR: tl.constexpr = 32 // (p_x.dtype.element_ty.primitive_bitwidth // 8)
-    own = own_columns(spread, slots, width, PARTS, SECTOR)
-    stride = own_stride(channels, row_stride, own)
+    SECTOR: tl.constexpr = 32 // (of.x.p.dtype.element_ty.primitive_bitwidth // 8)
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, None, width, slots)
+    walk = walk_of(sizes, channels, SECTOR, TILE)
+    stride = walk_stride(walk, row_stride)
     bits_stride = (bits_outer, bits_inner, bits_piece, 1)
     if plain:
         _backward_of(
-            p_dy, None, p_x, None, p_weight, p_saved, p_dweight, p_dbias, p_dx, None,
-            None, None, None, None, None, p_addend, None,
-            stride, bits_stride, own, outer, inner, channels, spread, slots, width, tiles_inner, tiles,
-            False, False, False, inverse_count,
-            EVEN, GROUP, RUN, PARTS, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS,
-            OFFSET, STAGES,
+            Incoming(incoming.dy, Second(None, None, None), View(None, None)),
+            Pair(of.x, Branch(None, None, Vectors())), stride, walk, Flags(False, False, False, False), inverse_count,
+            TILE, ACTIVATION,
         )  # fmt: skip
     else:
         _backward_of(
-            p_dy, p_skip, p_x, p_bits, p_weight, p_saved, p_dweight, p_dbias, p_dx, p_dresidual,
-            p_residual, p_residual_weight, p_residual_saved, p_residual_dweight, p_residual_dbias, p_addend, p_dz,
-            stride, bits_stride, own, outer, inner, channels, spread, slots, width, tiles_inner, tiles,
-            adds, normalizes, writes_residual, inverse_count,
-            EVEN, GROUP, RUN, PARTS, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS,
-            OFFSET, STAGES,
+            Incoming(incoming.dy, incoming.skip, View(incoming.bits.p, bits_stride), incoming.dz), of, stride, walk,
+            Flags(adds, normalizes, None, writes_residual), inverse_count, TILE, ACTIVATION,
         )  # fmt: skip
 
 
@@ -234,7 +165,7 @@ def launch_bn_backward(
     skip, (name, slope) = skip or NO_SKIP, activation
     adds, is_dual = skip.gradient is not None, residual.norm.saved is not None
     is_plain = not adds and bits is None and residual.x is None and residual.gradient is None
-    flags = (int(adds), int(is_dual), int(is_plain), int(residual.gradient is not None))
+    cases = (int(adds), int(is_dual), int(is_plain), int(residual.gradient is not None))
     if not is_smooth:
         # One kernel for all that a tail may have. What stands in is not read, and not written.
         written = main.gradient if main.gradient is not None else residual.gradient
@@ -248,23 +179,38 @@ def launch_bn_backward(
         bn_backward_kernel,
         whole.tile.grid,
         (
-            dy, skip.gradient, main.x, bits, main.norm.weight, main.norm.saved, main.dweight, main.dbias,
-            main.gradient, residual.gradient,
-            residual.x, residual.norm.weight, residual.norm.saved, residual.dweight, residual.dbias,
-            addend, skip.dz,
-        ),
-        (
+            Incoming(
+                View(dy, None),
+                Second(skip.gradient, None, None),
+                View(bits, None),
+                skip.dz,
+            ),
+            Pair(
+                Branch(
+                    main.x,
+                    None,
+                    Vectors(main.norm.weight, saved=main.norm.saved),
+                    gradient=main.gradient,
+                    addend=View(addend, None),
+                    dweight=main.dweight,
+                    dbias=main.dbias,
+                ),
+                Branch(
+                    residual.x,
+                    None,
+                    Vectors(residual.norm.weight, saved=residual.norm.saved),
+                    gradient=residual.gradient,
+                    dweight=residual.dweight,
+                    dbias=residual.dbias,
+                ),
+            ),
+            whole.row_stride,
             *whole.integers(),
             whole.tile.tiles_inner if whole.is_flat else None,
             whole.tile.tiles,
-            *flags,
+            *cases,
+            1.0 / whole.values,
         ),
-        (1.0 / whole.values,),
-        {
-            **whole.constants,
-            "ACTIVATION": name,
-            "SLOPE": slope,
-            **arithmetic(main.x.dtype, whole.walk),
-        },
+        {"TILE": whole.block, "ACTIVATION": Activation(name, slope)},
         whole.tile.options,
-    )  # fmt: skip
+    )

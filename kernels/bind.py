@@ -25,7 +25,24 @@ class Given(int):
 
 
 class Pointer(int):
-    """Among its arguments: the k-th pointer of the call."""
+    """Among its arguments: the k-th tensor of the call; to Triton's launcher, its address."""
+
+
+def replaced(value: Any, by: Callable[[Any], Any]) -> Any:
+    """An argument with other parts; those of a tuple keep their names."""
+    if not isinstance(value, tuple):
+        return by(value)
+    parts = [replaced(part, by) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """What an argument consists of, in the order in which the machine code takes it."""
+    if isinstance(value, tuple):
+        for part in value:
+            yield from parts_of(part)
+    else:
+        yield value
 
 
 # How far a launch goes, for tests: to the C function of Triton's launcher, to the launcher, or nowhere (None is bound).
@@ -42,8 +59,9 @@ _MORE = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
 class Bound:
     """`launch(gx, gy, gz, stream, *between, *values)`, or with the values in a tuple: `is_packed`.
 
-    Among the values a `Pointer` or a `Given` stands for what comes with the call. `bound(stream, pointers, floats)`
-    launches; `text` is the same as an expression, for whoever writes several of them into one function.
+    Among the values, and in tuples among them, a `Pointer` or a `Given` stands for what comes with the call.
+    `bound(stream, pointers, floats)` launches; `text` is the same as an expression, for whoever writes several of them
+    into one function.
     """
 
     def __init__(
@@ -78,6 +96,8 @@ class Bound:
                 return given.format(int(value))
             if value is None or type(value) in (int, bool):
                 return repr(value)
+            if any(type(part) in (Pointer, Given) for part in parts_of(value)):
+                return f"({', '.join(map(said, value))},)"
             known = f"{name}_{len(scope)}"
             scope[known] = value
             return known
@@ -92,9 +112,7 @@ class Bound:
 def bind(
     compiled: Any,
     grid: tuple[int, int, int],
-    slots: tuple[int | None, ...],
-    integers: tuple,
-    floats: tuple[float, ...],
+    arguments: tuple,
     constants: tuple,
 ) -> Bound | None:
     """What launches `compiled`, which `kernel[grid](...)` returned; None where it is not Triton's launcher for CUDA
@@ -103,10 +121,9 @@ def bind(
     It looks at no alignment and calls no hook (`is_watched`).
 
     Args:
-        slots: where the address of each tensor stands among the pointers of a call; None for an absent tensor.
-        integers: integers, None, and tuples of them.
-        floats: `Given` where the call brings it, else the same in each call.
-        constants: in the kernel's order.
+        arguments: in the kernel's order: integers, floats, None, and tuples of them; a `Pointer` for each tensor, a
+            `Given` for a float that the call brings.
+        constants: those behind them.
 
     Raises:
         ValueError: these are not the arguments that `compiled` was compiled for.
@@ -114,12 +131,11 @@ def bind(
     run = compiled.run
     if LEVEL == "triton" or nvidia is None or type(run) is not nvidia.CudaLauncher:
         return None
-    pointers = tuple(None if slot is None else Pointer(slot) for slot in slots)
-    arguments = (*pointers, *integers, *floats, *constants)
+    pointers = tuple(part for part in parts_of(arguments) if type(part) is Pointer)
+    arguments = (*arguments, *constants)
     taken = list(_taken(tuple(compiled.src.signature.values()), arguments))
-    present = [slot for slot in pointers if slot is not None]
-    if [value for kind, value in taken if kind.startswith("*")] != present:
-        raise ValueError(f"{compiled.name} was compiled for other tensors than {slots}")
+    if tuple(value for kind, value in taken if kind.startswith("*")) != pointers:
+        raise ValueError(f"{compiled.name} was compiled for other tensors than {pointers}")
     told = _told(compiled, grid, arguments) if LEVEL == "launcher" else None
     if told is not None and _is_same(told[-1], arguments):  # Triton 3.9: in a tuple
         *before, annotations, signature, _ = told

@@ -43,36 +43,18 @@ def unpack(b_byte, PACK_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def byte_tile(
-    i_tile,
-    outer,
-    inner,
-    columns,
-    own,
-    tiles_inner,
-    stride,
-    PACK_CHANNELS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `bits_layout` gives it; own as
-    in `tile_columns`."""
-    if PACK_CHANNELS:
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
-        own = None if own is None else (own[0] // 8, own[1] // 8)
-        o_column, m_column = tile_columns((columns + 7) // 8, own, BLOCK_CHANNELS // 8, OFFSET)
+def byte_tile(i_tile, walk, stride, TILE: tl.constexpr):
+    """(offsets, mask) of the bytes that belong to tile `i_tile`; `stride` in bytes, as `bits_layout` gives it."""
+    if TILE.packs_channels:
+        o_outer, o_inner, m_row = tile_rows(i_tile, walk, TILE)
+        own = walk.own[0] // 8, walk.own[1] // 8
+        o_column, m_column = tile_columns((walk.columns + 7) // 8, own, TILE.channels // 8, TILE)
     else:
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, (inner + 7) // 8, tiles_inner, BLOCK_OUTER, BLOCK_INNER // 8, OFFSET
-        )
-        o_column, m_column = tile_columns(columns, own, BLOCK_CHANNELS, OFFSET)
+        o_outer, o_inner, m_row = tile_rows(i_tile, walk, TILE, 8)
+        o_column, m_column = tile_columns(walk.columns, walk.own, TILE.channels, TILE)
     if stride is None:
-        o_plane = o_outer[:, None] * columns + o_column[None, :]
-        o_byte = o_plane * ((inner + 7) // 8) + o_inner[:, None]
+        o_plane = o_outer[:, None] * walk.columns + o_column[None, :]
+        o_byte = o_plane * ((walk.inner + 7) // 8) + o_inner[:, None]
     else:
         o_byte = tile_offsets(o_outer, o_inner, o_column, stride, _PIECE)
     return o_byte, m_row[:, None] & m_column[None, :]

@@ -6,7 +6,7 @@ walk one of each row program and block of columns that it has a part in.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,9 +15,10 @@ from torch import Tensor
 from .grad import Operand
 from .launch import Tile, partials_a_channel
 from .layout import RowMap
-from .moments import inverse_std, load_pivot, merge
+from .moments import Summed, inverse_std, load_pivot, merge
+from .norm import Vectors
 from .plan import Planner
-from .tile import arithmetic, load_vector
+from .tile import Sizes, View, arithmetic, load_vector
 
 BLOCK_CHANNELS = 8  # one 32-byte sector of float32
 MOST_VALUES = 4096  # of a kind in a program: 8 a thread with 16 warps
@@ -34,37 +35,67 @@ def share(spread: int, tile: Tile | None) -> tuple[int, int, int]:
     return partials_a_channel(spread, tile.block_channels), tile.block_channels, tile.slots
 
 
+class Merging(NamedTuple):
+    """What a merging kernel is compiled for: how many partials and channels a program merges at a time.
+
+    columns: of a block of a flat walk, where a channel may have several partials of a row program; else 0.
+    may_be_one: see `finish_moments`.
+    """
+
+    partials: int
+    channels: int
+    columns: int = 0
+    may_be_one: bool = False
+
+
+class Partials(NamedTuple):
+    """How many there are of a channel. programs: that left some; each: blocks of columns that a channel may have a part
+    in, which have `slots`; spread: columns of a channel."""
+
+    programs: Any
+    each: Any
+    slots: Any
+    spread: Any
+
+
+class Parts(NamedTuple):
+    """Partial sums [programs, k, width]."""
+
+    p: Any
+    width: Any
+
+
+class Gradients(NamedTuple):
+    """What becomes of the sums of a backward; each where it is wanted, else None."""
+
+    dweight: Any
+    dbias: Any
+    coefficients: Any = None
+
+
 @functools.lru_cache(maxsize=1024)
-def merging_options(partials: int) -> dict[str, int]:
-    """How many partials and channels a program merges at a time."""
+def merging_options(partials: int) -> tuple[Merging, dict[str, int]]:
+    """What a program merges at a time, and Triton's options."""
     block = next((n for n in ROOM if n >= partials), triton.next_power_of_2(partials))
     channels = max(1, min(BLOCK_CHANNELS, MOST_VALUES // block))
     warps = max(4, min(16, block * channels // 128))  # 4 values a thread, where 16 warps do
-    return {
-        "BLOCK_PARTIALS": block,
-        "BLOCK_CHANNELS": channels,
-        "num_warps": warps,
-        "enable_fp_fusion": True,
-    }
+    return Merging(block, channels), {"num_warps": warps, "enable_fp_fusion": True}
 
 
 @triton.jit
-def partial_offsets(
-    o_channel, m_channel, programs, spread, width, each, slots,
-    KINDS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_PARTIALS: tl.constexpr,
-):  # fmt: skip
-    """(offsets, mask) [partials, channels] of the first of KINDS values; each: blocks of COLUMNS that a channel may
-    have a part in, which have `slots`; COLUMNS is 0 where a channel has one column."""
-    o_partial = tl.arange(0, BLOCK_PARTIALS)
-    m = (o_partial < programs * each)[:, None] & m_channel[None, :]
+def partial_offsets(o_channel, m_channel, width, sizes, KINDS: tl.constexpr, MERGE: tl.constexpr):
+    """(offsets, mask) [partials, channels] of the first of KINDS values; sizes: `Partials`; MERGE: `Merging`."""
+    COLUMNS: tl.constexpr = MERGE.columns
+    o_partial = tl.arange(0, MERGE.partials)
+    m = (o_partial < sizes.programs * sizes.each)[:, None] & m_channel[None, :]
     if COLUMNS == 0:
         o = (o_partial * (KINDS * width))[:, None] + o_channel[None, :]
     else:
-        o_first = o_channel * spread
-        o_block = (o_first // COLUMNS)[None, :] + (o_partial % each)[:, None]
-        m = m & (o_block * COLUMNS < (o_first + spread)[None, :])
-        o_slot = o_channel[None, :] - (o_block * COLUMNS) // spread
-        o = ((o_partial // each) * (KINDS * width))[:, None] + o_block * slots + o_slot
+        o_first = o_channel * sizes.spread
+        o_block = (o_first // COLUMNS)[None, :] + (o_partial % sizes.each)[:, None]
+        m = m & (o_block * COLUMNS < (o_first + sizes.spread)[None, :])
+        o_slot = o_channel[None, :] - (o_block * COLUMNS) // sizes.spread
+        o = ((o_partial // sizes.each) * (KINDS * width))[:, None] + o_block * sizes.slots + o_slot
     return o, m
 
 
@@ -79,18 +110,35 @@ def _count_batch(p_batches, o_channel, m_moves):
         tl.store(p_counter, b_batches + 1, mask=m_first)
 
 
+class Moving(NamedTuple):
+    """How what is running moves; keep: see `Running`."""
+
+    momentum: Any
+    eps: Any
+    keep: Any
+
+
+@triton.jit
+def load_running(norm, o_channel, m_channel):
+    """(mean, var) [channels] in float64, as they are before a batch; 0 where there are none."""
+    b_mean = load_vector(norm.running_mean, o_channel, m_channel, 0.0, tl.float64)
+    return b_mean, load_vector(norm.running_var, o_channel, m_channel, 0.0, tl.float64)
+
+
 @triton.jit
 def finish_moments(
-    moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-    o_channel, m_channel, channels, momentum, eps, keep, MAY_BE_ONE: tl.constexpr,
+    moments, old, norm, o_channel, m_channel, channels, moving, MAY_BE_ONE: tl.constexpr
 ):  # fmt: skip
     """(mean, mean_low, invstd, bias) [channels], which are left in saved [4, C]; the running statistics move from their
-    old values, and batches, where given, is one more. moments: (count, mean, M2) in float64, the mean relative to
-    b_first. With keep, a channel of which either would not be finite stays, and batches goes with the first one.
+    old values, (mean, var), and batches, where given, is one more. moments: (count, mean, M2, first) in float64, the
+    mean relative to first. norm: `Vectors`; moving: `Moving`. With keep, a channel of which either would not be finite
+    stays, and batches goes with the first one.
     MAY_BE_ONE: whether there may be one value only, or none, which has no variance: what is running stays.
     """
-    ACC: tl.constexpr = p_saved.dtype.element_ty
-    b_n, b_offset, b_m2 = moments
+    ACC: tl.constexpr = norm.saved.dtype.element_ty
+    p_saved = norm.saved
+    b_n, b_offset, b_m2, b_first = moments
+    b_old_mean, b_old_var = old
     b_exact = b_first + b_offset
     b_mean = b_exact.to(ACC)
     # What the two roundings took off (Knuth's two-sum, then the cast); nothing where the mean is not finite.
@@ -98,57 +146,67 @@ def finish_moments(
     b_low = (b_first - (b_exact - b_back)) + (b_offset - b_back) + (b_exact - b_mean.to(tl.float64))
     b_low = tl.where(tl.abs(b_mean) < float("inf"), b_low, 0.0).to(ACC)
     b_var = b_m2 / tl.maximum(b_n, 1.0)
-    b_invstd = inverse_std(b_var.to(ACC), eps, ACC)
+    b_invstd = inverse_std(b_var.to(ACC), moving.eps, ACC)
     tl.store(p_saved + o_channel, b_mean, mask=m_channel)
     tl.store(p_saved + channels + o_channel, b_low, mask=m_channel)
     tl.store(p_saved + 2 * channels + o_channel, b_invstd, mask=m_channel)
-    b_bias = load_vector(p_bias, o_channel, m_channel, 0.0, ACC)
+    b_bias = load_vector(norm.bias, o_channel, m_channel, 0.0, ACC)
     tl.store(p_saved + 3 * channels + o_channel, b_bias, mask=m_channel)
     m_moves = m_channel
-    if p_running_mean is not None:
-        b_momentum = tl.full(o_channel.shape, momentum, tl.float64)
+    if norm.running_mean is not None:
+        b_momentum = tl.full(o_channel.shape, moving.momentum, tl.float64)
         b_new = b_old_mean * (1.0 - b_momentum) + b_exact * b_momentum
-        b_new_mean = b_new.to(ACC).to(p_running_mean.dtype.element_ty)
+        b_new_mean = b_new.to(ACC).to(norm.running_mean.dtype.element_ty)
         b_new = b_old_var * (1.0 - b_momentum) + b_m2 / (b_n - 1.0) * b_momentum
-        b_new_var = b_new.to(ACC).to(p_running_var.dtype.element_ty)
+        b_new_var = b_new.to(ACC).to(norm.running_var.dtype.element_ty)
         # As they are stored: what is not finite is no more 0 less itself.
         b_none = (b_new_mean.to(ACC) - b_new_mean.to(ACC)) + (b_new_var.to(ACC) - b_new_var.to(ACC))
         m_finite = b_none == 0.0
-        m_moves = m_channel & (m_finite | (tl.full(o_channel.shape, keep, tl.int32) == 0))
+        m_moves = m_channel & (m_finite | (tl.full(o_channel.shape, moving.keep, tl.int32) == 0))
         m_stored = m_moves
         if MAY_BE_ONE:
             m_stored = m_moves & (b_n > 1.0)
-        tl.store(p_running_mean + o_channel, b_new_mean, mask=m_stored)
-        tl.store(p_running_var + o_channel, b_new_var, mask=m_stored)
-    _count_batch(p_batches, o_channel, m_moves)
+        tl.store(norm.running_mean + o_channel, b_new_mean, mask=m_stored)
+        tl.store(norm.running_var + o_channel, b_new_var, mask=m_stored)
+    _count_batch(norm.batches, o_channel, m_moves)
     return b_mean, b_low, b_invstd, b_bias
+
+
+@triton.jit
+def load_moments(partial, o_channel, m_channel, sizes, MERGE: tl.constexpr):
+    """(count, mean, M2) [partials, channels] in float64, for `merge`."""
+    o, m = partial_offsets(o_channel, m_channel, partial.width, sizes, 3, MERGE)
+    b_count = tl.load(partial.p + o, mask=m, other=0.0).to(tl.float64)
+    b_mean = tl.load(partial.p + partial.width + o, mask=m, other=0.0).to(tl.float64)
+    b_m2 = tl.load(partial.p + 2 * partial.width + o, mask=m, other=0.0).to(tl.float64)
+    return b_count, b_mean, b_m2
+
+
+@triton.jit
+def load_sums(partial, o_channel, m_channel, sizes, MERGE: tl.constexpr):
+    """sum(dz) and sum(dz * (x - mean)) [channels], in float64."""
+    o, m = partial_offsets(o_channel, m_channel, partial.width, sizes, 2, MERGE)
+    b_dz = tl.sum(tl.load(partial.p + o, mask=m, other=0.0).to(tl.float64), axis=0)
+    b_dzx = tl.load(partial.p + partial.width + o, mask=m, other=0.0).to(tl.float64)
+    return b_dz, tl.sum(b_dzx, axis=0)
 
 
 @triton.jit(do_not_specialize=ANY_SIZE)
 def bn_finalize_kernel(
-    p_partial,
-    p_x,
-    p_bias,
-    p_saved,
-    p_running_mean,
-    p_running_var,
-    p_batches,
-    x_stride,
+    partial,
+    x,
+    norm,
     outer,
     inner,
     channels,
     spread,
     programs,
-    width,
     each,
     slots,
     keep,
     momentum: "fp64",
     eps: "fp64",
-    COLUMNS: tl.constexpr,
-    MAY_BE_ONE: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     """saved [4, C] <- mean, mean_low, invstd, bias; the running statistics move towards the batch's (var unbiased).
 
@@ -157,32 +215,25 @@ def bn_finalize_kernel(
     The backward, which computes z again, is to have the bias of the forward, whatever has become of it since. The means
     in partial are relative to the pivots of x; without x they are the means themselves.
     """
-    ACC: tl.constexpr = p_saved.dtype.element_ty
-    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    ACC: tl.constexpr = norm.saved.dtype.element_ty
+    o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
     # Several threads hold a channel, and one of them stores it: all have read before the merge, whose barriers come
     # between.
-    b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
-    b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
-    o, m = partial_offsets(
-        o_channel, m_channel, programs, spread, width, each, slots, 3, COLUMNS, BLOCK_PARTIALS
-    )
-    b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
-    b_mean = tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64)
-    b_m2 = tl.load(p_partial + 2 * width + o, mask=m, other=0.0).to(tl.float64)
-    moments = merge(b_count, b_mean, b_m2)
+    old = load_running(norm, o_channel, m_channel)
+    sizes = Partials(programs, each, slots, spread)
+    b_count, b_mean, b_m2 = load_moments(partial, o_channel, m_channel, sizes, MERGE)
+    b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
 
-    if p_x is not None:
-        b_pivot = load_pivot(
-            p_x, None, None, o_channel.to(tl.int64) * spread, m_channel, outer, inner, spread, x_stride, None,
-            ACC, tl.int64,
-        )  # fmt: skip
+    if x is not None:
+        o_first, rows = o_channel.to(tl.int64) * spread, Sizes(outer, inner, spread)
+        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, rows, ACC, tl.int64)
         b_first = b_pivot.to(tl.float64)
     else:
-        b_first = tl.zeros([BLOCK_CHANNELS], tl.float64)
+        b_first = tl.zeros(o_channel.shape, tl.float64)
     finish_moments(
-        moments, b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-        o_channel, m_channel, channels, momentum, eps, keep, MAY_BE_ONE,
+        (b_n, b_mean, b_m2, b_first), old, norm, o_channel, m_channel, channels,
+        Moving(momentum, eps, keep), MERGE.may_be_one,
     )  # fmt: skip
 
 
@@ -215,40 +266,51 @@ def launch_bn_finalize(
 ) -> None:
     """saved [4, C] <- partial [P, 3, width], bias; what is running is updated in place where given."""
     programs, _, width = partial.values.shape
-    channels = saved.shape[1]
-    walk: tuple = (None, None, None)
-    spread, rows = 1, partial.rows
-    if rows is not None:
-        spread, walk = rows.spread, (rows.strides[partial.which], rows.outer, rows.inner)
+    channels, rows, x = saved.shape[1], partial.rows, None
+    spread = 1 if rows is None else rows.spread
     each, columns, slots = share(spread, partial.tile)
-    options = merging_options(programs * each)
+    outer = inner = None
+    if rows is not None and partial.x is not None:
+        x = View(partial.x, rows.strides[partial.which])
+        outer, inner = rows.outer, rows.inner
+    merging, options = merging_options(programs * each)
+    norm = Vectors(None, bias, running.mean, running.var, running.batches, saved)
     p.start(
         bn_finalize_kernel,
-        (-(-channels // options["BLOCK_CHANNELS"]),),
-        (partial.values, partial.x, bias, saved, running.mean, running.var, running.batches),
-        (*walk, channels, spread, programs, width, each, slots, int(running.keep)),
-        (running.momentum, eps),
-        {"COLUMNS": columns, "MAY_BE_ONE": partial.may_be_one},
+        (-(-channels // merging.channels),),
+        (
+            Parts(partial.values, width),
+            x,
+            norm,
+            outer,
+            inner,
+            channels,
+            spread,
+            programs,
+            each,
+            slots,
+            int(running.keep),
+            running.momentum,
+            eps,
+        ),
+        {"MERGE": merging._replace(columns=columns, may_be_one=partial.may_be_one)},
         options,
     )
 
 
 @triton.jit
 def finish_sums(
-    b_dz, b_dzx, b_invstd, p_weight, p_dweight, p_dbias, o_channel, m_channel, inverse_count,
-    ACC: tl.constexpr,
+    sums, b_invstd, p_weight, out, o_channel, m_channel, inverse_count, ACC: tl.constexpr
 ):  # fmt: skip
     """(slope, level) [channels] of dx = scale * dz + slope * (x - mean) + level, of the two sums in float64; dweight
-    and dbias are written.
+    and dbias are written, of `Gradients`.
     """
-    if p_dweight is not None:
-        tl.store(
-            p_dweight + o_channel,
-            (b_dzx * b_invstd).to(ACC).to(p_dweight.dtype.element_ty),
-            mask=m_channel,
-        )
-    if p_dbias is not None:
-        tl.store(p_dbias + o_channel, b_dz.to(ACC).to(p_dbias.dtype.element_ty), mask=m_channel)
+    b_dz, b_dzx = sums
+    if out.dweight is not None:
+        b_dweight = (b_dzx * b_invstd).to(ACC).to(out.dweight.dtype.element_ty)
+        tl.store(out.dweight + o_channel, b_dweight, mask=m_channel)
+    if out.dbias is not None:
+        tl.store(out.dbias + o_channel, b_dz.to(ACC).to(out.dbias.dtype.element_ty), mask=m_channel)
     b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
     b_share = b_scale * tl.full(o_channel.shape, inverse_count, tl.float64)
     b_slope = -(b_share * b_invstd) * (b_dzx * b_invstd)
@@ -257,55 +319,37 @@ def finish_sums(
 
 @triton.jit(do_not_specialize=ANY_SIZE)
 def bn_grad_finalize_kernel(
-    p_partial,
-    p_saved,
-    p_weight,
-    p_coefficients,
-    p_dweight,
-    p_dbias,
+    partial,
+    norm,
+    out,
     channels,
     spread,
     programs,
-    width,
     each,
     slots,
     inverse_count: "fp64",
     ACC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
-    """dweight, dbias [C], and the coefficients [2, C] of dx = scale * dz + slope * (x - mean) + level.
+    """`Gradients`: dweight, dbias [C], and the coefficients [2, C] of dx = scale * dz + slope * (x - mean) + level.
 
     Without saved nothing was normalised: invstd is 1.
     """
-    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
-    o, m = partial_offsets(
-        o_channel, m_channel, programs, spread, width, each, slots, 2, COLUMNS, BLOCK_PARTIALS
-    )
-    b_dz = tl.sum(tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64), axis=0)
-    b_dzx = tl.sum(tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64), axis=0)
+    sizes = Partials(programs, each, slots, spread)
+    b_dz, b_dzx = load_sums(partial, o_channel, m_channel, sizes, MERGE)
 
-    if p_saved is None:
-        b_invstd = tl.full([BLOCK_CHANNELS], 1.0, ACC)
+    if norm.saved is None:
+        b_invstd = tl.full(o_channel.shape, 1.0, ACC)
     else:
-        b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
+        b_invstd = load_vector(norm.saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
     b_slope, b_level = finish_sums(
-        b_dz,
-        b_dzx,
-        b_invstd,
-        p_weight,
-        p_dweight,
-        p_dbias,
-        o_channel,
-        m_channel,
-        inverse_count,
-        ACC,
+        (b_dz, b_dzx), b_invstd, norm.weight, out, o_channel, m_channel, inverse_count, ACC
     )
-    if p_coefficients is not None:
-        tl.store(p_coefficients + o_channel, b_slope, mask=m_channel)
-        tl.store(p_coefficients + channels + o_channel, b_level, mask=m_channel)
+    if out.coefficients is not None:
+        tl.store(out.coefficients + o_channel, b_slope, mask=m_channel)
+        tl.store(out.coefficients + channels + o_channel, b_level, mask=m_channel)
 
 
 def launch_bn_grad_finalize(
@@ -323,13 +367,21 @@ def launch_bn_grad_finalize(
     """
     programs, _, width = of.partial.shape
     each, columns, slots = share(rows.spread, tile)
-    options = merging_options(programs * each)
+    merging, options = merging_options(programs * each)
     p.start(
         bn_grad_finalize_kernel,
-        (-(-rows.channels // options["BLOCK_CHANNELS"]),),
-        (of.partial, of.norm.saved, of.norm.weight, coefficients, dweight, dbias),
-        (rows.channels, rows.spread, programs, width, each, slots),
-        (1.0 if tile is None else 1.0 / rows.values,),
-        {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "COLUMNS": columns},
+        (-(-rows.channels // merging.channels),),
+        (
+            Parts(of.partial, width),
+            Vectors(of.norm.weight, saved=of.norm.saved),
+            Gradients(dweight, dbias, coefficients),
+            rows.channels,
+            rows.spread,
+            programs,
+            each,
+            slots,
+            1.0 if tile is None else 1.0 / rows.values,
+        ),
+        {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "MERGE": merging._replace(columns=columns)},
         options,
     )

@@ -17,73 +17,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .apply import apply_tiles
-from .finalize import Running, finish_moments
+from .activation import Activation
+from .apply import Output, Tail, apply_tiles
+from .finalize import Moving, Running, finish_moments, load_running
 from .launch import Whole
-from .moments import load_pivot, merge
-from .norm import Norm
+from .moments import Summed, load_pivot, merge
+from .norm import Affine, Branch, Norm, Vectors
 from .plan import Planner
 from .stats import group_moments
 from .tile import (
     ANY_MULTIPLE,
     ANY_WHOLE,
-    arithmetic,
+    Pair,
+    Sizes,
+    View,
     by_channel,
     by_part,
     load_vector,
     own_channels,
-    own_columns,
-    own_stride,
-    tile_columns,
     to_columns,
+    walk_of,
+    walk_stride,
 )
 
 
 @triton.jit
-def _norm_of(
-    p_x,
-    p_weight,
-    p_bias,
-    p_running_mean,
-    p_running_var,
-    p_batches,
-    p_saved,
-    x_stride,
-    o_column,
-    m_column,
-    outer,
-    inner,
-    channels,
-    spread,
-    whole,
-    slots,
-    width,
-    momentum,
-    eps,
-    keep,
-    ONE_OUTER: tl.constexpr,
-    EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """(mean, mean_low, scale, bias) of these columns, as `load_norm` gives them, from x; they are left in saved."""
-    ACC: tl.constexpr = p_saved.dtype.element_ty
-    b_pivot = load_pivot(
-        p_x, None, None, o_column - o_column % spread, m_column, outer, inner, spread, x_stride, None, ACC, OFFSET,
-    )  # fmt: skip
-    b_count, b_mean, b_m2 = group_moments(
-        p_x, None, None, b_pivot, x_stride, None, None, o_column, m_column, outer, inner, spread, whole, 0, 1,
-        ACC, ONE_OUTER, EVEN, GROUP, RUN, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
-    o_channel, m_channel = own_channels(o_column, m_column, slots, PARTS)
+def _norm_of(x, norm, walk, whole, moving, TILE: tl.constexpr):
+    """The `Affine` of these columns, as `load_norm` gives it, from x; mean, invstd and bias are left in norm.saved."""
+    ACC: tl.constexpr = norm.saved.dtype.element_ty
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    PARTS: tl.constexpr = TILE.parts
+    slots, width = walk.slots, walk.width
+    o_first = walk.o_column - walk.o_column % walk.spread
+    b_pivot = load_pivot(Summed(x, None, None), o_first, walk.m_column, walk, ACC, OFFSET)
+    b_count, b_mean, b_m2 = group_moments(Summed(x, None, None), b_pivot, walk, whole, TILE, ACC)
+    o_channel, m_channel = own_channels(walk, PARTS)
     # Several threads hold a channel, and one of them stores it: all have read before.
-    b_old_mean = load_vector(p_running_mean, o_channel, m_channel, 0.0, tl.float64)
-    b_old_var = load_vector(p_running_var, o_channel, m_channel, 0.0, tl.float64)
+    old = load_running(norm, o_channel, m_channel)
     tl.debug_barrier()
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
     b_first = b_pivot.to(tl.float64)
@@ -99,36 +69,21 @@ def _norm_of(
         o_first = tl.minimum(tl.arange(0, PARTS), slots - 1) * (width // slots)
         b_first = tl.gather(b_first, o_first, 0)
     b_mean, b_low, b_invstd, b_bias = finish_moments(
-        (b_n, b_mean, b_m2), b_first, b_old_mean, b_old_var, p_bias, p_saved, p_running_mean, p_running_var, p_batches,
-        o_channel, m_channel, channels, momentum, eps, keep, False,
-    )  # fmt: skip
-    b_scale = b_invstd * load_vector(p_weight, o_channel, m_channel, 1.0, ACC)
+        (b_n, b_mean, b_m2, b_first), old, norm, o_channel, m_channel, walk.channels, moving, False
+    )
+    b_scale = b_invstd * load_vector(norm.weight, o_channel, m_channel, 1.0, ACC)
     if PARTS > 0:
-        b_mean = to_columns(b_mean, slots, width, o_column.shape[0])
-        b_low = to_columns(b_low, slots, width, o_column.shape[0])
-        b_scale = to_columns(b_scale, slots, width, o_column.shape[0])
-        b_bias = to_columns(b_bias, slots, width, o_column.shape[0])
-    return b_mean, b_low, b_scale, b_bias
+        b_mean = to_columns(b_mean, slots, width, walk.o_column.shape[0])
+        b_low = to_columns(b_low, slots, width, walk.o_column.shape[0])
+        b_scale = to_columns(b_scale, slots, width, walk.o_column.shape[0])
+        b_bias = to_columns(b_bias, slots, width, walk.o_column.shape[0])
+    return Affine(b_mean, b_low, b_scale, b_bias)
 
 
 @triton.jit(do_not_specialize=ANY_WHOLE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_forward_kernel(
-    p_x,
-    p_residual,
-    p_weight,
-    p_bias,
-    p_running_mean,
-    p_running_var,
-    p_batches,
-    p_saved,
-    p_residual_weight,
-    p_residual_bias,
-    p_residual_running_mean,
-    p_residual_running_var,
-    p_residual_batches,
-    p_residual_saved,
-    p_y,
-    p_bits,
+    of,
+    out,
     row_stride,
     bits_outer,
     bits_inner,
@@ -150,57 +105,35 @@ def bn_forward_kernel(
     eps: "fp64",
     residual_momentum: "fp64",
     residual_eps: "fp64",
-    ONE_OUTER: tl.constexpr,
-    EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    WHOLE_BYTES: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """y, saved [4, C] and the running statistics, and bits with `writes_bits`. adds: whether y has a residual;
-    normalizes: whether that has a BatchNorm, which leaves residual_saved. What is not there has a stand-in.
-
-    PARTS: what the columns of a flat walk are added up in (`by_part`), else 0.
+    """out.y, saved [4, C] and the running statistics, and out.bits with `writes_bits`. adds: whether y has a
+    residual; normalizes: whether that has a BatchNorm. What is not there has a stand-in.
     """
-    ACC: tl.constexpr = p_saved.dtype.element_ty
-    SECTOR: tl.constexpr = 32 // (p_x.dtype.element_ty.primitive_bitwidth // 8)
-    own = own_columns(spread, slots, width, PARTS, SECTOR)
-    stride = own_stride(channels, row_stride, own)
+    ACC: tl.constexpr = of.x.norm.saved.dtype.element_ty
+    SECTOR: tl.constexpr = 32 // (of.x.p.dtype.element_ty.primitive_bitwidth // 8)
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, None, width, slots)
+    walk = walk_of(sizes, channels, SECTOR, TILE)
+    stride = walk_stride(walk, row_stride)
     bits_stride = (bits_outer, bits_inner, bits_piece, 1)
-    o_column, m_column = tile_columns(channels, own, BLOCK_CHANNELS, OFFSET)
-    norm = _norm_of(
-        p_x, p_weight, p_bias, p_running_mean, p_running_var, p_batches, p_saved, stride,
-        o_column, m_column, outer, inner, channels, spread, whole, slots, width, momentum, eps, keep,
-        ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
+    norm = _norm_of(View(of.x.p, stride), of.x.norm, walk, whole, Moving(momentum, eps, keep), TILE)
     residual_norm = None
-    if p_residual_saved is not None:
-        b_mean = tl.zeros([BLOCK_CHANNELS], ACC)
-        b_low = tl.zeros([BLOCK_CHANNELS], ACC)
-        b_scale = tl.zeros([BLOCK_CHANNELS], ACC)
-        b_bias = tl.zeros([BLOCK_CHANNELS], ACC)
+    if of.residual.norm.saved is not None:
+        b_mean = tl.zeros(walk.o_column.shape, ACC)
+        b_low = tl.zeros(walk.o_column.shape, ACC)
+        b_scale = tl.zeros(walk.o_column.shape, ACC)
+        b_bias = tl.zeros(walk.o_column.shape, ACC)
         if normalizes:
             b_mean, b_low, b_scale, b_bias = _norm_of(
-                p_residual, p_residual_weight, p_residual_bias, p_residual_running_mean, p_residual_running_var,
-                p_residual_batches, p_residual_saved, stride,
-                o_column, m_column, outer, inner, channels, spread, whole, slots, width,
-                residual_momentum, residual_eps, keep,
-                ONE_OUTER, EVEN, GROUP, RUN, PARTS, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+                View(of.residual.p, stride), of.residual.norm, walk, whole,
+                Moving(residual_momentum, residual_eps, keep), TILE,
             )  # fmt: skip
-        residual_norm = (b_mean, b_low, b_scale, b_bias)
+        residual_norm = Affine(b_mean, b_low, b_scale, b_bias)
     apply_tiles(
-        p_x, p_residual, p_y, p_bits, norm, residual_norm, None, None, stride, bits_stride,
-        o_column, m_column, outer, inner, channels, own, spread, tiles_inner, tiles, 0, 1,
-        adds, normalizes, writes_bits,
-        ACTIVATION, SLOPE, PACK_CHANNELS, WHOLE_BYTES, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, 1,
+        Pair(of.x, of.residual), Pair(norm, residual_norm),
+        Output(View(out.y, stride), View(out.bits, bits_stride)), walk, Tail(adds, normalizes, writes_bits), TILE,
+        ACTIVATION,
     )  # fmt: skip
 
 
@@ -221,12 +154,12 @@ def launch_bn_forward(
         bn_forward_kernel,
         whole.tile.grid,
         (
-            x, x if residual is None else residual,
-            norm.weight, norm.bias, running.mean, running.var, running.batches, norm.saved,
-            other.weight, other.bias, moved.mean, moved.var, moved.batches, other.saved,
-            y, p.empty((1,), torch.uint8) if bits is None else bits,
-        ),
-        (
+            Pair(
+                Branch(x, None, _written(norm, running)),
+                Branch(x if residual is None else residual, None, _written(other, moved)),
+            ),
+            Output(y, p.empty((1,), torch.uint8) if bits is None else bits),
+            whole.row_stride,
             *whole.integers(),
             whole.tile.whole,
             whole.tile.tiles_inner if whole.is_flat else None,
@@ -235,15 +168,18 @@ def launch_bn_forward(
             int(len(norms) > 1),
             int(bits is not None),
             int(running.keep),
+            running.momentum,
+            norm.eps,
+            moved.momentum,
+            other.eps,
         ),
-        (running.momentum, norm.eps, moved.momentum, other.eps),
         {
-            **whole.constants,
-            "OFFSET": arithmetic(x.dtype, whole.walk)["OFFSET"],
-            "ONE_OUTER": not whole.is_flat,
-            "ACTIVATION": activation[0],
-            "SLOPE": activation[1],
-            "WHOLE_BYTES": whole.has_whole_bytes,
+            "TILE": whole.block._replace(whole_bytes=whole.has_whole_bytes),
+            "ACTIVATION": Activation(*activation),
         },
         whole.tile.options,
-    )  # fmt: skip
+    )
+
+
+def _written(norm: Norm, running: Running) -> Vectors:
+    return Vectors(norm.weight, norm.bias, running.mean, running.var, running.batches, norm.saved)

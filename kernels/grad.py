@@ -29,6 +29,58 @@ class Operand(NamedTuple):
     dbias: Tensor | None = None
 
 
+class Second(NamedTuple):
+    """A second gradient of the output, as a kernel is told of it; see `grad_reduce.Skip`."""
+
+    p: Any
+    stride: Any
+    place: Any
+
+
+NO_SECOND = Second(None, None, None)
+
+
+class Incoming(NamedTuple):
+    """What the backward begins with: dy (`View`); a `Second` gradient; a tail's mask (`View`); and dz, where it is
+    written while the sums are taken."""
+
+    dy: Any
+    skip: Any
+    bits: Any
+    dz: Any = None
+
+
+class At(NamedTuple):
+    """A tile of the loop: its number; its rows, o and i; of its values the mask, and the offsets of what is written."""
+
+    tile: Any
+    outer: Any
+    inner: Any
+    m: Any
+    first: Any
+
+
+class Flags(NamedTuple):
+    """Of a kernel that is one for several cases, as integers; else constants: whether the second gradient is added, the
+    residual has a BatchNorm, everything passes the mask (None: as the mask says), the residual gets a gradient. Each
+    counts where what it is about is given at all."""
+
+    adds: Any = True
+    normalizes: Any = True
+    everything: Any = None
+    writes_residual: Any = True
+
+
+class Terms(NamedTuple):
+    """Of a block of channels: `norm.Affine` of x and of the residual, and the coefficients (slope, level) of their
+    gradients, or None."""
+
+    x: Any
+    residual: Any
+    coefficients: Any = None
+    residual_coefficients: Any = None
+
+
 @triton.jit
 def visited(o_position, place):
     """(position, mask) in a tensor of every stride-th one; `place`: (H, W, stride of H, of W, its own H, its own W).
@@ -45,70 +97,44 @@ def visited(o_position, place):
 
 
 @triton.jit
-def load_dz(
-    p_dy,
-    p_skip,
-    p_bits,
-    b_z,
-    o_first,
-    o_outer,
-    o_inner,
-    o_column,
-    m,
-    i_tile,
-    outer,
-    inner,
-    columns,
-    own,
-    spread,
-    tiles_inner,
-    dy_stride,
-    skip_stride,
-    skip_place,
-    bits_stride,
-    adds,
-    everything,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-    FLAT: tl.constexpr,
-):
-    """dz [rows, columns], 0 where masked. A tail's mask is read; without one z was computed again (else it is None).
+def load_dy(incoming, at, walk, ACC: tl.constexpr, STAGES: tl.constexpr):
+    """dy [rows, columns] of the tile `At`, 0 where masked."""
+    o_dy = tile_offsets(
+        at.outer, at.inner, walk.o_column, incoming.dy.stride, walk.spread, at.first
+    )
+    b_dy = tl.load(incoming.dy.p + o_dy, mask=at.m, other=0.0)
+    return widen(b_dy, ACC) if STAGES == 1 else b_dy.to(ACC)
 
-    Of a kernel that is one for several cases, as integers: whether the second gradient is added, and whether everything
-    passes the mask (else None).
-    """
-    o_dy = tile_offsets(o_outer, o_inner, o_column, dy_stride, spread, o_first)
-    b_dy = tl.load(p_dy + o_dy, mask=m, other=0.0)
-    b_dz = widen(b_dy, ACC) if STAGES == 1 else b_dy.to(ACC)
-    if p_skip is not None:
-        m_skip = only_if(m, adds)
-        if skip_place is not None:
-            if FLAT:  # the positions are columns
-                o_column, m_column = visited(o_column, skip_place)
+
+@triton.jit
+def grad_of_z(
+    incoming, b_dz, b_z, at, walk, flags, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """dz [rows, columns] of dy, with what the second gradient adds to it. A tail's mask is read; without one z was
+    computed again (else it is None)."""
+    ACC: tl.constexpr = b_dz.dtype
+    o_column, spread = walk.o_column, walk.spread
+    if incoming.skip.p is not None:
+        o_inner = at.inner
+        m_skip = only_if(at.m, flags.adds)
+        if incoming.skip.place is not None:
+            if TILE.flat:  # the positions are columns
+                o_column, m_column = visited(o_column, incoming.skip.place)
                 m_skip &= m_column[None, :]
             else:
-                o_inner, m_row = visited(o_inner, skip_place)
+                o_inner, m_row = visited(o_inner, incoming.skip.place)
                 m_skip &= m_row[:, None]
-        o_skip = tile_offsets(o_outer, o_inner, o_column, skip_stride, spread, o_first)
-        b_skip = load_tile(p_skip, o_skip, m_skip, ACC)
-        if adds:
-            b_dz = (b_dz + b_skip).to(p_dy.dtype.element_ty).to(ACC)
-    if p_bits is not None:
-        o_byte, m_byte = byte_tile(
-            i_tile, outer, inner, columns, own, tiles_inner, bits_stride,
-            PACK_CHANNELS, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET,
-        )  # fmt: skip
-        b_byte = tl.load(p_bits + o_byte, mask=m_byte, other=0)
-        if everything is not None:
-            b_byte |= tl.full(b_byte.shape, tl.where(everything != 0, 255, 0), tl.uint8)
-        b_dz = keep_passing(b_dz, unpack(b_byte, PACK_CHANNELS), ACTIVATION, SLOPE)
+        o_skip = tile_offsets(at.outer, o_inner, o_column, incoming.skip.stride, spread, at.first)
+        b_skip = load_tile(incoming.skip.p, o_skip, m_skip, ACC)
+        if flags.adds:
+            b_dz = (b_dz + b_skip).to(incoming.dy.p.dtype.element_ty).to(ACC)
+    if incoming.bits.p is not None:
+        o_byte, m_byte = byte_tile(at.tile, walk, incoming.bits.stride, TILE)
+        b_byte = tl.load(incoming.bits.p + o_byte, mask=m_byte, other=0)
+        if flags.everything is not None:
+            b_byte |= tl.full(b_byte.shape, tl.where(flags.everything != 0, 255, 0), tl.uint8)
+        m_passes = unpack(b_byte, TILE.packs_channels)
+        b_dz = keep_passing(b_dz, m_passes, ACTIVATION)
     elif b_z is not None:
-        b_dz = through(b_dz, b_z, m, ACTIVATION, SLOPE)
+        b_dz = through(b_dz, b_z, at.m, ACTIVATION)
     return b_dz

@@ -13,22 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import Operand, load_dz
+from .activation import Activation
+from .grad import NO_SECOND, At, Flags, Incoming, Operand, Terms, grad_of_z, load_dy
 from .launch import Tile
 from .layout import RowMap, mask_of
 from .moments import fma, fold, normalize
-from .norm import load_norm
+from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
-    arithmetic,
+    Pair,
+    Sizes,
+    View,
     load_vector,
     only_if,
-    row_vectors,
-    tile_columns,
     tile_offsets,
     tile_rows,
+    walk_of,
     widen,
 )
 
@@ -45,148 +47,94 @@ def _grad_input(b_dz, b_x, b_scale, b_slope, b_high, b_low):
 
 @triton.jit
 def grad_apply_tiles(
-    p_dy,
-    p_x,
-    p_bits,
-    p_dx,
-    p_dresidual,
-    p_residual,
-    p_addend,
-    norm,
-    residual_norm,
-    coefficients,
-    residual_coefficients,
-    dy_stride,
-    x_stride,
-    residual_stride,
-    addend_stride,
-    bits_stride,
-    out_stride,
-    o_column,
-    m_column,
-    outer,
-    inner,
-    columns,
-    own,
-    spread,
-    tiles_inner,
-    tiles,
-    i_program,
-    programs,
-    normalizes,
-    everything,
-    writes_residual,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dx and dresidual (each where given) <- dy, x, the tiles of a program. norm: what `load_norm` gives; coefficients:
-    (slope, level) of the columns, or None. The same of the residual.
-
-    normalizes, writes_residual: whether the residual has a BatchNorm, and a gradient, if these are given at all;
-    everything: as in `load_dz`.
-    """
-    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
-    b_mean, b_mean_low, b_scale, b_bias = norm
-    b_rmean, b_rmean_low, b_rscale, b_rbias = residual_norm
-    if coefficients is not None:
-        b_slope = coefficients[0]
-        b_slope_high, b_slope_low = fold(b_mean, b_mean_low, b_slope, coefficients[1])
-    if residual_coefficients is not None:
-        b_rslope = residual_coefficients[0]
-        b_rslope_high, b_rslope_low = fold(b_rmean, b_rmean_low, b_rslope, residual_coefficients[1])
-    # z is computed again where there is no mask of it, and the residual is part of it.
-    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
-    IN_Z: tl.constexpr = p_residual is not None and AGAIN
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
-    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
-
-    for i in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        i_tile = tiles - 1 - i
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
+    incoming, of, terms, stride, walk, flags, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    """The gradients of x and of the residual (each where given) <- incoming, the tiles of a program. of: the `Branch`
+    of each; terms: `Terms`; stride: of the gradients; flags: `Flags`."""
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    o_column, spread = walk.o_column, walk.spread
+    norm, residual_norm = terms.x, terms.residual
+    b_scale, b_rscale = norm.scale, residual_norm.scale
+    if terms.coefficients is not None:
+        b_slope = terms.coefficients[0]
+        b_slope_high, b_slope_low = fold(
+            norm.mean, norm.mean_low, b_slope, terms.coefficients[1]
+        )  # fmt: skip
+    if terms.residual_coefficients is not None:
+        b_rslope = terms.residual_coefficients[0]
+        b_rslope_high, b_rslope_low = fold(
+            residual_norm.mean, residual_norm.mean_low, b_rslope, terms.residual_coefficients[1]
         )
-        m = m_row[:, None] & m_column[None, :]
-        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
-        if coefficients is not None or AGAIN:
-            o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
-            b_x = widen(tl.load(p_x + o_x, mask=m, other=0.0), ACC)
-        if IN_Z or residual_coefficients is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            m_residual = m if IN_Z else only_if(m, normalizes)
-            b_residual = widen(tl.load(p_residual + o_residual, mask=m_residual, other=0.0), ACC)
+    # z is computed again where there is no mask of it, and the residual is part of it.
+    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits.p is None
+    IN_Z: tl.constexpr = of.residual.p is not None and AGAIN
+    b_high, b_low = fold(norm.mean, norm.mean_low, b_scale, norm.bias)
+    b_rhigh, b_rlow = fold(residual_norm.mean, residual_norm.mean_low, b_rscale, residual_norm.bias)
+
+    for i in tl.range(walk.first, walk.tiles, walk.programs, num_stages=TILE.second):
+        i_tile = walk.tiles - 1 - i
+        o_outer, o_inner, m_row = tile_rows(i_tile, walk, TILE)
+        m = m_row[:, None] & walk.m_column[None, :]
+        o_out = tile_offsets(o_outer, o_inner, o_column, stride, spread)
+        if terms.coefficients is not None or AGAIN:
+            o_x = tile_offsets(o_outer, o_inner, o_column, of.x.stride, spread, o_out)
+            b_x = widen(tl.load(of.x.p + o_x, mask=m, other=0.0), ACC)
+        if IN_Z or terms.residual_coefficients is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, of.residual.stride, spread, o_out)
+            m_residual = m if IN_Z else only_if(m, flags.normalizes)
+            b_residual = widen(tl.load(of.residual.p + o_residual, mask=m_residual, other=0.0), ACC)
         if AGAIN:
             b_z = normalize(b_x, b_scale, b_high, b_low)
             if IN_Z:
                 b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
         else:
             b_z = None
-        b_dz = load_dz(
-            p_dy, None, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, own, spread, tiles_inner, dy_stride, None, None, bits_stride,
-            True, everything,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, False,
-        )  # fmt: skip
-        if p_dx is not None:
-            if coefficients is not None:
+        at = At(i_tile, o_outer, o_inner, m, o_out)
+        b_dy = load_dy(incoming, at, walk, ACC, TILE.second)
+        b_dz = grad_of_z(incoming, b_dy, b_z, at, walk, flags, TILE, ACTIVATION)
+        if of.x.gradient is not None:
+            if terms.coefficients is not None:
                 b_dx = _grad_input(b_dz, b_x, b_scale, b_slope, b_slope_high, b_slope_low)
             else:
                 b_dx = b_scale[None, :] * b_dz
-            if p_addend is not None:
-                o_addend = tile_offsets(o_outer, o_inner, o_column, addend_stride, spread, o_out)
-                b_dx += widen(tl.load(p_addend + o_addend, mask=m, other=0.0), ACC)
-            tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
-        if p_dresidual is not None:
-            if writes_residual:
-                if residual_coefficients is None:
+            if of.x.addend.p is not None:
+                o_addend = tile_offsets(
+                    o_outer, o_inner, o_column, of.x.addend.stride, spread, o_out
+                )
+                b_dx += widen(tl.load(of.x.addend.p + o_addend, mask=m, other=0.0), ACC)
+            tl.store(of.x.gradient + o_out, b_dx.to(of.x.gradient.dtype.element_ty), mask=m)
+        if of.residual.gradient is not None:
+            if flags.writes_residual:
+                if terms.residual_coefficients is None:
                     b_dx = b_rscale[None, :] * b_dz
                 else:
                     b_dx = b_dz
-                    if normalizes:
+                    if flags.normalizes:
                         b_dx = _grad_input(
                             b_dz, b_residual, b_rscale, b_rslope, b_rslope_high, b_rslope_low
                         )
-                tl.store(p_dresidual + o_out, b_dx.to(p_dresidual.dtype.element_ty), mask=m)
+                p_gradient = of.residual.gradient
+                tl.store(p_gradient + o_out, b_dx.to(p_gradient.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _load_coefficients(p_coefficients, o_channel, m_channel, channels, ACC: tl.constexpr):
+def _load_coefficients(p_coefficients, walk, ACC: tl.constexpr):
     """(slope, level), or None where there are none."""
     if p_coefficients is None:
         coefficients = None
     else:
+        o_channel, m_channel = walk.o_column // walk.spread, walk.m_column
         b_slope = load_vector(p_coefficients, o_channel, m_channel, 0.0, ACC)
-        b_level = load_vector(p_coefficients + channels, o_channel, m_channel, 0.0, ACC)
+        b_level = load_vector(p_coefficients + walk.channels, o_channel, m_channel, 0.0, ACC)
         coefficients = (b_slope, b_level)
     return coefficients
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_apply_kernel(
-    p_dy,
-    p_x,
-    p_bits,
-    p_weight,
-    p_saved,
-    p_coefficients,
-    p_dx,
-    p_dresidual,
-    p_residual,
-    p_residual_weight,
-    p_residual_saved,
-    p_residual_coefficients,
-    p_addend,
-    dy_stride,
-    x_stride,
-    residual_stride,
-    addend_stride,
-    bits_stride,
-    out_stride,
+    incoming,
+    of,
+    stride,
     outer,
     inner,
     channels,
@@ -194,41 +142,20 @@ def bn_grad_apply_kernel(
     tiles_inner,
     tiles,
     programs,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """dx and dresidual (each where given) <- dy, x."""
-    inner = row_vectors(inner, ROW_VECTORS)
-    i_program = tl.program_id(1)
-    columns = channels * spread
-    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
-    norm = load_norm(
-        None, None, p_saved, p_weight, None,
-        o_column, m_column, channels, spread, i_program, 0.0, ACC,
-    )  # fmt: skip
-    residual_norm = load_norm(
-        None, None, p_residual_saved, p_residual_weight, None,
-        o_column, m_column, channels, spread, i_program, 0.0, ACC,
-    )  # fmt: skip
-    coefficients = _load_coefficients(p_coefficients, o_column // spread, m_column, channels, ACC)
-    residual_coefficients = _load_coefficients(
-        p_residual_coefficients, o_column // spread, m_column, channels, ACC
-    )
+    """The gradients of x and of the residual (each where given) <- incoming; see `grad_apply_tiles`."""
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
+    walk = walk_of(sizes, channels, 1, TILE)
+    norm = load_norm(of.x.norm, walk, 0.0, ACC)
+    residual_norm = load_norm(of.residual.norm, walk, 0.0, ACC)
+    coefficients = _load_coefficients(of.x.coefficients, walk, ACC)
+    residual_coefficients = _load_coefficients(of.residual.coefficients, walk, ACC)
     grad_apply_tiles(
-        p_dy, p_x, p_bits, p_dx, p_dresidual, p_residual, p_addend,
-        norm, residual_norm, coefficients, residual_coefficients,
-        dy_stride, x_stride, residual_stride, addend_stride, bits_stride, out_stride,
-        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
-        True, None, True,
-        ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
+        incoming, of, Terms(norm, residual_norm, coefficients, residual_coefficients), stride, walk, Flags(), TILE,
+        ACTIVATION,
     )  # fmt: skip
 
 
@@ -249,15 +176,24 @@ def launch_bn_grad_apply(
         bn_grad_apply_kernel,
         tile.grid,
         (
-            dy, main.x, bits, main.norm.weight, main.norm.saved, main.coefficients, main.gradient, residual.gradient,
-            residual.x, residual.norm.weight, residual.norm.saved, residual.coefficients, addend,
-        ),
-        (
-            rows.others[2],
-            rows.others[1],
-            rows.others[3] if residual.x is not None else None,
-            rows.others[3] if addend is not None else None,
-            mask.stride,
+            Incoming(View(dy, rows.others[2]), NO_SECOND, View(bits, mask.stride)),
+            Pair(
+                Branch(
+                    main.x,
+                    rows.others[1],
+                    Vectors(main.norm.weight, saved=main.norm.saved),
+                    coefficients=main.coefficients,
+                    gradient=main.gradient,
+                    addend=View(addend, rows.others[3] if addend is not None else None),
+                ),
+                Branch(
+                    residual.x,
+                    rows.others[3] if residual.x is not None else None,
+                    Vectors(residual.norm.weight, saved=residual.norm.saved),
+                    coefficients=residual.coefficients,
+                    gradient=residual.gradient,
+                ),
+            ),
             rows.strides[0],
             rows.outer,
             rows.inner,
@@ -267,13 +203,9 @@ def launch_bn_grad_apply(
             tile.tiles,
             tile.programs,
         ),
-        (),
         {
-            "ACTIVATION": activation[0],
-            "SLOPE": activation[1],
-            "PACK_CHANNELS": mask.packs_channels,
-            "ROW_VECTORS": rows.row_vectors,
-            **arithmetic(main.x.dtype, rows),
+            "TILE": tile.block(rows)._replace(packs_channels=mask.packs_channels),
+            "ACTIVATION": Activation(*activation),
         },
         tile.options,
-    )  # fmt: skip
+    )

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grad import Operand, load_dz
+from .activation import Activation
+from .grad import At, Flags, Incoming, Operand, Second, Terms, grad_of_z, load_dy
 from .launch import Tile, is_aligned
 from .layout import RowMap, Strides, mask_of
 from .moments import (
@@ -29,20 +30,21 @@ from .moments import (
     store_sums,
     sum_rows,
 )
-from .norm import load_norm
+from .norm import Branch, Vectors, load_norm
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
-    arithmetic,
+    Pair,
+    Sizes,
+    View,
     load_tile,
     load_vector,
     only_if,
-    row_vectors,
     sum_groups,
-    tile_columns,
     tile_offsets,
     tile_rows,
+    walk_of,
 )
 
 
@@ -57,6 +59,11 @@ class Skip(NamedTuple):
     stride: Strides | None
     place: tuple[int, ...] | None
     dz: Tensor | None
+
+    def told(self, stride: Strides) -> Second:
+        """What a kernel is told of it whose output has such strides."""
+        is_alike = self.place is None and self.stride == stride
+        return Second(self.gradient, None if is_alike else self.stride, self.place)
 
 
 NO_SKIP = Skip(None, None, None, None)
@@ -94,75 +101,38 @@ def _times_centered(b_dz, b_x, b_mean, ALIKE: tl.constexpr):
 
 
 @triton.jit
-def off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_channel, ACC: tl.constexpr):
+def off_mean(b_dot, b_sum, p_saved, walk, ACC: tl.constexpr):
     """sum(dz * (x - mean - mean_low)) of sum(dz * (x - mean)) and sum(dz): the mean's second part once a program.
 
     It is read here: through the loop it would take registers.
     """
     if p_saved is not None:
-        b_mean_low = load_vector(p_saved + channels, o_channel, m_channel, 0.0, ACC)
+        o_channel = walk.o_column // walk.spread
+        b_mean_low = load_vector(p_saved + walk.channels, o_channel, walk.m_column, 0.0, ACC)
         b_dot -= tl.where(tl.abs(b_sum) < float("inf"), b_sum * b_mean_low, 0.0)
     return b_dot
 
 
 @triton.jit
 def grad_sums(
-    p_dy,
-    p_skip,
-    p_x,
-    p_bits,
-    p_residual,
-    p_residual_saved,
-    p_dz,
-    p_dx,
-    norm,
-    residual_norm,
-    dy_stride,
-    skip_stride,
-    skip_place,
-    x_stride,
-    residual_stride,
-    out_stride,
-    bits_stride,
-    o_column,
-    m_column,
-    outer,
-    inner,
-    columns,
-    own,
-    spread,
-    tiles_inner,
-    tiles,
-    i_program,
-    programs,
-    adds,
-    normalizes,
-    FLAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    ALIKE: tl.constexpr,
-    EVEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    incoming, of, terms, stride, walk, flags, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
     """sum(dz), sum(dz * (x - mean)), sum(dz * (residual - its mean)) of the tiles of a program, each as (value, low)
-    [groups of rows, columns], the last 0 where the residual has no BatchNorm. norm: what `load_norm` gives.
-
-    adds, normalizes: whether there are a second gradient and a BatchNorm of the residual, if these are given at all.
+    [groups of rows, columns], the last 0 where the residual has no BatchNorm. of: the `Branch` of x, and of the
+    residual; x.scaled is written where given. terms: `Terms`; stride: of what is written; flags: `Flags`.
     """
-    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
-    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
-    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
-    b_mean, b_mean_low, b_scale, b_bias = norm
-    b_rmean, b_rmean_low, b_rscale, b_rbias = residual_norm
-    b_high, b_low = fold(b_mean, b_mean_low, b_scale, b_bias)
-    b_rhigh, b_rlow = fold(b_rmean, b_rmean_low, b_rscale, b_rbias)
+    BLOCK_CHANNELS: tl.constexpr = walk.o_column.shape[0]
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    GROUP: tl.constexpr = TILE.group
+    RUN: tl.constexpr = TILE.run
+    ROWS: tl.constexpr = TILE.outer * TILE.inner
+    COMPENSATED: tl.constexpr = of.x.p.dtype.element_ty.primitive_bitwidth >= 32
+    o_column, spread = walk.o_column, walk.spread
+    norm, residual_norm = terms.x, terms.residual
+    b_mean, b_scale = norm.mean, norm.scale
+    b_rmean, b_rscale = residual_norm.mean, residual_norm.scale
+    b_high, b_low = fold(b_mean, norm.mean_low, b_scale, norm.bias)
+    b_rhigh, b_rlow = fold(b_rmean, residual_norm.mean_low, b_rscale, residual_norm.bias)
 
     b_sum = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_dot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
@@ -170,73 +140,53 @@ def grad_sums(
     b_dot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     # z is computed again where there is no mask of it, and the residual is part of it; with a BatchNorm of its own it
     # has sums of its own too.
-    AGAIN: tl.constexpr = ACTIVATION is not None and p_bits is None
-    IN_Z: tl.constexpr = p_residual is not None and AGAIN
+    AGAIN: tl.constexpr = ACTIVATION.name is not None and incoming.bits.p is None
+    IN_Z: tl.constexpr = of.residual.p is not None and AGAIN
     b_rdot = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_rdot_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
-    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
-        o_outer, o_inner, m_row = tile_rows(
-            i_tile, outer, inner, tiles_inner, BLOCK_OUTER, BLOCK_INNER, OFFSET
-        )
+    for i_tile in tl.range(walk.first, walk.tiles, walk.programs, num_stages=TILE.stages):
+        o_outer, o_inner, m_row = tile_rows(i_tile, walk, TILE)
         m = tl.broadcast_to(m_row[:, None], [ROWS, BLOCK_CHANNELS])
+        EVEN: tl.constexpr = TILE.even
         if not EVEN:
-            m &= m_column[None, :]
-        o_out = tile_offsets(o_outer, o_inner, o_column, out_stride, spread)
-        o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread, o_out)
-        b_x = load_tile(p_x, o_x, m, ACC)
-        if IN_Z or p_residual_saved is not None:
-            o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread, o_out)
-            m_residual = m if IN_Z else only_if(m, normalizes)
-            b_residual = load_tile(p_residual, o_residual, m_residual, ACC)
+            m &= walk.m_column[None, :]
+        o_out = tile_offsets(o_outer, o_inner, o_column, stride, spread)
+        o_x = tile_offsets(o_outer, o_inner, o_column, of.x.stride, spread, o_out)
+        b_x = load_tile(of.x.p, o_x, m, ACC)
+        if IN_Z or of.residual.norm.saved is not None:
+            o_residual = tile_offsets(o_outer, o_inner, o_column, of.residual.stride, spread, o_out)
+            m_residual = m if IN_Z else only_if(m, flags.normalizes)
+            b_residual = load_tile(of.residual.p, o_residual, m_residual, ACC)
         if AGAIN:
             b_z = normalize(b_x, b_scale, b_high, b_low)
             if IN_Z:
                 b_z += normalize(b_residual, b_rscale, b_rhigh, b_rlow)
         else:
             b_z = None
-        b_dz = load_dz(
-            p_dy, p_skip, p_bits, b_z, o_out, o_outer, o_inner, o_column, m, i_tile,
-            outer, inner, columns, own, spread, tiles_inner, dy_stride, skip_stride, skip_place, bits_stride,
-            adds, None,
-            ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, BLOCK_CHANNELS, OFFSET, STAGES, FLAT,
-        )  # fmt: skip
-        if p_dz is not None:
-            if adds:
-                tl.store(p_dz + o_out, b_dz.to(p_dz.dtype.element_ty), mask=m)
-        if p_dx is not None:
-            tl.store(p_dx + o_out, (b_scale[None, :] * b_dz).to(p_dx.dtype.element_ty), mask=m)
+        at = At(i_tile, o_outer, o_inner, m, o_out)
+        b_dy = load_dy(incoming, at, walk, ACC, TILE.stages)
+        b_dz = grad_of_z(incoming, b_dy, b_z, at, walk, flags, TILE, ACTIVATION)
+        if incoming.dz is not None:
+            if flags.adds:
+                tl.store(incoming.dz + o_out, b_dz.to(incoming.dz.dtype.element_ty), mask=m)
+        if of.x.scaled is not None:
+            b_dx = b_scale[None, :] * b_dz
+            tl.store(of.x.scaled + o_out, b_dx.to(of.x.scaled.dtype.element_ty), mask=m)
         b_sum, b_sum_low = _add(b_sum, b_sum_low, b_dz, GROUP, RUN, COMPENSATED)
-        b_more = _times_centered(b_dz, b_x, b_mean, ALIKE)
+        b_more = _times_centered(b_dz, b_x, b_mean, TILE.alike)
         b_dot, b_dot_low = _add(b_dot, b_dot_low, b_more, GROUP, RUN, COMPENSATED)
-        if p_residual_saved is not None:
-            if normalizes:
-                b_more = _times_centered(b_dz, b_residual, b_rmean, ALIKE)
+        if of.residual.norm.saved is not None:
+            if flags.normalizes:
+                b_more = _times_centered(b_dz, b_residual, b_rmean, TILE.alike)
                 b_rdot, b_rdot_low = _add(b_rdot, b_rdot_low, b_more, GROUP, RUN, COMPENSATED)
     return (b_sum, b_sum_low), (b_dot, b_dot_low), (b_rdot, b_rdot_low)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_grad_reduce_kernel(
-    p_dy,
-    p_skip,
-    p_x,
-    p_bits,
-    p_weight,
-    p_saved,
-    p_partial,
-    p_residual,
-    p_residual_weight,
-    p_residual_saved,
-    p_residual_partial,
-    p_dz,
-    p_dx,
-    dy_stride,
-    skip_stride,
-    skip_place,
-    x_stride,
-    residual_stride,
-    out_stride,
-    bits_stride,
+    incoming,
+    of,
+    stride,
     outer,
     inner,
     channels,
@@ -246,58 +196,33 @@ def bn_grad_reduce_kernel(
     programs,
     width,
     slots,
-    FLAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    ALIKE: tl.constexpr,
-    EVEN: tl.constexpr,
+    TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    SLOPE: tl.constexpr,
-    PACK_CHANNELS: tl.constexpr,
-    ACC: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """partial [programs, 2, width]: sum(dz), sum(dz * (x - mean)); residual_partial likewise, where it has a
-    BatchNorm.
+    """x.partial [programs, 2, width]: sum(dz), sum(dz * (x - mean)); residual.partial likewise, where it has a
+    BatchNorm; see `grad_sums`.
     """
-    inner = row_vectors(inner, ROW_VECTORS)
-    i_program = tl.program_id(1)
-    columns = channels * spread
-    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
-    norm = load_norm(
-        None, None, p_saved, p_weight, None,
-        o_column, m_column, channels, spread, i_program, 0.0, ACC,
-    )  # fmt: skip
-    residual_norm = load_norm(
-        None, None, p_residual_saved, p_residual_weight, None,
-        o_column, m_column, channels, spread, i_program, 0.0, ACC,
-    )  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    sizes = Sizes(outer, inner, spread, tiles_inner, tiles, programs)
+    walk = walk_of(sizes, channels, 1, TILE)
+    norm = load_norm(of.x.norm, walk, 0.0, ACC)
+    residual_norm = load_norm(of.residual.norm, walk, 0.0, ACC)
     b_sum, b_dot, b_rdot = grad_sums(
-        p_dy, p_skip, p_x, p_bits, p_residual, p_residual_saved, p_dz, p_dx, norm, residual_norm,
-        dy_stride, skip_stride, skip_place, x_stride, residual_stride, out_stride, bits_stride,
-        o_column, m_column, outer, inner, columns, None, spread, tiles_inner, tiles, i_program, programs,
-        True, True,
-        FLAT, GROUP, RUN, ALIKE, EVEN, ACTIVATION, SLOPE, PACK_CHANNELS, ACC, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
+        incoming, of, Terms(norm, residual_norm), stride, walk, Flags(), TILE, ACTIVATION
+    )
 
-    o_channel = o_column // spread
     b_sum = sum_rows(b_sum[0], b_sum[1])
     b_dot = sum_rows(b_dot[0], b_dot[1])
-    b_dot = off_mean(b_dot, b_sum, p_saved, channels, o_channel, m_column, ACC)
-    p_row = p_partial + i_program * 2 * width
-    store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
-    store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
-    if p_residual_saved is not None:
+    b_dot = off_mean(b_dot, b_sum, of.x.norm.saved, walk, ACC)
+    p_row = of.x.partial + walk.first * 2 * width
+    store_sums(p_row, b_sum, walk, slots, TILE.flat)
+    store_sums(p_row + width, b_dot, walk, slots, TILE.flat)
+    if of.residual.norm.saved is not None:
         b_dot = sum_rows(b_rdot[0], b_rdot[1])
-        b_dot = off_mean(b_dot, b_sum, p_residual_saved, channels, o_channel, m_column, ACC)
-        p_row = p_residual_partial + i_program * 2 * width
-        store_sums(p_row, b_sum, o_column, m_column, spread, slots, FLAT)
-        store_sums(p_row + width, b_dot, o_column, m_column, spread, slots, FLAT)
+        b_dot = off_mean(b_dot, b_sum, of.residual.norm.saved, walk, ACC)
+        p_row = of.residual.partial + walk.first * 2 * width
+        store_sums(p_row, b_sum, walk, slots, TILE.flat)
+        store_sums(p_row + width, b_dot, walk, slots, TILE.flat)
 
 
 def launch_bn_grad_reduce(
@@ -320,17 +245,28 @@ def launch_bn_grad_reduce(
         bn_grad_reduce_kernel,
         tile.grid,
         (
-            dy, skip.gradient, main.x, bits, main.norm.weight, main.norm.saved, main.partial,
-            residual.x, residual.norm.weight, residual.norm.saved, residual.partial, skip.dz, dx,
-        ),
-        (
-            rows.others[2],
-            None if skip.place is None and skip.stride == rows.strides[0] else skip.stride,
-            skip.place,
-            rows.others[1],
-            rows.others[3] if residual.x is not None else None,
+            Incoming(
+                View(dy, rows.others[2]),
+                skip.told(rows.strides[0]),
+                View(bits, mask.stride),
+                skip.dz,
+            ),
+            Pair(
+                Branch(
+                    main.x,
+                    rows.others[1],
+                    Vectors(main.norm.weight, saved=main.norm.saved),
+                    partial=main.partial,
+                    scaled=dx,
+                ),
+                Branch(
+                    residual.x,
+                    rows.others[3] if residual.x is not None else None,
+                    Vectors(residual.norm.weight, saved=residual.norm.saved),
+                    partial=residual.partial,
+                ),
+            ),
             rows.strides[0],
-            mask.stride,
             rows.outer,
             rows.inner,
             rows.channels,
@@ -341,17 +277,14 @@ def launch_bn_grad_reduce(
             tile.width,
             tile.slots,
         ),
-        (),
         {
-            "FLAT": rows.spread > 1,
-            **groups,
-            "EVEN": tile.even,
-            "ALIKE": skip.gradient is None and len(set(rows.strides)) == 1,
-            "ACTIVATION": activation[0],
-            "SLOPE": activation[1],
-            "PACK_CHANNELS": mask.packs_channels,
-            "ROW_VECTORS": rows.row_vectors,
-            **arithmetic(main.x.dtype, rows),
+            "TILE": tile.block(rows)._replace(
+                even=tile.even,
+                alike=skip.gradient is None and len(set(rows.strides)) == 1,
+                packs_channels=mask.packs_channels,
+                **groups,
+            ),
+            "ACTIVATION": Activation(*activation),
         },
         tile.options,
-    )  # fmt: skip
+    )

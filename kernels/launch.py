@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -61,9 +61,37 @@ FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 col
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
 
 
+class Block(NamedTuple):
+    """What a kernel is compiled for: a tile of outer x inner rows of `channels` columns, and how it is walked.
+
+    stages: tiles under way in the loop; second: in the loop behind it, over the same tiles. wide: offsets are int64.
+    one_outer: there is one outer row; flat: a channel has several columns. row_vectors: rows are read together. Others
+    are told to who asks for them: whole_bytes: no byte of the mask is a part of one; alike: all tensors have the same
+    strides; parts: what the columns of a flat walk are added up in; see `Tile` and `layout`. No dtypes are among them:
+    Triton writes a kernel's constants as JSON.
+    """
+
+    outer: int
+    inner: int
+    channels: int
+    stages: int
+    second: int
+    wide: bool
+    one_outer: bool
+    flat: bool
+    row_vectors: bool = False
+    even: bool = False
+    group: int = 1
+    run: int = 1
+    alike: bool = False
+    packs_channels: bool = False
+    whole_bytes: bool = False
+    parts: int = 0
+
+
 @dataclass(frozen=True)
 class Tile:
-    """BLOCK_OUTER x BLOCK_INNER rows of BLOCK_CHANNELS columns; `programs` share the `tiles` of a block of columns.
+    """block_outer x block_inner rows of block_channels columns; `programs` share the `tiles` of a block of columns.
 
     whole: tiles that have all their rows; even: all blocks have all their columns. group: rows of a column that a
     thread of a reducing pass holds, in runs of `run`. slots: channels that the columns of a block may belong to, in a
@@ -90,25 +118,32 @@ class Tile:
 
     @functools.cached_property
     def options(self) -> dict[str, int]:
-        """The tile as keyword arguments of a launch. Contraction into fused multiply-adds is asked for by name, since
-        Triton's default for it changes from 3.9 to 3.10."""
+        """Triton's options of a launch. Contraction into fused multiply-adds is asked for by name, since Triton's
+        default for it changes from 3.9 to 3.10."""
         told = {"maxnreg": self.registers} if self.registers else {}
-        return told | {
-            "BLOCK_OUTER": self.block_outer,
-            "BLOCK_INNER": self.block_inner,
-            "BLOCK_CHANNELS": self.block_channels,
-            "STAGES": self.stages,
-            "num_warps": self.warps,
-            "enable_fp_fusion": True,
-        }
+        return told | {"num_warps": self.warps, "enable_fp_fusion": True}
+
+    def block(self, rows: RowMap) -> Block:
+        """What every pass over such rows is compiled for."""
+        return Block(
+            self.block_outer,
+            self.block_inner,
+            self.block_channels,
+            self.stages,
+            self.stages,
+            wide=rows.needs_int64,
+            one_outer=rows.outer == 1,
+            flat=rows.spread > 1,
+            row_vectors=rows.row_vectors,
+        )
 
     @functools.cached_property
     def grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.programs
 
     def groups(self, are_vectors: bool) -> dict[str, int]:
-        """The rows that a thread holds, as keyword arguments; none where its values are loaded one by one."""
-        return {"GROUP": self.group, "RUN": self.run} if are_vectors else {"GROUP": 1, "RUN": 1}
+        """The rows that a thread holds, for a `Block`; none where its values are loaded one by one."""
+        return {"group": self.group, "run": self.run} if are_vectors else {"group": 1, "run": 1}
 
 
 def _power_of_two(n: int) -> int:
@@ -318,12 +353,15 @@ class Whole:
         along = self.walk.channels if self.packs_channels else self.walk.inner
         return self.is_flat or along % BITS == 0
 
+    @property
+    def row_stride(self) -> int | None:
+        """From one outer row to the next, in a flat walk."""
+        return self.walk.strides[0][0] if self.is_flat else None
+
     def integers(self) -> tuple:
         """What both kernels are told of the walk, in their order."""
         walk, tile = self.walk, self.tile
-        row = walk.strides[0][0] if self.is_flat else None
         return (
-            row,
             *self.bits,
             walk.outer,
             walk.inner,
@@ -334,13 +372,16 @@ class Whole:
         )
 
     @functools.cached_property
-    def constants(self) -> dict[str, Any]:
-        return {
-            "EVEN": self.tile.even,
+    def block(self) -> Block:
+        """What both kernels are compiled for. The loop that applies finds its tiles in a cache."""
+        return self.tile.block(self.walk)._replace(
+            second=1,
+            row_vectors=False,
+            even=self.tile.even,
+            packs_channels=self.packs_channels,
+            parts=self.parts,
             **self.tile.groups(True),
-            "PARTS": self.parts,
-            "PACK_CHANNELS": self.packs_channels,
-        }
+        )
 
 
 def choose_whole(rows: RowMap, element_size: int, kind: Pass, chip: Chip) -> Whole | None:
@@ -434,9 +475,29 @@ def _flat_walk(rows: RowMap, element_size: int, least: int) -> tuple[RowMap, int
     return RowMap(images, pieces, rows.channels, (walk,), rows.needs_int64, plane), slots
 
 
+class Product(NamedTuple):
+    """What a product's kernel is compiled for: a tile of rows by output by input channels, and how it is computed.
+
+    wide: offsets are int64; dims, other_dims: how many dimensions the rows of x (or of dy) and of y (or of x) have;
+    blocks_in: tiles along the input channels. accumulate: y is added to.
+    """
+
+    rows: int
+    channels_out: int
+    channels_in: int
+    stages: int
+    precision: str
+    wide: bool
+    dims: int
+    other_dims: int
+    blocks_in: int = 1
+    split: bool = False
+    accumulate: bool = False
+
+
 @dataclass(frozen=True)
 class GemmTile:
-    """BLOCK_ROWS rows by BLOCK_OUT output and BLOCK_IN input channels; `programs` share the `tiles` of rows.
+    """block_rows rows by block_out output and block_in input channels; `programs` share the `tiles` of rows.
 
     split: whether a thread holds rows r and r + 8 of a product's result (on sm_100 it has one row).
     """
@@ -455,14 +516,7 @@ class GemmTile:
     @functools.cached_property
     def options(self) -> dict[str, int]:
         """As `Tile.options`."""
-        return {
-            "BLOCK_ROWS": self.block_rows,
-            "BLOCK_OUT": self.block_out,
-            "BLOCK_IN": self.block_in,
-            "STAGES": self.stages,
-            "num_warps": self.warps,
-            "enable_fp_fusion": True,
-        }
+        return {"num_warps": self.warps, "enable_fp_fusion": True}
 
 
 # (rows, output channels, input channels, warps, stages, programs a multiprocessor) of the products, by architecture and

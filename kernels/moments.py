@@ -4,6 +4,8 @@ A mean travels relative to a pivot (a value of the channel), so that it keeps it
 the final mean is a pair mean + mean_low of one rounding each. Never E[x^2] - E[x]^2.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -66,43 +68,39 @@ def sum_rows(b_value, b_low):
     return tl.sum(b_value.to(tl.float64), axis=0) + tl.sum(b_low.to(tl.float64), axis=0)
 
 
+class Summed(NamedTuple):
+    """A tensor whose moments are taken: x, or with a residual x + residual, which is stored in total; `tile.View`s."""
+
+    x: Any
+    residual: Any
+    total: Any
+
+
 @triton.jit
-def _value_at(
-    p_x, p_residual, p_sum, o_outer, o_inner, o_column, m_column, spread, x_stride, residual_stride,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _value_at(of, o_outer, o_inner, o_column, m_column, spread, ACC: tl.constexpr):
     """x [BLOCK_CHANNELS] of one row; or x + residual, as it is stored."""
-    o_x = o_outer * x_stride[0] + o_inner * x_stride[1] + column_offsets(o_column, x_stride, spread)
-    b_x = load_tile(p_x, o_x, m_column, ACC)
-    if p_residual is not None:
-        o_residual = o_outer * residual_stride[0] + o_inner * residual_stride[1]
-        o_residual += column_offsets(o_column, residual_stride, spread)
-        b_x += load_tile(p_residual, o_residual, m_column, ACC)
-        b_x = b_x.to(p_sum.dtype.element_ty).to(ACC)
+    o_x = o_outer * of.x.stride[0] + o_inner * of.x.stride[1]
+    o_x += column_offsets(o_column, of.x.stride, spread)
+    b_x = load_tile(of.x.p, o_x, m_column, ACC)
+    if of.residual is not None:
+        o_residual = o_outer * of.residual.stride[0] + o_inner * of.residual.stride[1]
+        o_residual += column_offsets(o_column, of.residual.stride, spread)
+        b_x += load_tile(of.residual.p, o_residual, m_column, ACC)
+        b_x = b_x.to(of.total.p.dtype.element_ty).to(ACC)
     return b_x
 
 
 @triton.jit
-def load_pivot(
-    p_x, p_residual, p_sum, o_column, m_column, outer, inner, spread, x_stride, residual_stride,
-    ACC: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
+def load_pivot(of, o_column, m_column, rows, ACC: tl.constexpr, OFFSET: tl.constexpr):
     """A value near the channel's others: the median of its first, its middle and its last row, one of which may be far
-    off. 0 where that is not finite (the rest of the channel should not all turn to NaN). o_column: the channel's first.
+    off. 0 where that is not finite (the rest of the channel should not all turn to NaN). of: `Summed`; o_column: the
+    channel's first; rows: a `Walk`, or what tells outer, inner and spread as it does.
     """
-    o_last = tl.full([], outer - 1, OFFSET), tl.full([], inner - 1, OFFSET)
-    b_first = _value_at(
-        p_x, p_residual, p_sum, o_last[0] * 0, o_last[1] * 0, o_column, m_column, spread, x_stride,
-        residual_stride, ACC,
-    )  # fmt: skip
-    b_middle = _value_at(
-        p_x, p_residual, p_sum, o_last[0] // 2, o_last[1] // 2, o_column, m_column, spread, x_stride,
-        residual_stride, ACC,
-    )  # fmt: skip
-    b_last = _value_at(
-        p_x, p_residual, p_sum, o_last[0], o_last[1], o_column, m_column, spread, x_stride,
-        residual_stride, ACC,
-    )  # fmt: skip
+    spread = rows.spread
+    o_outer, o_inner = tl.full([], rows.outer - 1, OFFSET), tl.full([], rows.inner - 1, OFFSET)
+    b_first = _value_at(of, o_outer * 0, o_inner * 0, o_column, m_column, spread, ACC)
+    b_middle = _value_at(of, o_outer // 2, o_inner // 2, o_column, m_column, spread, ACC)
+    b_last = _value_at(of, o_outer, o_inner, o_column, m_column, spread, ACC)
     b_least = tl.where(b_first < b_middle, b_first, b_middle)
     b_most = tl.where(b_first < b_middle, b_middle, b_first)
     b_pivot = tl.where(b_last < b_least, b_least, tl.where(b_last > b_most, b_most, b_last))
@@ -131,19 +129,18 @@ def of_slot(i_slot, o_column, m_column, spread, BLOCK_CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def store_sums(
-    p_partial, b_value, o_column, m_column, spread, slots, FLAT: tl.constexpr,
-):  # fmt: skip
+def store_sums(p_partial, b_value, walk, slots, FLAT: tl.constexpr):
     """What a program has of a kind: a value a column; in a flat walk the sum of each slot of its block."""
     if FLAT:
         for i_slot in range(slots):
-            m = of_slot(i_slot, o_column, m_column, spread, b_value.shape[0])
+            m = of_slot(i_slot, walk.o_column, walk.m_column, walk.spread, b_value.shape[0])
             b_sum = tl.sum(tl.where(m, b_value, 0.0), axis=0)
             tl.store(
                 p_partial + tl.program_id(0) * slots + i_slot, b_sum.to(p_partial.dtype.element_ty)
             )
     else:
-        tl.store(p_partial + o_column, b_value.to(p_partial.dtype.element_ty), mask=m_column)
+        b_stored = b_value.to(p_partial.dtype.element_ty)
+        tl.store(p_partial + walk.o_column, b_stored, mask=walk.m_column)
 
 
 @triton.jit

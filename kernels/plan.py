@@ -7,16 +7,17 @@ and its launches, in the recipe's order.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from .bind import is_watched
+from .bind import Pointer, is_watched, replaced
 from .chip import current_chip
 from .layout import RowMap, bits_layout, row_map_of
 from .memory import EMPTY, empty_strided
@@ -39,8 +40,11 @@ class Made:
 
     def within(self, block: Tensor) -> Tensor:
         """The same as a part of a block of bytes."""
-        end = self.offset + math.prod(self.shape) * self.dtype.itemsize
-        return block[self.offset : end].view(self.dtype).as_strided(self.shape, self.stride)
+        return (
+            block[self.offset : self.offset + _size(self)]
+            .view(self.dtype)
+            .as_strided(self.shape, self.stride)
+        )
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,17 @@ class Step:
     """What PyTorch does between the launches, as a copy of what no kernel can walk."""
 
     function: Callable[..., Any]
-    slots: tuple[int | None, ...]
+    slots: tuple[int, ...]
 
-    def on(self, slots: tuple[int | None, ...]) -> Step:
-        return Step(self.function, slots)
+    def __call__(self, *tensors: Tensor) -> None:
+        # What autograd follows may be among them; what is done here is no part of its graph.
+        self.function(*[t.detach() if t.requires_grad else t for t in tensors])
 
-    def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
-        self.function(*(None if k is None else tensors[k] for k in self.slots))
+    def on(self, place: Callable[[int], int]) -> Step:
+        return Step(self.function, tuple(map(place, self.slots)))
+
+    def start(self, tensors: Sequence[Any], floats: tuple[float, ...]) -> None:
+        self(*(tensors[k] for k in self.slots))
 
 
 class Planner:
@@ -66,7 +74,7 @@ class Planner:
         self._slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
         self._made: list[Tensor] = []
         self._kept: set[int] = set()
-        self._steps: list[tuple[Any, tuple[Tensor | None, ...]]] = []
+        self._steps: list[tuple[Any, tuple]] = []
 
     def _add(self, tensor: Tensor) -> Tensor:
         self._slots[id(tensor)] = len(self.given) + len(self._made)
@@ -90,6 +98,14 @@ class Planner:
         self._kept.add(id(tensor))
         return tensor
 
+    def dense(self, tensor: Tensor | None) -> Tensor | None:
+        """The same, but a vector of one value a channel without strides, which is how the kernels walk it."""
+        if tensor is None or tensor.dim() != 1 or tensor.is_contiguous():
+            return tensor
+        copied = self.empty(tensor.shape, tensor.dtype)
+        self.do(Tensor.copy_, copied, tensor)
+        return copied
+
     def do(self, function: Callable[..., Any], *tensors: Tensor) -> None:
         """Have PyTorch do something with tensors of the plan."""
         self._steps.append((function, tensors))
@@ -104,15 +120,12 @@ class Planner:
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        tensors: tuple[Tensor | None, ...],
-        integers: tuple,
-        floats: tuple[float, ...],
+        arguments: tuple,
         constants: dict[str, Any],
         options: dict[str, int],
     ) -> None:
-        """Launch a kernel; see `start.Launch`."""
-        launch = (kernel, grid, integers, floats, constants, options)
-        self._steps.append((launch, tensors))
+        """Launch a kernel; see `start.Launch`. The arguments have the tensors of the plan in them."""
+        self._steps.append(((kernel, grid, constants, options), arguments))
 
     def common_rows(self, output: Tensor, *others: Tensor) -> tuple[RowMap, tuple[Tensor, ...]]:
         """The index map that `output` and the others share; what does not fit is copied into the output's layout."""
@@ -152,21 +165,25 @@ class Planner:
             is_result, is_kept = id(tensor) in returned, id(tensor) in self._kept
             groups[1 if is_result and is_kept else 0 if is_result else 2].append(tensor)
         order = [t for group in groups for t in group]
+        alone, kept, scratch = (tuple(map(_made, group)) for group in groups)
         slots = {id(t): k for k, t in enumerate(self.given) if t is not None}
         slots |= {id(t): len(self.given) + k for k, t in enumerate(order)}
         steps: list[Launch | Step] = []
-        for what, tensors in self._steps:
-            places = tuple(None if t is None else slots[id(t)] for t in tensors)
+
+        def placed(value: Any) -> Any:
+            return Pointer(slots[id(value)]) if isinstance(value, Tensor) else value
+
+        for what, given in self._steps:
             if callable(what):
-                steps.append(Step(what, places))
+                steps.append(Step(what, tuple(slots[id(t)] for t in given)))
             else:
-                kernel, grid, *rest = what
-                steps.append(Launch(kernel, grid, places, *rest))
+                kernel, grid, constants, options = what
+                steps.append(Launch(kernel, grid, replaced(given, placed), constants, options))
         return Plan(
             len(self.given),
-            tuple(_made(t) for t in groups[0]),
-            _together(groups[1]),
-            _together(groups[2]),
+            alone,
+            _together(kept),
+            scratch,
             tuple(slots[id(t)] if isinstance(t, Tensor) else t for t in results),
             tuple(steps),
         )
@@ -181,16 +198,21 @@ def _stand_in(tensor: Tensor) -> Tensor:
     return torch.empty(extent + 1, dtype=tensor.dtype, device="meta").as_strided(shape, stride, 1)
 
 
-def _made(tensor: Tensor, offset: int = 0) -> Made:
-    return Made(tuple(tensor.shape), tensor.stride(), tensor.dtype, offset)
+def _made(tensor: Tensor) -> Made:
+    return Made(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _together(tensors: Sequence[Tensor]) -> tuple[Made, ...]:
+def _together(parts: Sequence[Made]) -> tuple[Made, ...]:
+    """The same in one block of bytes."""
     found, offset = [], 0
-    for tensor in tensors:
-        found.append(_made(tensor, offset))
-        offset += -(-tensor.numel() * tensor.element_size() // APART) * APART
+    for part in parts:
+        found.append(replace(part, offset=offset))
+        offset += -(-_size(part) // APART) * APART
     return tuple(found)
+
+
+def _size(made: Made) -> int:
+    return math.prod(made.shape) * made.dtype.itemsize
 
 
 class Plan:
@@ -198,7 +220,8 @@ class Plan:
 
     A call's tensors are numbered: those that it is given, its results, what it keeps for the backward, what it needs
     meanwhile (scratch). results: the number of each, or the dtype of one that was not asked for. within: of the last
-    that it is given, which are parts of another, (the number of that, the offset in bytes).
+    that it is given, which are parts of another, (the number of that, where it stands in it). apart: those of the
+    results that are not kept.
     """
 
     def __init__(
@@ -209,15 +232,14 @@ class Plan:
         scratch: tuple[Made, ...],
         results: tuple[int | torch.dtype, ...],
         steps: tuple[Launch | Step, ...],
-        within: tuple[tuple[int, int], ...] = (),
+        within: tuple[tuple[int, Made], ...] = (),
     ) -> None:
         self.given, self.alone, self.kept, self.scratch = given, alone, kept, scratch
         self.results: tuple[Any, ...] = results
         self.steps, self._within = steps, within
         self.launches = tuple(step for step in steps if isinstance(step, Launch))
-        self.launches_only = len(self.launches) == len(steps)
         first_kept = given + len(alone)
-        self._apart = tuple(r for r in results if type(r) is not int or r < first_kept)
+        self.apart = tuple(r for r in results if type(r) is not int or r < first_kept)
         self._written: Callable[[Sequence[Tensor], tuple[float, ...]], tuple | None] | None = None
         self._bound: list[Any] = []  # the launches that are in it
 
@@ -257,21 +279,23 @@ class Plan:
         everything = (*tensors, *alone, *self.parts(kept), *scratch)
         self._start(everything, floats)
         bound = [each.bound for each in self.launches]
-        if self.launches_only and all(bound) and bound != self._bound:
+        if all(bound) and bound != self._bound:
             self._bound, self._written = bound, write(self, device)
-        found = [everything[r] if type(r) is int else None for r in self._apart]
+        found = [everything[r] if type(r) is int else None for r in self.apart]
         return (*found, kept) if self.kept else tuple(found)
 
     def _start(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
         for step in self.steps:
             step.start(tensors, floats)
 
-    def kept_results(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The results behind the first, which are all kept, as `call` returns them."""
+    def kept_results(
+        self, parts: Sequence[Tensor], outputs: int, device: torch.device
+    ) -> list[Tensor]:
+        """The results behind the first ones, the outputs, as `call` returns them: all of them are kept."""
         first = self.given + len(self.alone)
         return [
-            parts[r - first] if type(r) is int else parts[0].new_empty(0, dtype=r)
-            for r in self.results[1:]
+            parts[r - first] if type(r) is int else empty_strided((0,), (1,), r, device)
+            for r in self.results[outputs:]
         ]
 
     def parts(self, kept: Tensor) -> list[Tensor]:
@@ -296,8 +320,8 @@ class Plan:
                 return slot
             return places[slot] if slot < self.given else slot + moved
 
-        steps = tuple(step.on(tuple(place(slot) for slot in step.slots)) for step in self.steps)
-        within = tuple((block, part.offset) for part in parts)
+        steps = tuple(step.on(place) for step in self.steps)
+        within = tuple((block, part) for part in parts)
         made = self.alone, self.kept, self.scratch
         return Plan(given + len(parts), *made, tuple(map(place, results)), steps, within)
 
@@ -307,7 +331,7 @@ def size_of(made: Sequence[Made]) -> int:
     if not made:
         return 0
     last = made[-1]
-    return last.offset + math.prod(last.shape) * last.dtype.itemsize
+    return last.offset + _size(last)
 
 
 def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple[float, ...]], Any]:
@@ -332,28 +356,53 @@ def write(plan: Plan, device: torch.device) -> Callable[[Sequence[Tensor], tuple
         doubts.append(f"{name}.device_caches[{number}] is not {name}_there")
         doubts.append(f"{name}.debug or {name}.pre_run_hooks")
     lines.append(f"if {' or '.join(doubts)}: return None")
-    for k, (block, offset) in enumerate(plan._within, first_part):
-        lines.append(f"p{k} = p{block} + {offset}")
-    k = plan.given
-    for made in plan.alone:
+    touched = {slot for step in plan.steps if isinstance(step, Step) for slot in step.slots}
+
+    def part_of(block: str, made: Made, k: int) -> None:
+        """A part of a block: its address, and the tensor where PyTorch works on it."""
+        if k in touched:
+            scope[f"part{k}"] = made.within
+            lines.append(f"t{k} = part{k}({block})")
+
+    for k, (block, part) in enumerate(plan._within, first_part):
+        lines.append(f"p{k} = p{block} + {part.offset}")
+        part_of(f"t{block}", part, k)
+
+    def made_alone(made: Made, k: int) -> None:
         scope[f"dtype{k}"] = made.dtype
         lines.append(f"t{k} = empty({made.shape}, {made.stride}, dtype{k})")
         lines.append(f"p{k} = t{k}.data_ptr()")
-        k += 1
-    for name, parts in (("kept", plan.kept), ("scratch", plan.scratch)):
+
+    numbers = itertools.count(plan.given)
+    alone, kept, scratch = (
+        {k: made for made, k in zip(group, numbers)}  # noqa: B905
+        for group in (plan.alone, plan.kept, plan.scratch)
+    )
+    # What PyTorch works on must be a tensor.
+    alone |= {k: made for k, made in scratch.items() if k in touched}
+    scratch = {k: made for k, made in scratch.items() if k not in touched}
+    scratch = dict(zip(scratch, _together([*scratch.values()]), strict=True))
+    for k, made in alone.items():
+        made_alone(made, k)
+    for name, parts in (("kept", kept), ("scratch", scratch)):
         if parts:
-            lines.append(f"{name} = empty(({size_of(parts)},), (1,), uint8)")
+            lines.append(f"{name} = empty(({size_of([*parts.values()])},), (1,), uint8)")
             lines.append(f"start = {name}.data_ptr()")
-        for part in parts:
+        for k, part in parts.items():
             lines.append(f"p{k} = start + {part.offset}")
-            k += 1
+            part_of(name, part, k)
     lines.append(f"stream = stream_of({number})")
-    for i, launch in enumerate(plan.launches):
-        bound: Any = launch.bound
+    for i, step in enumerate(plan.steps):
+        if isinstance(step, Step):
+            scope[f"step{i}"] = step
+            given = (f"t{slot}" for slot in step.slots)
+            lines.append(f"step{i}({', '.join(map(str, given))})")
+            continue
+        bound: Any = step.bound
         text, known = bound.text(f"launch{i}", "p{}", "floats[{}]")
         scope |= known
         lines.append(text)
-    results = [f"t{r}" if type(r) is int else "None" for r in plan._apart]
+    results = [f"t{r}" if type(r) is int else "None" for r in plan.apart]
     results += ["kept"] if plan.kept else []
     lines.append(f"return {', '.join(results)},")
     exec("def launch(tensors, floats):\n    " + "\n    ".join(lines), scope)

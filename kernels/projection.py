@@ -12,7 +12,7 @@ so that the BatchNorm behind it needs no pass of its own. They are Welford's, ea
 (a sum over the threads in every tile took more instructions than all else), and merged in a fixed order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,10 +21,10 @@ from triton.language.target_info import cuda_capability_geq
 
 from .chip import INTERPRETED
 from .dtypes import partial_dtype
-from .launch import choose_product
+from .launch import Product, choose_product
 from .layout import GatherMap
 from .plan import Planner
-from .tile import arithmetic
+from .tile import View
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -148,11 +148,11 @@ def _add_rows(b_y, b_there, b_count, b_mean, b_low, b_m2, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _store_moments(
-    p_partial, i_program, channels_out, o_out, m_out, b_count, b_mean, b_low, b_m2, WIDE: tl.constexpr
-):  # fmt: skip
-    """partial [programs, 3, Cout] <- count, mean, M2 of this program, of those that the rows of its tiles have."""
+def _store_moments(p_partial, channels_out, o_out, m_out, moments, WIDE: tl.constexpr):
+    """partial [3, Cout] of this program <- count, mean, M2, of those that the rows of its tiles have, (count, mean,
+    low, M2)."""
     PARTIAL: tl.constexpr = p_partial.dtype.element_ty
+    b_count, b_mean, b_low, b_m2 = moments
     SUM: tl.constexpr = tl.float64 if WIDE else tl.float32
     b_count = tl.reshape(b_count, (b_count.numel,)).to(SUM)
     b_mean = tl.reshape(b_mean, (b_count.numel, b_mean.shape[-1])).to(SUM)
@@ -163,53 +163,47 @@ def _store_moments(
     b_center = tl.sum(b_mean * b_count[:, None], axis=0) / b_all
     b_delta = b_mean - b_center[None, :]
     b_square = tl.sum(b_m2 + b_delta * (b_delta * b_count[:, None]), axis=0)
-    p_program = p_partial + i_program * 3 * channels_out + o_out
+    p_program = p_partial + o_out
     tl.store(p_program, (b_all + tl.zeros_like(b_center)).to(PARTIAL), mask=m_out)
     tl.store(p_program + channels_out, b_center.to(PARTIAL), mask=m_out)
     tl.store(p_program + 2 * channels_out, b_square.to(PARTIAL), mask=m_out)
 
 
+class Extent(NamedTuple):
+    """How many rows and channels a product has, and its tiles of rows, which so many programs share."""
+
+    rows: Any
+    channels_in: Any
+    channels_out: Any
+    tiles: Any
+    programs: Any
+
+
 @triton.jit
-def projection_kernel(
-    p_x,
-    p_weight,
-    p_bias,
-    p_y,
-    p_partial,
-    inner,
-    x_stride,
-    weight_stride,
-    y_stride,
-    rows,
-    channels_in,
-    channels_out,
-    tiles,
-    programs,
-    ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    X_DIMS: tl.constexpr,
-    Y_DIMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCKS_IN: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def projection_kernel(x, weight, p_bias, y, p_partial, inner, extent, TILE: tl.constexpr):
     """y (+)= x @ weight + bias; partial [programs, 3, Cout] <- count, mean, M2 of y.
 
-    x_stride, y_stride: four for the rows, one for the channel; weight_stride: (input channel, output channel).
+    x, y: their strides are four for the rows, one for the channel; that of weight: (input channel, output channel).
+    inner: `divisors` of the three inner dimensions; extent: `Extent`; TILE: `Product`.
     """
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    ACC: tl.constexpr = tl.float64 if x.p.dtype.element_ty == tl.float64 else tl.float32
+    PRECISION: tl.constexpr = TILE.precision
+    BLOCK_ROWS: tl.constexpr = TILE.rows
+    BLOCK_OUT: tl.constexpr = TILE.channels_out
+    BLOCK_IN: tl.constexpr = TILE.channels_in
+    BLOCKS_IN: tl.constexpr = TILE.blocks_in
+    SPLIT: tl.constexpr = TILE.split
+    rows, channels_in, channels_out = extent.rows, extent.channels_in, extent.channels_out
+    tiles, programs = extent.tiles, extent.programs
     # float32 values have digits that a mean of one rounding has not.
-    WIDE: tl.constexpr = p_y.dtype.element_ty.primitive_bitwidth >= 32
+    WIDE: tl.constexpr = y.p.dtype.element_ty.primitive_bitwidth >= 32
     i_program = tl.program_id(1)
     o_out = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     m_out = o_out < channels_out
     o_in = tl.arange(0, BLOCK_IN)
-    p_block = p_weight + (o_in[:, None] * weight_stride[0] + o_out[None, :] * weight_stride[1])
-    o_x_in = (o_in * x_stride[4])[None, :]
+    p_block = weight.p + (o_in[:, None] * weight.stride[0] + o_out[None, :] * weight.stride[1])
+    o_x_in = (o_in * x.stride[4])[None, :]
     if p_partial is not None:
         b_there = _halves(tl.zeros([BLOCK_ROWS], ACC), SPLIT)[0]
         b_count = b_there
@@ -220,33 +214,33 @@ def projection_kernel(
         b_weight = operand(tl.load(p_block, mask=m_weight, other=0.0), PRECISION)
     b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
     # One loop over tiles and input channels, so that the loads of the next tile are under way while one is finished.
-    for i in tl.range(0, tl.cdiv(tiles - i_program, programs) * BLOCKS_IN, num_stages=STAGES):
+    for i in tl.range(0, tl.cdiv(tiles - i_program, programs) * BLOCKS_IN, num_stages=TILE.stages):
         i_tile = i_program + (i // BLOCKS_IN) * programs
         i_in = (i % BLOCKS_IN) * BLOCK_IN
         o_row = i_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         m_row = o_row < rows
         m_in = i_in + o_in < channels_in
         # For a row that is not there the last one is read: cheaper than a mask, and not written.
-        o_x_row = gather_rows(tl.minimum(o_row, rows - 1), inner, x_stride, X_DIMS, OFFSET)
-        p_row = p_x + o_x_row[:, None] + o_x_in
-        b_x = tl.load(p_row + i_in * x_stride[4], mask=m_in[None, :], other=0.0)
+        o_x_row = gather_rows(tl.minimum(o_row, rows - 1), inner, x.stride, TILE.dims, OFFSET)
+        p_row = x.p + o_x_row[:, None] + o_x_in
+        b_x = tl.load(p_row + i_in * x.stride[4], mask=m_in[None, :], other=0.0)
         if BLOCKS_IN > 1:
             b_weight = tl.load(
-                p_block + i_in * weight_stride[0], mask=m_in[:, None] & m_out[None, :], other=0.0
+                p_block + i_in * weight.stride[0], mask=m_in[:, None] & m_out[None, :], other=0.0
             )
             b_weight = operand(b_weight, PRECISION)
         b_acc = dot(operand(b_x, PRECISION), b_weight, b_acc, PRECISION, ACC)
         if i % BLOCKS_IN == BLOCKS_IN - 1:
             if p_bias is not None:
                 b_acc += tl.load(p_bias + o_out, mask=m_out, other=0.0).to(ACC)[None, :]
-            o_y_row = gather_rows(o_row, inner, y_stride, Y_DIMS, OFFSET)
-            p_tile = p_y + o_y_row[:, None] + (o_out * y_stride[4])[None, :]
+            o_y_row = gather_rows(o_row, inner, y.stride, TILE.other_dims, OFFSET)
+            p_tile = y.p + o_y_row[:, None] + (o_out * y.stride[4])[None, :]
             m = m_row[:, None] & m_out[None, :]
-            if ACCUMULATE:
+            if TILE.accumulate:
                 b_acc += tl.load(p_tile, mask=m, other=0.0).to(ACC)
             if p_partial is not None:
-                b_acc = _round(b_acc, p_y.dtype.element_ty)
-            tl.store(p_tile, b_acc.to(p_y.dtype.element_ty), mask=m)
+                b_acc = _round(b_acc, y.p.dtype.element_ty)
+            tl.store(p_tile, b_acc.to(y.p.dtype.element_ty), mask=m)
             if p_partial is not None:
                 b_first, b_second = _halves(b_acc, SPLIT)
                 b_there, b_too = _halves(m_row.to(ACC), SPLIT)
@@ -259,9 +253,9 @@ def projection_kernel(
                     )
             b_acc = tl.zeros([BLOCK_ROWS, BLOCK_OUT], ACC)
     if p_partial is not None:
-        _store_moments(
-            p_partial, i_program, channels_out, o_out, m_out, b_count, b_mean, b_low, b_m2, WIDE
-        )
+        p_partial += i_program * 3 * channels_out
+        moments = (b_count, b_mean, b_low, b_m2)
+        _store_moments(p_partial, channels_out, o_out, m_out, moments, WIDE)
 
 
 def divisors(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
@@ -323,27 +317,29 @@ def launch_projection(
     p.start(
         projection_kernel,
         (tile.blocks_out, tile.programs),
-        (x.tensor, weight, bias, y.tensor, partial),
         (
+            View(x.tensor, x_stride),
+            View(weight, weight_stride),
+            bias,
+            View(y.tensor, y_stride),
+            partial,
             divisors(gather.sizes[1:]),
-            x_stride,
-            weight_stride,
-            y_stride,
-            gather.rows,
-            x.channels,
-            y.channels,
-            tile.tiles,
-            tile.programs,
+            Extent(gather.rows, x.channels, y.channels, tile.tiles, tile.programs),
         ),
-        (),
         {
-            "ACCUMULATE": adds,
-            "PRECISION": precision,
-            **arithmetic(dtype, gather),
-            "X_DIMS": dimensions(gather.sizes, x_stride),
-            "Y_DIMS": dimensions(gather.sizes, y_stride),
-            "BLOCKS_IN": tile.blocks_in,
-            "SPLIT": tile.split,
+            "TILE": Product(
+                tile.block_rows,
+                tile.block_out,
+                tile.block_in,
+                tile.stages,
+                precision,
+                gather.needs_int64,
+                dimensions(gather.sizes, x_stride),
+                dimensions(gather.sizes, y_stride),
+                blocks_in=tile.blocks_in,
+                split=tile.split,
+                accumulate=adds,
+            )
         },
         tile.options,
     )

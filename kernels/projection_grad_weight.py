@@ -13,37 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
-from .launch import choose_grad_weight
+from .launch import Product, choose_grad_weight
 from .layout import GatherMap
 from .plan import Planner
-from .projection import Side, dimensions, divisors, dot, gather_rows, operand
-from .tile import arithmetic
+from .projection import Extent, Side, dimensions, divisors, dot, gather_rows, operand
+from .tile import View
 
 
 @triton.jit
-def projection_grad_weight_kernel(
-    p_dy,
-    p_x,
-    p_partial,
-    inner,
-    dy_stride,
-    x_stride,
-    rows,
-    channels_in,
-    channels_out,
-    tiles,
-    programs,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    DY_DIMS: tl.constexpr,
-    X_DIMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def projection_grad_weight_kernel(dy, x, p_partial, inner, extent, TILE: tl.constexpr):
     """partial [programs, Cout, Cin] <- the sums over each program's rows."""
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    ACC: tl.constexpr = tl.float64 if x.p.dtype.element_ty == tl.float64 else tl.float32
+    PRECISION: tl.constexpr = TILE.precision
+    BLOCK_ROWS: tl.constexpr = TILE.rows
+    BLOCK_OUT: tl.constexpr = TILE.channels_out
+    BLOCK_IN: tl.constexpr = TILE.channels_in
+    rows, channels_in, channels_out = extent.rows, extent.channels_in, extent.channels_out
     i_block = tl.program_id(0)
     blocks_in = tl.cdiv(channels_in, BLOCK_IN)
     o_in = (i_block % blocks_in) * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -51,18 +37,18 @@ def projection_grad_weight_kernel(
     i_program = tl.program_id(1)
     m_in, m_out = o_in < channels_in, o_out < channels_out
     b_acc = tl.zeros([BLOCK_OUT, BLOCK_IN], ACC)
-    for i_tile in tl.range(i_program, tiles, programs, num_stages=STAGES):
+    for i_tile in tl.range(i_program, extent.tiles, extent.programs, num_stages=TILE.stages):
         o_row = i_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         m_row = o_row < rows
-        o_dy = gather_rows(o_row, inner, dy_stride, DY_DIMS, OFFSET)[:, None]
-        o_x = gather_rows(o_row, inner, x_stride, X_DIMS, OFFSET)[:, None]
+        o_dy = gather_rows(o_row, inner, dy.stride, TILE.dims, OFFSET)[:, None]
+        o_x = gather_rows(o_row, inner, x.stride, TILE.other_dims, OFFSET)[:, None]
         b_dy = tl.load(
-            p_dy + o_dy + (o_out * dy_stride[4])[None, :],
+            dy.p + o_dy + (o_out * dy.stride[4])[None, :],
             mask=m_row[:, None] & m_out[None, :],
             other=0.0,
         )
         b_x = tl.load(
-            p_x + o_x + (o_in * x_stride[4])[None, :],
+            x.p + o_x + (o_in * x.stride[4])[None, :],
             mask=m_row[:, None] & m_in[None, :],
             other=0.0,
         )
@@ -86,23 +72,24 @@ def launch_projection_grad_weight(
     p.start(
         projection_grad_weight_kernel,
         (-(-x.channels // tile.block_in) * tile.blocks_out, tile.programs),
-        (dy.tensor, x.tensor, partial),
         (
+            View(dy.tensor, dy_stride),
+            View(x.tensor, x_stride),
+            partial,
             divisors(gather.sizes[1:]),
-            dy_stride,
-            x_stride,
-            gather.rows,
-            x.channels,
-            dy.channels,
-            tile.tiles,
-            tile.programs,
+            Extent(gather.rows, x.channels, dy.channels, tile.tiles, tile.programs),
         ),
-        (),
         {
-            "PRECISION": precision,
-            **arithmetic(dtype, gather),
-            "DY_DIMS": dimensions(gather.sizes, dy_stride),
-            "X_DIMS": dimensions(gather.sizes, x_stride),
+            "TILE": Product(
+                tile.block_rows,
+                tile.block_out,
+                tile.block_in,
+                tile.stages,
+                precision,
+                gather.needs_int64,
+                dimensions(gather.sizes, dy_stride),
+                dimensions(gather.sizes, x_stride),
+            )
         },
         tile.options,
     )

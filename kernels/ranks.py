@@ -13,53 +13,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .finalize import ANY_SIZE, Partial, finish_sums, merging_options, partial_offsets, share
+from .finalize import (
+    ANY_SIZE,
+    Gradients,
+    Partial,
+    Partials,
+    Parts,
+    finish_sums,
+    load_moments,
+    load_sums,
+    merging_options,
+    share,
+)
 from .grad import Operand
 from .launch import Tile
 from .layout import RowMap
-from .moments import load_pivot, merge
+from .moments import Summed, load_pivot, merge
 from .plan import Planner
-from .tile import arithmetic, load_vector
+from .tile import Sizes, View, arithmetic, load_vector
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "first"])
 def bn_moments_kernel(
-    p_partial,
-    p_x,
+    partial,
+    x,
     p_moments,
-    x_stride,
     outer,
     inner,
     channels,
     spread,
     programs,
-    width,
     each,
     slots,
     first,
-    COLUMNS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     """Rows first to first + 2 of moments [3 K, C] <- partial [P, 3, width].
 
     The means in partial are relative to the pivots of x; without x they are the means themselves.
     """
-    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
-    o, m = partial_offsets(
-        o_channel, m_channel, programs, spread, width, each, slots, 3, COLUMNS, BLOCK_PARTIALS
-    )
-    b_count = tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64)
-    b_mean = tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64)
-    b_m2 = tl.load(p_partial + 2 * width + o, mask=m, other=0.0).to(tl.float64)
+    sizes = Partials(programs, each, slots, spread)
+    b_count, b_mean, b_m2 = load_moments(partial, o_channel, m_channel, sizes, MERGE)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
-    if p_x is not None:
-        ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-        b_pivot = load_pivot(
-            p_x, None, None, o_channel.to(tl.int64) * spread, m_channel, outer, inner, spread, x_stride, None,
-            ACC, tl.int64,
-        )  # fmt: skip
+    if x is not None:
+        ACC: tl.constexpr = tl.float64 if x.p.dtype.element_ty == tl.float64 else tl.float32
+        o_first, rows = o_channel.to(tl.int64) * spread, Sizes(outer, inner, spread)
+        b_pivot = load_pivot(Summed(x, None, None), o_first, m_channel, rows, ACC, tl.int64)
         b_mean += b_pivot.to(tl.float64)
     p_row = p_moments + first * channels + o_channel
     tl.store(p_row, b_n, mask=m_channel)
@@ -70,58 +71,60 @@ def bn_moments_kernel(
 def launch_bn_moments(p: Planner, partial: Partial, moments: Tensor, which: int) -> None:
     """moments [which] of [K, 3, C], float64 <- partial [P, 3, width]."""
     programs, _, width = partial.values.shape
-    channels, rows = moments.shape[2], partial.rows
-    walk: tuple = (None, None, None)
-    spread = 1
-    if rows is not None:
-        spread, walk = rows.spread, (rows.strides[partial.which], rows.outer, rows.inner)
+    channels, rows, x = moments.shape[2], partial.rows, None
+    spread = 1 if rows is None else rows.spread
     each, columns, slots = share(spread, partial.tile)
-    options = merging_options(programs * each)
+    outer = inner = None
+    if rows is not None and partial.x is not None:
+        x = View(partial.x, rows.strides[partial.which])
+        outer, inner = rows.outer, rows.inner
+    merging, options = merging_options(programs * each)
     p.start(
         bn_moments_kernel,
-        (-(-channels // options["BLOCK_CHANNELS"]),),
-        (partial.values, partial.x, moments),
-        (*walk, channels, spread, programs, width, each, slots, 3 * which),
-        (),
-        {"COLUMNS": columns},
+        (-(-channels // merging.channels),),
+        (
+            Parts(partial.values, width),
+            x,
+            moments,
+            outer,
+            inner,
+            channels,
+            spread,
+            programs,
+            each,
+            slots,
+            3 * which,
+        ),
+        {"MERGE": merging._replace(columns=columns)},
         options,
     )
 
 
 @triton.jit(do_not_specialize=[*ANY_SIZE, "first"])
 def bn_grad_sums_kernel(
-    p_partial,
+    partial,
     p_saved,
     p_sums,
-    p_dweight,
-    p_dbias,
+    out,
     channels,
     spread,
     programs,
-    width,
     each,
     slots,
     first,
     ACC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    MERGE: tl.constexpr,
 ):
     """Rows first and first + 1 of sums [2 K, C], dweight and dbias [C] (each where given) <- partial [P, 2, width]."""
-    o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    o_channel = tl.program_id(0) * MERGE.channels + tl.arange(0, MERGE.channels)
     m_channel = o_channel < channels
-    o, m = partial_offsets(
-        o_channel, m_channel, programs, spread, width, each, slots, 2, COLUMNS, BLOCK_PARTIALS
-    )
-    b_dz = tl.sum(tl.load(p_partial + o, mask=m, other=0.0).to(tl.float64), axis=0)
-    b_dzx = tl.sum(tl.load(p_partial + width + o, mask=m, other=0.0).to(tl.float64), axis=0)
+    sizes = Partials(programs, each, slots, spread)
+    b_dz, b_dzx = load_sums(partial, o_channel, m_channel, sizes, MERGE)
     p_row = p_sums + first * channels + o_channel
     tl.store(p_row, b_dz, mask=m_channel)
     tl.store(p_row + channels, b_dzx, mask=m_channel)
     b_invstd = load_vector(p_saved + 2 * channels, o_channel, m_channel, 0.0, ACC)
-    finish_sums(
-        b_dz, b_dzx, b_invstd, None, p_dweight, p_dbias, o_channel, m_channel, 0.0, ACC
-    )  # fmt: skip
+    finish_sums((b_dz, b_dzx), b_invstd, None, out, o_channel, m_channel, 0.0, ACC)
 
 
 def launch_bn_grad_sums(
@@ -130,13 +133,22 @@ def launch_bn_grad_sums(
     """sums [which] of [K, 2, C], float64, and of.dweight, of.dbias <- of.partial [P, 2, width] of such a walk."""
     programs, _, width = of.partial.shape
     each, columns, slots = share(rows.spread, tile)
-    options = merging_options(programs * each)
+    merging, options = merging_options(programs * each)
     p.start(
         bn_grad_sums_kernel,
-        (-(-rows.channels // options["BLOCK_CHANNELS"]),),
-        (of.partial, of.norm.saved, sums, of.dweight, of.dbias),
-        (rows.channels, rows.spread, programs, width, each, slots, 2 * which),
-        (),
-        {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "COLUMNS": columns},
+        (-(-rows.channels // merging.channels),),
+        (
+            Parts(of.partial, width),
+            of.norm.saved,
+            sums,
+            Gradients(of.dweight, of.dbias),
+            rows.channels,
+            rows.spread,
+            programs,
+            each,
+            slots,
+            2 * which,
+        ),
+        {"ACC": arithmetic(of.x.dtype, rows)["ACC"], "MERGE": merging._replace(columns=columns)},
         options,
     )

@@ -11,7 +11,7 @@ are constants.)
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,39 +20,32 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-from .bind import Bound, Given, bind, is_watched, kernel_is_watched
+from .bind import Bound, Given, Pointer, bind, is_watched, kernel_is_watched, replaced
 from .chip import INTERPRETED, current_chip
 
 
 class Launch:
-    """`kernel[grid](*tensors, *integers, *floats, **constants, **options)`, but for the tensors and some floats.
+    """`kernel[grid](*arguments, **constants, **options)`, but for the tensors and some floats.
 
-    slots: which of a call's tensors each argument is, None for none. integers may be None or tuples of them. The
-    kernel's arguments stand in that order; Triton compiles no value of a float into it.
+    arguments: integers, floats, None, and tuples of them; a `Pointer` says which of a call's tensors stands there, a
+    `Given` which of its floats. Triton compiles no value of a float into a kernel.
     """
 
     __slots__ = (
-        "_active", "_compiled", "_values", "_was_tried", "bound", "caches", "constants", "floats", "grid", "integers",
-        "kernel", "options", "slots",
+        "_active", "_compiled", "_values", "_was_tried", "arguments", "bound", "caches", "constants", "grid", "kernel",
+        "options",
     )  # fmt: skip
 
     def __init__(
         self,
         kernel: Any,
         grid: tuple[int, ...],
-        slots: tuple[int | None, ...],
-        integers: tuple,
-        floats: tuple[float, ...],
+        arguments: tuple,
         constants: dict[str, Any],
         options: dict[str, int],
     ) -> None:
-        self.kernel, self.grid, self.slots = kernel, grid, slots
-        self.integers, self.floats, self.constants, self.options = (
-            integers,
-            floats,
-            constants,
-            options,
-        )
+        self.kernel, self.grid, self.arguments = kernel, grid, arguments
+        self.constants, self.options = constants, options
         self._compiled: Any = None
         self._active: Any = None
         self.caches: Any = None
@@ -60,10 +53,14 @@ class Launch:
         self.bound: Bound | None = None
         self._was_tried = False
 
-    def on(self, slots: tuple[int | None, ...]) -> "Launch":
-        """The same on other tensors of a call."""
-        given = self.integers, self.floats, self.constants, self.options
-        return Launch(self.kernel, self.grid, slots, *given)
+    def on(self, place: Callable[[int], int]) -> "Launch":
+        """The same on other tensors of a call: `place` says where each stands now."""
+
+        def there(value: Any) -> Any:
+            return Pointer(place(int(value))) if type(value) is Pointer else value
+
+        arguments = replaced(self.arguments, there)
+        return Launch(self.kernel, self.grid, arguments, self.constants, self.options)
 
     def start(self, tensors: Sequence[Tensor | None], floats: tuple[float, ...]) -> None:
         """Start it on these tensors of the call.
@@ -71,9 +68,13 @@ class Launch:
         Raises:
             RuntimeError: the kernel would be compiled while a CUDA graph is captured.
         """
-        pointers = [None if k is None else tensors[k] for k in self.slots]
-        given = [floats[f] if type(f) is Given else f for f in self.floats]
-        arguments = (*pointers, *self.integers, *given)
+
+        def brought(value: Any) -> Any:
+            if type(value) is Pointer:
+                return tensors[value]
+            return floats[value] if type(value) is Given else value
+
+        arguments = replaced(self.arguments, brought)
         if INTERPRETED or is_watched() or kernel_is_watched(self.kernel):
             self._start_by_triton(arguments)
             return
@@ -87,8 +88,7 @@ class Launch:
             ):  # at the second start: binding takes longer than a start, and some come once
                 self._was_tried = True
                 x, y, z = (*self.grid, 1, 1)[:3]
-                numbers = self.integers, self.floats, self._values
-                self.bound = bind(compiled, (x, y, z), self.slots, *numbers)
+                self.bound = bind(compiled, (x, y, z), self.arguments, self._values)
             if self.bound is not None:
                 self.bound(stream, [0 if t is None else t.data_ptr() for t in tensors], floats)
                 return

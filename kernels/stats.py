@@ -13,6 +13,8 @@ float32; of a float32 tensor the sums over the groups are compensated (PyTorch's
 come first and need no masks; the others follow in a second loop.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,51 +22,54 @@ from torch import Tensor
 from .dtypes import partial_dtype
 from .launch import STATISTICS, Tile, choose_tile, is_aligned
 from .layout import RowMap
-from .moments import add_compensated, load_pivot, merge, of_slot, store_sums
+from .moments import Summed, add_compensated, load_pivot, merge, of_slot, store_sums
 from .plan import Planner
 from .tile import (
     ANY_MULTIPLE,
     ANY_VALUE,
-    arithmetic,
+    Sizes,
+    View,
     groups,
     load_tile,
     partial_tile,
-    row_vectors,
-    tile_columns,
     tile_offsets,
+    walk_of,
     whole_tile,
 )
 
 
+class _Groups(NamedTuple):
+    """Of groups of rows: their sums, and what rounding took off; their M2 likewise."""
+
+    total: Any
+    total_low: Any
+    m2: Any
+    m2_low: Any
+
+
 @triton.jit
-def _load_sum(
-    p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride, spread,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _load_sum(of, o_outer, o_inner, o_column, m, spread, ACC: tl.constexpr):
     """x, or x + residual as it is stored (and it is stored); m is None where nothing is masked."""
-    o_x = tile_offsets(o_outer, o_inner, o_column, x_stride, spread)
-    b_x = load_tile(p_x, o_x, m, ACC)
-    if p_residual is not None:
-        o_residual = tile_offsets(o_outer, o_inner, o_column, residual_stride, spread)
-        o_sum = tile_offsets(o_outer, o_inner, o_column, sum_stride, spread)
-        b_x += load_tile(p_residual, o_residual, m, ACC)
-        b_stored = b_x.to(p_sum.dtype.element_ty)
+    o_x = tile_offsets(o_outer, o_inner, o_column, of.x.stride, spread)
+    b_x = load_tile(of.x.p, o_x, m, ACC)
+    if of.residual is not None:
+        o_residual = tile_offsets(o_outer, o_inner, o_column, of.residual.stride, spread)
+        o_sum = tile_offsets(o_outer, o_inner, o_column, of.total.stride, spread)
+        b_x += load_tile(of.residual.p, o_residual, m, ACC)
+        b_stored = b_x.to(of.total.p.dtype.element_ty)
         if m is None:
-            tl.store(p_sum + o_sum, b_stored)
+            tl.store(of.total.p + o_sum, b_stored)
         else:
-            tl.store(p_sum + o_sum, b_stored, mask=m)
+            tl.store(of.total.p + o_sum, b_stored, mask=m)
         b_x = b_stored.to(ACC)
     return b_x
 
 
 @triton.jit
-def _add_group(
-    b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square, inverse, weight,
-    COMPENSATED: tl.constexpr,
-):  # fmt: skip
-    """Merge groups (sum, mean, squares) into (total, M2): inverse = 1 / count before, weight = count * k / (count +
-    k).
-    """
+def _add_group(have, b_sum, b_mean, b_square, inverse, weight, COMPENSATED: tl.constexpr):
+    """Merge groups (sum, mean, squares) into `_Groups`: inverse = 1 / count before, weight = count * k / (count +
+    k)."""
+    b_total, b_total_low, b_m2, b_m2_low = have
     b_r = b_mean - b_total * inverse
     b_square += b_r * (b_r * weight)
     if COMPENSATED:
@@ -73,40 +78,20 @@ def _add_group(
     else:
         b_m2 += b_square
         b_total += b_sum
-    return b_total, b_total_low, b_m2, b_m2_low
+    return _Groups(b_total, b_total_low, b_m2, b_m2_low)
 
 
 @triton.jit
-def group_moments(
-    p_x,
-    p_residual,
-    p_sum,
-    b_pivot,
-    x_stride,
-    residual_stride,
-    sum_stride,
-    o_column,
-    m_column,
-    outer,
-    inner,
-    spread,
-    whole,
-    i_program,
-    programs,
-    ACC: tl.constexpr,
-    ONE_OUTER: tl.constexpr,
-    EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """(count, mean, M2) [groups of rows, columns] of a program's tiles, for `merge`; means relative to the pivot."""
-    BLOCK_CHANNELS: tl.constexpr = o_column.shape[0]
-    ROWS: tl.constexpr = BLOCK_OUTER * BLOCK_INNER
-    COMPENSATED: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth >= 32
+def group_moments(of, b_pivot, walk, whole, TILE: tl.constexpr, ACC: tl.constexpr):
+    """(count, mean, M2) [groups of rows, columns] of a program's tiles, for `merge`; means relative to the pivot.
+
+    of: `Summed`; whole: tiles that have all their rows.
+    """
+    BLOCK_CHANNELS: tl.constexpr = walk.o_column.shape[0]
+    GROUP: tl.constexpr = TILE.group
+    RUN: tl.constexpr = TILE.run
+    ROWS: tl.constexpr = TILE.outer * TILE.inner
+    COMPENSATED: tl.constexpr = of.x.p.dtype.element_ty.primitive_bitwidth >= 32
     AXIS: tl.constexpr = 0 if RUN == 1 else 1  # the groups'
     b_total = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     b_m2 = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
@@ -114,13 +99,10 @@ def group_moments(
     b_m2_low = tl.zeros([ROWS // GROUP, BLOCK_CHANNELS], ACC)
     # All groups have the same count until the partial tiles.
     count = tl.full([], 0.0, ACC)
-    for i_tile in tl.range(i_program, whole, programs, num_stages=STAGES):
-        o_outer, o_inner = whole_tile(i_tile, inner, ONE_OUTER, BLOCK_OUTER, BLOCK_INNER, OFFSET)
-        m = None if EVEN else m_column[None, :] & (o_inner >= 0)[:, None]
-        b_x = _load_sum(
-            p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride,
-            spread, ACC,
-        )  # fmt: skip
+    for i_tile in tl.range(walk.first, whole, walk.programs, num_stages=TILE.stages):
+        o_outer, o_inner = whole_tile(i_tile, walk, TILE)
+        m = None if TILE.even else walk.m_column[None, :] & (o_inner >= 0)[:, None]
+        b_x = _load_sum(of, o_outer, o_inner, walk.o_column, m, walk.spread, ACC)
         # 16-bit values keep their digits in the sum of a group, whatever their mean.
         if COMPENSATED:
             b_x = b_x - b_pivot[None, :]
@@ -133,20 +115,17 @@ def group_moments(
             b_sum = b_sum - b_pivot[None, :] * GROUP
             b_mean = b_mean - b_pivot[None, :]
         b_total, b_total_low, b_m2, b_m2_low = _add_group(
-            b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square,
+            _Groups(b_total, b_total_low, b_m2, b_m2_low), b_sum, b_mean, b_square,
             1.0 / tl.maximum(count, 1.0), count / (count + GROUP) * GROUP, COMPENSATED,
         )  # fmt: skip
         count += GROUP
 
     b_count = tl.zeros([ROWS // GROUP], ACC) + count
-    tiles = tl.cdiv(outer, BLOCK_OUTER) * tl.cdiv(inner, BLOCK_INNER)
-    for i in tl.range(i_program, tiles - whole, programs, num_stages=1):
-        o_outer, o_inner, m_row = partial_tile(i, outer, inner, BLOCK_OUTER, BLOCK_INNER, OFFSET)
-        m = m_row[:, None] & m_column[None, :]
-        b_x = _load_sum(
-            p_x, p_residual, p_sum, o_outer, o_inner, o_column, m, x_stride, residual_stride, sum_stride,
-            spread, ACC,
-        )  # fmt: skip
+    tiles = tl.cdiv(walk.outer, TILE.outer) * tl.cdiv(walk.inner, TILE.inner)
+    for i in tl.range(walk.first, tiles - whole, walk.programs, num_stages=1):
+        o_outer, o_inner, m_row = partial_tile(i, walk, TILE)
+        m = m_row[:, None] & walk.m_column[None, :]
+        b_x = _load_sum(of, o_outer, o_inner, walk.o_column, m, walk.spread, ACC)
         b_x = tl.where(m, b_x - b_pivot[None, :], 0.0)
         b_k = tl.sum(groups(m_row.to(ACC), GROUP, RUN), axis=AXIS)
         b_group = groups(b_x, GROUP, RUN)
@@ -158,7 +137,7 @@ def group_moments(
         b_more = b_count + b_k
         b_weight = b_count / tl.maximum(b_more, 1.0) * b_k
         b_total, b_total_low, b_m2, b_m2_low = _add_group(
-            b_total, b_total_low, b_m2, b_m2_low, b_sum, b_mean, b_square,
+            _Groups(b_total, b_total_low, b_m2, b_m2_low), b_sum, b_mean, b_square,
             (1.0 / tl.maximum(b_count, 1.0))[:, None], b_weight[:, None], COMPENSATED,
         )  # fmt: skip
         b_count = b_more
@@ -174,13 +153,8 @@ def group_moments(
 
 @triton.jit(do_not_specialize=ANY_VALUE, do_not_specialize_on_alignment=ANY_MULTIPLE)
 def bn_stats_kernel(
-    p_x,
-    p_residual,
-    p_sum,
+    of,
     p_partial,
-    x_stride,
-    residual_stride,
-    sum_stride,
     outer,
     inner,
     channels,
@@ -189,41 +163,23 @@ def bn_stats_kernel(
     programs,
     width,
     slots,
-    FLAT: tl.constexpr,
-    ONE_OUTER: tl.constexpr,
-    EVEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    RUN: tl.constexpr,
-    ROW_VECTORS: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """partial [programs, 3, width]: count, mean relative to the pivot, M2; sum <- x + residual, where there is one.
+    """partial [programs, 3, width]: count, mean relative to the pivot, M2 of `Summed`, of which total is written.
 
-    whole: tiles without a partial row; EVEN: no partial block of columns either.
+    whole: tiles without a partial row; TILE.even: no partial block of columns either.
     """
-    ACC: tl.constexpr = tl.float64 if p_x.dtype.element_ty == tl.float64 else tl.float32
-    inner = row_vectors(inner, ROW_VECTORS)
-    i_program = tl.program_id(1)
-    columns = channels * spread
-    o_column, m_column = tile_columns(columns, None, BLOCK_CHANNELS, OFFSET)
-    b_pivot = load_pivot(
-        p_x, p_residual, p_sum, o_column - o_column % spread, m_column, outer, inner, spread, x_stride,
-        residual_stride, ACC, OFFSET,
-    )  # fmt: skip
-    b_count, b_mean, b_m2 = group_moments(
-        p_x, p_residual, p_sum, b_pivot, x_stride, residual_stride, sum_stride, o_column, m_column,
-        outer, inner, spread, whole, i_program, programs,
-        ACC, ONE_OUTER, EVEN, GROUP, RUN, BLOCK_OUTER, BLOCK_INNER, OFFSET, STAGES,
-    )  # fmt: skip
+    ACC: tl.constexpr = tl.float64 if of.x.p.dtype.element_ty == tl.float64 else tl.float32
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    walk = walk_of(Sizes(outer, inner, spread, programs=programs), channels, 1, TILE)
+    o_column, m_column, spread = walk.o_column, walk.m_column, walk.spread
+    b_pivot = load_pivot(of, o_column - o_column % spread, m_column, walk, ACC, OFFSET)
+    b_count, b_mean, b_m2 = group_moments(of, b_pivot, walk, whole, TILE, ACC)
     b_n, b_mean, b_m2 = merge(b_count, b_mean, b_m2)
-    p_row = p_partial + i_program * 3 * width
-    if FLAT:  # the columns of a channel together
+    p_row = p_partial + walk.first * 3 * width
+    if TILE.flat:  # the columns of a channel together
         for i_slot in range(slots):
-            m = of_slot(i_slot, o_column, m_column, spread, BLOCK_CHANNELS)[:, None]
+            m = of_slot(i_slot, o_column, m_column, spread, TILE.channels)[:, None]
             b_some, b_their_mean, b_their_m2 = merge(
                 tl.where(m, b_n[:, None], 0.0),
                 tl.where(m, b_mean[:, None], 0.0),
@@ -234,9 +190,9 @@ def bn_stats_kernel(
             tl.store(p_row + width + o_slot, b_their_mean.to(p_partial.dtype.element_ty))
             tl.store(p_row + 2 * width + o_slot, b_their_m2.to(p_partial.dtype.element_ty))
     else:
-        store_sums(p_row, b_n, o_column, m_column, spread, slots, FLAT)
-        store_sums(p_row + width, b_mean, o_column, m_column, spread, slots, FLAT)
-        store_sums(p_row + 2 * width, b_m2, o_column, m_column, spread, slots, FLAT)
+        store_sums(p_row, b_n, walk, None, False)
+        store_sums(p_row + width, b_mean, walk, None, False)
+        store_sums(p_row + 2 * width, b_m2, walk, None, False)
 
 
 def launch_bn_stats(
@@ -248,14 +204,17 @@ def launch_bn_stats(
     """
     tile = choose_tile(rows, x.element_size(), STATISTICS, p.chip)
     partial = p.empty((tile.programs, 3, tile.width), partial_dtype(x.dtype))
+    is_sum = residual is not None
     p.start(
         bn_stats_kernel,
         tile.grid,
-        (x, residual, total, partial),
         (
-            rows.strides[1],
-            rows.strides[2] if residual is not None else None,
-            rows.strides[0] if residual is not None else None,
+            Summed(
+                View(x, rows.strides[1]),
+                View(residual, rows.strides[2]) if is_sum else None,
+                View(total, rows.strides[0]) if is_sum else None,
+            ),
+            partial,
             rows.outer,
             rows.inner,
             rows.channels,
@@ -265,15 +224,12 @@ def launch_bn_stats(
             tile.width,
             tile.slots,
         ),
-        (),
         {
-            "FLAT": rows.spread > 1,
-            "ONE_OUTER": rows.outer == 1,
-            "EVEN": tile.even,
-            "ROW_VECTORS": rows.row_vectors,
-            **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
-            "OFFSET": arithmetic(x.dtype, rows)["OFFSET"],
+            "TILE": tile.block(rows)._replace(
+                even=tile.even,
+                **tile.groups(rows.channels_fastest or all(map(is_aligned, (x, residual)))),
+            )
         },
         tile.options,
-    )
+    )  # fmt: skip
     return partial, tile

@@ -1,4 +1,13 @@
-"""The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where."""
+"""The index map of `layout.RowMap` on the device: which rows and columns a program's tile holds, and where.
+
+What belongs together travels as one named tuple, into kernels and between device functions; what is not there is a
+tuple of None. Triton takes the parts one by one, in their order. What stays an argument of a kernel's own, since Triton
+(3.6 to 3.9) takes it otherwise in a tuple: integers that a kernel is not compiled for, as neither `do_not_specialize`
+nor `do_not_specialize_on_alignment` reaches into one; and floats, which there are float32. Triton 3.6 asks no tuple
+that has a None in it whether it is None (so a part is asked), and returns none from a device function.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,6 +36,56 @@ def arithmetic(dtype: torch.dtype, rows: RowMap | GatherMap) -> dict[str, tl.dty
     }
 
 
+class View(NamedTuple):
+    """A tensor: where it begins, and its strides; None where they are those of another."""
+
+    p: Any
+    stride: Any
+
+
+class Pair(NamedTuple):
+    """Of x, and of the residual."""
+
+    x: Any
+    residual: Any
+
+
+class Sizes(NamedTuple):
+    """Of the rows of a pass, and of its tiles; None where a pass has no use for it. spread: columns of a channel;
+    tiles_inner: None where there is one outer row; width, slots: of the columns of a program (`own_columns`)."""
+
+    outer: Any
+    inner: Any
+    spread: Any
+    tiles_inner: Any = None
+    tiles: Any = None
+    programs: Any = None
+    width: Any = None
+    slots: Any = None
+
+
+class Walk(NamedTuple):
+    """The tiles first, first + programs, ... of a program, and its columns. `columns` counts those of all programs.
+
+    own: (columns from one program to the next, columns in a row of a program), where TILE.parts is not 0.
+    """
+
+    outer: Any
+    inner: Any
+    channels: Any
+    spread: Any
+    columns: Any
+    tiles_inner: Any
+    tiles: Any
+    first: Any
+    programs: Any
+    o_column: Any
+    m_column: Any
+    own: Any
+    slots: Any
+    width: Any
+
+
 @triton.jit
 def row_vectors(inner, ROW_VECTORS: tl.constexpr):
     """inner; with ROW_VECTORS the compiler learns that 16 divides it, so that rows side by side share a mask."""
@@ -36,76 +95,88 @@ def row_vectors(inner, ROW_VECTORS: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(
-    i_tile,
-    outer,
-    inner,
-    tiles_inner,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """(o, i, mask) of the rows of tile `i_tile`, each [BLOCK_OUTER * BLOCK_INNER]; OFFSET is the offsets' dtype.
+def walk_of(sizes, channels, SECTOR: tl.constexpr, TILE: tl.constexpr):
+    """The `Walk` of this program: its columns are on grid axis 0, its tiles on axis 1, or all of them where sizes has
+    no programs. SECTOR: columns of 32 bytes, which the compiler learns that those of a program are multiples of."""
+    tiles_inner, tiles = 1, 0
+    if sizes.tiles_inner is not None:
+        tiles_inner = sizes.tiles_inner
+    if sizes.tiles is not None:
+        tiles = sizes.tiles
+    if sizes.programs is None:
+        first = 0
+        programs = 1
+    else:
+        first = tl.program_id(1)
+        programs = sizes.programs
+    if TILE.parts == 0:
+        slots, width, apart, room = 0, 0, 0, 0
+    else:
+        slots, width = sizes.slots, sizes.width
+        apart = slots * sizes.spread // SECTOR * SECTOR
+        room = width // SECTOR * SECTOR
+    columns = channels * sizes.spread
+    o_column, m_column = tile_columns(columns, (apart, room), TILE.channels, TILE)
+    return Walk(
+        sizes.outer, row_vectors(sizes.inner, TILE.row_vectors), channels, sizes.spread, columns, tiles_inner, tiles,
+        first, programs, o_column, m_column, (apart, room), slots, width,
+    )  # fmt: skip
 
-    tiles_inner is None where there is one outer row: no division in the loop.
-    """
-    if tiles_inner is None:
+
+@triton.jit
+def tile_rows(i_tile, walk, TILE: tl.constexpr, STEP: tl.constexpr = 1):
+    """(o, i, mask) of the rows of tile `i_tile`, each [TILE.outer * TILE.inner]; of every STEP inner rows one."""
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    INNER: tl.constexpr = TILE.inner // STEP
+    if TILE.one_outer:  # no division in the loop
         i_outer = tl.full([], 0, OFFSET)
         i_inner = i_outer + i_tile
     else:
-        i_outer = (i_tile // tiles_inner).to(OFFSET)
-        i_inner = (i_tile % tiles_inner).to(OFFSET)
-    o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
-    o_inner = i_inner * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
-    o_outer = i_outer * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
-    m_row = (o_outer < outer) & (o_inner < inner)
+        i_outer = (i_tile // walk.tiles_inner).to(OFFSET)
+        i_inner = (i_tile % walk.tiles_inner).to(OFFSET)
+    if STEP == 1:
+        inner = walk.inner
+    else:
+        inner = (walk.inner + STEP - 1) // STEP
+    o_row = tl.arange(0, TILE.outer * INNER)
+    o_inner = i_inner * INNER + (o_row % INNER).to(OFFSET)
+    o_outer = i_outer * TILE.outer + (o_row // INNER).to(OFFSET)
+    m_row = (o_outer < walk.outer) & (o_inner < inner)
     return o_outer, o_inner, m_row
 
 
 @triton.jit
-def whole_tile(
-    i_tile,
-    inner,
-    ONE_OUTER: tl.constexpr,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
+def whole_tile(i_tile, walk, TILE: tl.constexpr):
     """(o, i) of the rows of the i-th of the tiles without a row that is not there."""
-    o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
-    if ONE_OUTER:  # no division in the loop
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    o_row = tl.arange(0, TILE.outer * TILE.inner)
+    if TILE.one_outer:  # no division in the loop
         i_outer = i_tile * 0
         i_inner = i_tile
     else:
-        tiles_inner = inner // BLOCK_INNER
+        tiles_inner = walk.inner // TILE.inner
         i_outer = i_tile // tiles_inner
         i_inner = i_tile % tiles_inner
-    o_inner = i_inner.to(OFFSET) * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
-    o_outer = i_outer.to(OFFSET) * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
+    o_inner = i_inner.to(OFFSET) * TILE.inner + (o_row % TILE.inner).to(OFFSET)
+    o_outer = i_outer.to(OFFSET) * TILE.outer + (o_row // TILE.inner).to(OFFSET)
     return o_outer, o_inner
 
 
 @triton.jit
-def partial_tile(
-    i,
-    outer,
-    inner,
-    BLOCK_OUTER: tl.constexpr,
-    BLOCK_INNER: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
+def partial_tile(i, walk, TILE: tl.constexpr):
     """(o, i, mask) of the rows of the i-th of the other tiles: the last of each outer block, then the last outer
     block.
     """
-    tiles_inner = inner // BLOCK_INNER
-    tiles_outer = tl.cdiv(outer, BLOCK_OUTER)
-    last = tl.where(inner % BLOCK_INNER != 0, tiles_outer, 0)
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
+    tiles_inner = walk.inner // TILE.inner
+    tiles_outer = tl.cdiv(walk.outer, TILE.outer)
+    last = tl.where(walk.inner % TILE.inner != 0, tiles_outer, 0)
     i_outer = tl.where(i < last, i, tiles_outer - 1)
     i_inner = tl.where(i < last, tiles_inner, i - last)
-    o_row = tl.arange(0, BLOCK_OUTER * BLOCK_INNER)
-    o_inner = i_inner.to(OFFSET) * BLOCK_INNER + (o_row % BLOCK_INNER).to(OFFSET)
-    o_outer = i_outer.to(OFFSET) * BLOCK_OUTER + (o_row // BLOCK_INNER).to(OFFSET)
-    return o_outer, o_inner, (o_outer < outer) & (o_inner < inner)
+    o_row = tl.arange(0, TILE.outer * TILE.inner)
+    o_inner = i_inner.to(OFFSET) * TILE.inner + (o_row % TILE.inner).to(OFFSET)
+    o_outer = i_outer.to(OFFSET) * TILE.outer + (o_row // TILE.inner).to(OFFSET)
+    return o_outer, o_inner, (o_outer < walk.outer) & (o_inner < walk.inner)
 
 
 @triton.jit
@@ -141,14 +212,11 @@ def sum_groups(b_x, GROUP: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(columns, own, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexpr):
-    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; their block is grid axis 0.
-
-    own: (columns from one program to the next, columns in a row of a program), where these are fewer than its tile has
-    room for; else None.
-    """
+def tile_columns(columns, own, BLOCK_CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """(f, mask) of the columns of this program, each [BLOCK_CHANNELS]; `own` as in `Walk`, of columns such as these."""
+    OFFSET: tl.constexpr = tl.int64 if TILE.wide else tl.int32
     o = tl.arange(0, BLOCK_CHANNELS).to(OFFSET)
-    if own is None:
+    if TILE.parts == 0:
         o_column = tl.program_id(0).to(OFFSET) * BLOCK_CHANNELS + o
         m_column = o_column < columns
     else:
@@ -158,36 +226,25 @@ def tile_columns(columns, own, BLOCK_CHANNELS: tl.constexpr, OFFSET: tl.constexp
 
 
 @triton.jit
-def own_columns(spread, slots, width, PARTS: tl.constexpr, SECTOR: tl.constexpr):
-    """`own` of `tile_columns` for a program that has `slots` channels, in whole sectors, which the compiler learns;
-    None where it has a column of each channel."""
-    if PARTS == 0:
-        own = None
+def walk_stride(walk, row_stride):
+    """The strides of a walk of whole channels: rows of all channels; or with a row_stride rows of a flat walk (outer)
+    in pieces (inner)."""
+    if row_stride is None:
+        stride = (0, walk.channels, 1)
     else:
-        own = (slots * spread // SECTOR * SECTOR, width // SECTOR * SECTOR)
-    return own
-
-
-@triton.jit
-def own_stride(channels, row_stride, own):
-    """The strides of a walk of whole channels: rows of all channels, or rows of a flat walk (outer) in pieces (inner),
-    where there are columns of its own."""
-    if own is None:
-        stride = (0, channels, 1)
-    else:
-        stride = (row_stride, own[1], 1)
+        stride = (row_stride, walk.own[1], 1)
     return stride
 
 
 @triton.jit
-def own_channels(o_column, m_column, slots, PARTS: tl.constexpr):
+def own_channels(walk, PARTS: tl.constexpr):
     """(c, mask) of the channels of this program: its columns, or `slots` of them."""
     if PARTS == 0:
-        o_channel, m_channel = o_column, m_column
+        o_channel, m_channel = walk.o_column, walk.m_column
     else:
         o_slot = tl.arange(0, PARTS)
-        o_channel = tl.program_id(0) * slots + o_slot
-        m_channel = o_slot < slots
+        o_channel = tl.program_id(0) * walk.slots + o_slot
+        m_channel = o_slot < walk.slots
     return o_channel, m_channel
 
 

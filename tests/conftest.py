@@ -1,12 +1,13 @@
 """Options of the tests. `--backend {aten,triton,ptx}` is what they run over, `--share K/N` runs the K-th of N shares,
-`--seconds S` stops after so long, `--sample N` takes about every N-th case of each test.
+`--seconds S` stops after so long, `--sample N` takes about every N-th case of each test, `--sample-compiler N` of
+those that compile kernels.
 
 `aten` is plain PyTorch. `triton` is the kernels: on the GPU where there is one, else in Triton's interpreter. `ptx`
 is what Triton compiles of them for `--arch {80,90}`, run on the CPU (fusedres.benchmarks.ptx): a test fails, too,
 where a launch did what a chip must not (a race, an access outside of its tensors). Each test runs under `aten` or
-`triton`, and `make test` runs both, of `triton` every other case, and a sample of `ptx`. Marks say more: `kernels`
-needs the kernels to run, `interpreter` reads Triton's interpreter, `cpu` has its tensors on the CPU, `compiler` needs
-the kernels not to run, `once` does not depend on the backend, `gpu` needs a GPU.
+`triton`, and `make test` runs `aten` and samples of the others. Marks say more: `kernels` needs the kernels to run,
+`interpreter` reads Triton's interpreter, `machine` shows something only where machine code runs, `cpu` has its tensors
+on the CPU, `compiler` needs the kernels not to run, `once` does not depend on the backend, `gpu` needs a GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=["aten", "triton", "ptx"], default="aten")
     parser.addoption("--arch", type=int, choices=[80, 90], default=90, help="of --backend ptx")
     parser.addoption("--sample", type=int, default=1, help="about every N-th case of each test")
+    parser.addoption(
+        "--sample-compiler", type=int, default=1, help="the same, of tests that compile"
+    )
     parser.addoption("--share", default="1/1", help="run the K-th of N shares of the tests: K/N")
     parser.addoption("--seconds", type=float, help="start no test after so long, and report")
 
@@ -34,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "kernels: runs the Triton kernels (under --backend triton and ptx)",
         "interpreter: reads Triton's interpreter (under --backend triton, where there is no GPU)",
+        "machine: runs the kernels as machine code (under --backend ptx, and triton where there is a GPU)",
         "cpu: its tensors are on the CPU (under --backend triton where there is no GPU, and ptx)",
         "compiler: compiles the Triton kernels (not in the interpreter: under --backend aten)",
         "once: does not depend on the backend (under --backend aten)",
@@ -65,19 +70,24 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    unwanted = {"kernels", "interpreter", "cpu"}
+    unwanted = {"kernels", "interpreter", "machine", "cpu"}
     if config.getoption("--backend") != "aten":
         unwanted = {"compiler", "once"}
         if os.environ.get("TRITON_INTERPRET") != "1":  # on a GPU, or compiled code on the CPU
             unwanted.add("interpreter")
             if config.getoption("--backend") != "ptx":
                 unwanted.add("cpu")
+        else:
+            unwanted.add("machine")
     import torch
 
     if config.getoption("--backend") != "triton" or not torch.cuda.is_available():
         unwanted.add("gpu")
     share, shares = map(int, config.getoption("--share").split("/"))
     wanted = [i for i in items if not unwanted & {mark.name for mark in i.iter_markers()}]
+    compiling = [i for i in wanted if i.get_closest_marker("compiler")]
+    left_out = set(compiling) - set(_sample(compiling, config.getoption("--sample-compiler")))
+    wanted = [i for i in wanted if i not in left_out]
     wanted = _sample(wanted, config.getoption("--sample"))[share - 1 :: shares]
     if len(wanted) < len(items):
         kept = set(wanted)

@@ -56,46 +56,53 @@ class Started:
 
     kernel: Any
     grid: tuple[int, int, int]
-    tensors: tuple[Tensor | None, ...]
-    integers: tuple
-    floats: tuple[float, ...]
+    arguments: tuple
     options: dict[str, Any]
     compiled: Any
 
     @property
     def constants(self) -> tuple:
-        names = self.kernel.arg_names
-        before = len(self.tensors) + len(self.integers) + len(self.floats)
-        return tuple(self.options[name] for name in names[before:])
+        return tuple(self.options[name] for name in self.kernel.arg_names[len(self.arguments) :])
 
     @property
-    def slots(self) -> tuple[int | None, ...]:
-        """As if the call had one pointer more than this kernel takes, in another order."""
-        last = sum(t is not None for t in self.tensors)
-        places = iter(range(last, 0, -1))
-        return tuple(None if t is None else next(places) for t in self.tensors)
+    def tensors(self) -> list[Tensor]:
+        return [part for part in bind.parts_of(self.arguments) if isinstance(part, Tensor)]
+
+    @property
+    def floats(self) -> tuple[float, ...]:
+        return tuple(part for part in self.arguments if isinstance(part, float))
+
+    def told(self, floats: tuple | None = None) -> tuple:
+        """The arguments as if the call had one pointer more than this kernel takes, in another order."""
+        places = iter(range(len(self.tensors), 0, -1))
+        given = iter(self.floats if floats is None else floats)
+
+        def by(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return bind.Pointer(next(places))
+            return next(given) if isinstance(part, float) else part
+
+        return bind.replaced(self.arguments, by)
 
     @property
     def pointers(self) -> tuple[int, ...]:
-        return (0xDEAD, *(t.data_ptr() for t in reversed(self.tensors) if t is not None))
+        return (0xDEAD, *(t.data_ptr() for t in reversed(self.tensors)))
 
     def bind(self, floats: tuple | None = None) -> bind.Bound | None:
-        floats = self.floats if floats is None else floats
-        return bind.bind(
-            self.compiled, self.grid, self.slots, self.integers, floats, self.constants
-        )
+        return bind.bind(self.compiled, self.grid, self.told(floats), self.constants)
 
     def start(self) -> None:
-        arguments = (*self.tensors, *self.integers, *self.floats)
-        self.kernel[self.grid](*arguments, **self.options)
+        self.kernel[self.grid](*self.arguments, **self.options)
 
     def run(self) -> None:
         """As Triton starts it, by the addresses of the tensors."""
         compiled = self.compiled
-        pointers = [None if t is None else t.data_ptr() for t in self.tensors]
+        arguments = bind.replaced(
+            self.arguments, lambda part: part.data_ptr() if isinstance(part, Tensor) else part
+        )
         compiled.run(
             *self.grid, 0, compiled.function, compiled.packed_metadata, None, None, None,
-            *pointers, *self.integers, *self.floats, *self.constants,
+            *arguments, *self.constants,
         )  # fmt: skip
 
 
@@ -106,10 +113,7 @@ def started(call) -> list[Started]:
 
     def noted(kernel, *arguments, grid, warmup, **options):
         compiled = run(kernel, *arguments, grid=grid, warmup=warmup, **options)
-        behind = 1 + max(i for i, a in enumerate(arguments) if isinstance(a, Tensor))
-        numbers = len([a for a in arguments if not isinstance(a, float)])
-        parts = arguments[:behind], arguments[behind:numbers], arguments[numbers:]
-        found.append(Started(kernel, (*grid, 1, 1)[:3], *parts, options, compiled))
+        found.append(Started(kernel, (*grid, 1, 1)[:3], arguments, options, compiled))
         return compiled
 
     with pytest.MonkeyPatch.context() as patch:
@@ -333,17 +337,17 @@ def test_another_launcher_is_not_bound(stub):
         without_plans(patch)
         patch.setattr(type(bn_apply_kernel), "run", lambda *a, **o: found.append(run(*a, **o)))
         evaluated()
-        assert bind.bind(found[0], (1, 1, 1), (), (), (), ()) is None
+        assert bind.bind(found[0], (1, 1, 1), (), ()) is None
 
 
 def test_tensors_that_it_was_not_compiled_for_are_refused(stub):
     (each, *_) = starts("float32")
-    slots = tuple(0 if slot is None else slot for slot in each.slots)
-    assert slots != each.slots
+    told = bind.replaced(each.told(), lambda part: bind.Pointer(0) if part is None else part)
+    assert told != each.told()
     with pytest.raises(
         ValueError, match=r"^bn_stats_kernel was compiled for other tensors than \("
     ):
-        bind.bind(each.compiled, each.grid, slots, each.integers, each.floats, each.constants)
+        bind.bind(each.compiled, each.grid, told, each.constants)
 
 
 def test_a_launch_that_the_driver_refuses_is_an_error(stub):

@@ -198,7 +198,7 @@ PLACES = {"channels_last": (32, 2048, 7, 7), "contiguous_format": (32, 2048, 7, 
 def loops_of(launch: Launch) -> list[tuple[float, float]]:
     """Instructions an element of each loop: in the fullest case, and in the plainest."""
     given = launch.arguments
-    tile = math.prod(given[f"BLOCK_{name}"] for name in ("OUTER", "INNER", "CHANNELS"))
+    tile = math.prod(given[f"TILE.{name}"] for name in ("outer", "inner", "channels"))
     return [
         (
             most.instructions * 32 * launch.warps / tile,

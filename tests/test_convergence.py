@@ -1,6 +1,6 @@
-"""Training on real images: the fused and the original network side by side over 32 steps.
+"""Training on real images: the fused and the original network side by side over 32 steps, fewer in the interpreter.
 
-Training amplifies rounding, so neither run is compared with the other alone: both are held against the same 32 steps in
+Training amplifies rounding, so neither run is compared with the other alone: both are held against the same steps in
 float64. The fused run may be as far from them as twice the original is, plus what one rounding at the start grows to.
 Whether a ReLU's input of almost 0 ends above or below it is chance in either run, and what follows is another run: so
 of three starts two decide.
@@ -50,7 +50,7 @@ def digits(size: int, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def train(model: nn.Module, batches, dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
-    """Losses, parameters and running statistics after 32 steps of SGD with momentum."""
+    """Losses, parameters and running statistics after a step of SGD with momentum a batch."""
     model = model.to(device, torch.float64 if dtype == torch.float64 else torch.float32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -111,8 +111,16 @@ def farther(build, batches, dtype: torch.dtype, device) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_small_network(dtype, device):
-    assert farther(Small, digits(8, 8), dtype, device) == {}
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(STEPS, marks=pytest.mark.once),
+        pytest.param(8, marks=pytest.mark.kernels),
+        pytest.param(STEPS, marks=[pytest.mark.kernels, pytest.mark.slow], id="kernels"),
+    ],
+)
+def test_small_network(steps, dtype, device):
+    assert farther(Small, digits(8, 8)[:steps], dtype, device) == {}
 
 
 @pytest.mark.once

@@ -122,20 +122,68 @@ def test_an_arrow_upwards_is_found(module, line):
 
 
 MOST_ARGUMENTS = 10
+MOST_ON_THE_DEVICE = 8
+# What stands alone in a kernel, since Triton takes it otherwise in a tuple (kernels/tile.py): floats, and these.
+ALONE = {
+    "outer", "inner", "spread", "tiles", "tiles_inner", "whole", "programs", "width", "slots", "each", "first",
+    "bits_outer", "bits_inner", "bits_piece", "adds", "normalizes", "writes_bits", "writes_residual", "plain", "keep",
+}  # fmt: skip
+
+
+def _faults_of_arguments(module: str, source: str) -> list[str]:
+    """Functions with too many arguments."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        arguments, most = [*node.args.args, *node.args.kwonlyargs], MOST_ARGUMENTS
+        if any("jit" in ast.unparse(each) for each in node.decorator_list):
+            most = MOST_ON_THE_DEVICE
+        if node.name.endswith("_kernel"):
+            arguments = [
+                each
+                for each in arguments
+                if each.arg not in ALONE
+                and (each.annotation is None or ast.unparse(each.annotation) != "'fp64'")
+            ]
+        if len(arguments) > most:
+            found.append(f"{module}.{node.name}: {len(arguments)}")
+    return found
 
 
 def test_few_arguments_below_the_public_functions():
-    """What belongs together travels as one value. A kernel's arguments are the machine's."""
-    long = [
-        f"{name}.{node.name}"
-        for name, path in _files().items()
-        if name.startswith(("fusedres.ops.", "fusedres.kernels.", "fusedres.swap."))
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef)
-        and not any("jit" in ast.unparse(each) for each in node.decorator_list)
-        and len(node.args.args) + len(node.args.kwonlyargs) > MOST_ARGUMENTS
-    ]
-    assert long == []
+    """What belongs together travels as one value."""
+    checked = ("fusedres.ops.", "fusedres.kernels.", "fusedres.swap.")
+    files = {name: path for name, path in _files().items() if name.startswith(checked)}
+    assert [f for name, path in files.items() for f in _faults_of_arguments(name, path.read_text())] == []  # fmt: skip
+
+
+def _defined(decorator: str, name: str, arguments: list[str]) -> str:
+    return f"{decorator}\ndef {name}({', '.join(arguments)}): pass"
+
+
+@pytest.mark.parametrize(
+    ("source", "counted"),
+    [
+        (_defined("", "launch", [f"a{k}" for k in range(11)]), 11),
+        (_defined("@triton.jit", "load", [f"a{k}" for k in range(9)]), 9),
+        (_defined("@triton.jit", "load", ["tiles", "outer", *(f"a{k}" for k in range(7))]), 9),
+        (_defined("@triton.jit(debug=True)", "a_kernel", ["tiles", *(f"a{k}" for k in range(9))]), 9),
+        (_defined("@triton.jit", "a_kernel", ["eps: 'fp64'", *(f"a{k}" for k in range(9))]), 9),
+    ],
+)  # fmt: skip
+def test_a_long_list_of_arguments_is_found(source, counted):
+    (fault,) = _faults_of_arguments("fusedres.kernels.stats", source)
+    assert fault.endswith(f": {counted}")
+
+
+@pytest.mark.compiler
+def test_what_stands_alone_has_to():
+    """Each such integer is one that no kernel is compiled for."""
+    from fusedres.kernels import finalize, tile
+
+    listed = {*tile.ANY_WHOLE, *tile.ANY_MULTIPLE, *finalize.ANY_SIZE, "first"}
+    assert listed == ALONE
 
 
 def test_no_bare_assert_outside_the_tests():

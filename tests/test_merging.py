@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 
+import fusedres
 from fusedres.benchmarks import code
 from fusedres.benchmarks.code import Target
+from fusedres.benchmarks.ptx import emulated
 
 from .helpers import DTYPES, Case, run, without_plans
 
@@ -35,9 +40,9 @@ def merging(monkeypatch):
     return switch
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 12, 20, 20), (2, 1, 3, 3)], ids=str)
 def test_the_bits_of_two_launches(shape, dtype, layout, merging, device):
     case = Case(shape=shape, dtype=DTYPES[dtype], layout=layout, device=device)
@@ -48,7 +53,86 @@ def test_the_bits_of_two_launches(shape, dtype, layout, merging, device):
     assert {name for name, _ in launches} == {"bn_stats_finalize_kernel"}
 
 
-@pytest.mark.interpreter
+# --- compiled code, whoever is last -----------------------------------------------------------------------------------
+
+SLOW_ON_80 = [pytest.param(80, marks=pytest.mark.slow), 90]
+
+
+def compiled(
+    dtype: str, layout: str, architecture: int, order: int, ptx: Callable[[str], str] | None = None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The results, and what the kernel did that it must not; `ptx`: what stands instead of its own."""
+    case = Case(shape=(4, 70, 20, 20), dtype=DTYPES[dtype], layout=layout)
+
+    def rewrite(kernel: str, text: str) -> str:
+        return ptx(text) if ptx is not None and kernel == "bn_stats_finalize_kernel" else text
+
+    with (
+        fusedres.backend("triton"),
+        emulated(architecture, order=order, rewrite=rewrite) as launches,
+    ):
+        results = run(case)
+    return results, [error for launch in launches for error in launch.errors]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("order", [0, 1, 2], ids=["forward", "backward", "drawn"])
+@pytest.mark.parametrize("architecture", SLOW_ON_80)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", "float32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("float16", "float64"))]
+)  # fmt: skip
+def test_the_bits_of_two_launches_whoever_is_last(dtype, layout, architecture, order, merging):
+    expected, _ = compiled(dtype, layout, architecture, 0)
+    launches = merging()
+    actual, errors = compiled(dtype, layout, architecture, order)
+    assert errors == []
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    (grid,) = {grid for name, grid in launches if name == "bn_stats_finalize_kernel"}
+    assert min(grid) > 1
+
+
+def _without_barriers(ptx: str) -> str:
+    """None from the last partial to the ticket: Triton 3.9 adds one to the kernel's own."""
+    before, after = ptx.split("atom.global", 1)
+    at = before.rindex("st.global")
+    assert "bar.sync" in before[at:]
+    return before[:at] + re.sub(r"bar\.sync\s+0;", "", before[at:]) + "atom.global" + after
+
+
+def _read_first(ptx: str) -> str:
+    """The first partial is read by all programs, and then they take their tickets."""
+    load = (
+        "{ .reg .b64 %planted_address; .reg .b32 %planted;\n"
+        "ld.param.b64 %planted_address, [bn_stats_finalize_kernel_param_1];\n"
+        "ld.global.cg.b32 %planted, [%planted_address]; }\n"
+    )
+    at = ptx.rindex("\n", 0, ptx.index("atom.global")) + 1
+    return ptx[:at] + load + ptx[at:]
+
+
+FAULTS = {
+    "a relaxed ticket": lambda ptx: ptx.replace(".acq_rel.", ".relaxed."),
+    "a ticket that does not release": lambda ptx: ptx.replace(".acq_rel.", ".acquire."),
+    "a ticket that does not acquire": lambda ptx: ptx.replace(".acq_rel.", ".release."),
+    "a ticket for the own program": lambda ptx: ptx.replace(".gpu.acq_rel.", ".cta.acq_rel."),
+    "no barrier before the ticket": _without_barriers,
+    "read before the ticket": _read_first,
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("order", [0, 1, 2], ids=["forward", "backward", "drawn"])
+@pytest.mark.parametrize("architecture", SLOW_ON_80)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_whoever_is_last(fault, layout, architecture, order, merging):
+    merging()
+    _, errors = compiled("bfloat16", layout, architecture, order, FAULTS[fault])
+    assert any("race in global memory" in error for error in errors)
+
+
+@pytest.mark.cpu
 def test_the_stress_runs_and_sees_a_stale_value(capsys, monkeypatch):
     from fusedres.benchmarks import ordering
 

@@ -229,11 +229,11 @@ def test_a_product_of_a_warp():
     ("text", "named"),
     [
         ("tcgen05.wait::ld.sync.aligned;", "tcgen05.wait::ld.sync.aligned"),
-        ("atom.global.add.u32 %r9, [%rd4], 1;", "atom.global.add.u32"),
+        ("mbarrier.test_wait.shared.b64 %p1, [%r5], %rd1;", "mbarrier.test_wait.shared.b64"),
         ("bar.sync 1, 32;", "a barrier of some warps"),
         (".local .align 4 .b8 stack[8]; mov.u64 %rd4, stack;", "local memory"),
     ],
-    ids=["tcgen05", "atomic", "barrier of some warps", "local memory"],
+    ids=["tcgen05", "mbarrier", "barrier of some warps", "local memory"],
 )
 def test_an_instruction_that_is_not_known_is_named(text, named):
     with pytest.raises(Unknown, match=named):

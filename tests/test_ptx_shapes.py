@@ -24,7 +24,7 @@ from fusedres.kernels.layout import row_map
 
 from .helpers import DTYPES, Case, over_budget, run
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.machine]
 
 # By the size of the image: images and channels that are enough for the tile. A walk over columns needs many rows, and a
 # tile of planes has eight images of 16 channels, or 16 of four (float32).

@@ -222,6 +222,6 @@ def test_a_model_of_which_nothing_is_fused_has_nothing_to_compile(capsys):
 
 
 def test_a_kernel_that_does_not_compile_is_named():
-    broken = ahead.Job("fusedres.kernels.stats", "bn_stats_kernel", "", "{}")
+    broken = ahead.Job("fusedres.kernels.stats", "bn_stats_kernel", "", {}, {}, {}, "{}")
     with pytest.raises(RuntimeError, match="bn_stats_kernel does not compile: "):
         list(ahead.compile_all([broken], compile_time.CHIP, 1))

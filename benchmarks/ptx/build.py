@@ -18,7 +18,7 @@ from triton.runtime.cache import get_cache_manager
 from .decode import FIRST_SKIPPED, OPERATIONS
 from .instructions import LANEWISE, Lanewise
 
-SOURCES = ("machine.c", "machine.h", "scalar.h", "memory.h", "matrix.h")
+SOURCES = ("machine.c", "machine.h", "scalar.h", "order.h", "memory.h", "matrix.h")
 # No contraction and no reassociation: a rounding where PTX has one.
 FLAGS = "-O2 -ftree-vectorize -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -w -fPIC -shared"
 _STORED = {"u16": "u32", "pred": "u32"}

@@ -14,7 +14,7 @@ CLASSES = {
     "move": ("mov", "selp", "prmt", "createpolicy"),
     "comparison": ("setp",),
     "shuffle": ("shfl", "vote", "elect", "redux"),
-    "memory": ("ld", "st", "cp", "ldmatrix", "stmatrix"),
+    "memory": ("ld", "st", "cp", "atom", "red", "ldmatrix", "stmatrix"),
     "tensor_core": ("mma", "wgmma"),
     "control": ("bra", "ret", "exit", "bar", "barrier", "fence", "membar"),
 }

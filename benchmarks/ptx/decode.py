@@ -40,7 +40,7 @@ SECTIONS = {
     "commit": _MOVE, "wait": _MOVE,
     # From here on an instruction that no lane takes is skipped.
     "special": "Special Registers", "ldparam": _MOVE, "split": _MOVE, "join": _MOVE,
-    "ld_global": _MOVE, "st_global": _MOVE, "ld_shared": _MOVE, "st_shared": _MOVE, "cp_async": _MOVE,
+    "ld_global": _MOVE, "st_global": _MOVE, "ld_shared": _MOVE, "st_shared": _MOVE, "cp_async": _MOVE, "atom": _SYNC,
     "shfl": _MOVE, "vote": _SYNC, "elect": _SYNC, "redux": _SYNC,
     "ldmatrix": _WARP, "stmatrix": _WARP, "mma": _WARP, "wgmma": _WARPGROUP,
 }  # fmt: skip
@@ -54,7 +54,7 @@ COLLECTIVE = {
         "bar", "warpsync", "shfl", "vote", "elect", "redux", "ldmatrix", "stmatrix", "mma", "wgmma",
     )
 }  # fmt: skip
-# Hints, and orders that this interpreter keeps anyhow: it runs wgmma at once.
+# Hints, and orders that this interpreter keeps anyhow (it runs wgmma at once) or does not see (order.h).
 _IGNORED = ("fence", "membar", "prefetch", "applypriority", "griddepcontrol", "discard")
 _IGNORED_WGMMA = ("wgmma.fence", "wgmma.commit", "wgmma.wait")
 _SPECIALS = [  # machine.c has the same order
@@ -62,14 +62,15 @@ _SPECIALS = [  # machine.c has the same order
     *("%laneid", "%ntid.x", "%warpid", "%ntid.y"),
 ]
 _MATRIX_TYPES = {"bf16": 0, "f16": 1, "tf32": 2, "f64": 3}
+_REDUCTIONS = ("add", "min", "max", "and", "or", "xor")  # machine.c: combined
+# Of an atomic; order.h has the same.
+_SCOPES = {"cta": 1, "gpu": 2, "sys": 2}
+_ORDERS = {"relaxed": 0, "acquire": 1, "release": 2, "acq_rel": 3}
 IMMEDIATES = 6
 INSTRUCTION = np.dtype(
     [(name, "i4") for name in ("op", "guard", "negated", "leader", "collective", "operands", "n")]
     + [("immediates", "i4", IMMEDIATES)]
 )
-
-
-_REDUCTIONS = ("add", "min", "max", "and", "or", "xor")
 
 
 class Unknown(Exception):
@@ -219,6 +220,8 @@ class _Decoder:
             self._copy(parts, operands)
         elif head in ("ld", "st"):
             self._memory(parts, operands)
+        elif head in ("atom", "red"):
+            self._atomic(parts, operands)
         elif head == "shfl":
             self._shuffle(parts, operands, rest)
         elif head == "vote":
@@ -361,6 +364,23 @@ class _Decoder:
             self._emit(f"{parts[0]}_{space}", [base, *slots], immediates)
         for wide, narrow in after:
             self._emit("cvt_s64_s32" if kind.startswith("s") else "cvt_u64_u32", [wide, narrow])
+
+    def _atomic(self, parts: list[str], operands: list[str]) -> None:
+        """atom.global.SEM.SCOPE.OPERATION.TYPE was, [address], value; red has no `was`."""
+        *said, operation, kind = parts[1:]
+        if not re.fullmatch(r"[bsu](32|64)", kind) or operation not in _REDUCTIONS:
+            raise Unknown("not a reduction of integers")
+        if "global" not in said or not set(said) <= {"global", *_ORDERS, *_SCOPES}:
+            raise Unknown("not an atomic in global memory that is known")
+        base, offset, _ = self._address(operands[-2])
+        slots = [base, self._operand(operands[-1], kind)]
+        if parts[0] == "atom":
+            slots.append(self._operand(operands[0], kind))
+        scope = max((_SCOPES[part] for part in said if part in _SCOPES), default=_SCOPES["gpu"])
+        # What is ordered within a program is a matter of its barriers.
+        orders = max((_ORDERS[part] for part in said if part in _ORDERS), default=0)
+        immediates = [BYTES[kind], _REDUCTIONS.index(operation), int(kind[0] == "s"), offset, scope]
+        self._emit("atom", slots, [*immediates, orders if scope == _SCOPES["gpu"] else 0])
 
     def _copy(self, parts: list[str], operands: list[str]) -> None:
         if parts[2] == "commit_group":

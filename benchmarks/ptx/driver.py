@@ -51,7 +51,8 @@ FIRST_DEVICE = 1000
 class Options:
     """How it is run.
 
-    order: of the warps between barriers: 0 first to last, 1 last to first, 2 drawn anew each time (by `seed`).
+    order: of the programs, and of the warps of one between barriers: 0 first to last, 1 last to first, 2 drawn
+    anew each time (by `seed`).
     late: a cp.async lands when it is waited for; else at once.
     check_shared, check_global: watch each byte for races and for what was not written.
     multiprocessors: that the library is told of (few: a program has many tiles); None for those of the chip.

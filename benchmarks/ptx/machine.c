@@ -3,6 +3,7 @@
 #include "machine.h"
 #include "scalar.h"
 #include "operations.h"
+#include "order.h"
 #include "memory.h"
 #include "matrix.h"
 
@@ -119,7 +120,7 @@ static void load_or_store(Machine *m, Warp *w, int i_warp, const Instruction *I,
         u8 value[64];
         int thread = i_warp * LANES + l;
         if (writes) for (int k = 0; k < n; k++) get(w, o[1 + k], size, l, value + k * size);
-        u8 *p = is_global ? global_at(m, w->pc, thread, address[l], bytes, writes)
+        u8 *p = is_global ? global_at(m, w->pc, thread, address[l], bytes, writes, WEAK)
                           : shared_at(m, w, w->pc, thread, shared[l], bytes, size, writes ? WRITE : READ, value);
         if (writes) { if (p) memcpy(p, value, bytes); continue; }
         for (int k = 0; k < n; k++) {
@@ -175,24 +176,51 @@ static void vote(const Instruction *I, Warp *w, const s32 *o, u32 mask) {
     EACH_ACTIVE U32(0)[l] = value;
 }
 
+// Of decode.py's _REDUCTIONS; integers of less than 64 bits come extended by their sign, if they have one.
+static u64 combined(int which, int is_signed, u64 a, u64 b) {
+    int is_less = is_signed ? (s64)a < (s64)b : a < b;
+    switch (which) {
+    case 0: return a + b;
+    case 1: return is_less ? a : b;
+    case 2: return is_less ? b : a;
+    case 3: return a & b;
+    case 4: return a | b;
+    default: return a ^ b;
+    }
+}
+
+static u64 extended(u32 x, int is_signed) { return is_signed ? (u64)(s64)(s32)x : x; }
+
 // imm: decode.py's _REDUCTIONS; signed
 static void reduce(const Instruction *I, Warp *w, const s32 *o, u32 mask) {
-    int first = 1;
-    u32 r = 0;
-    EACH_ACTIVE {
-        u32 x = U32(1)[l];
-        int is_less = I->imm[1] ? (s32)x < (s32)r : x < r;
-        switch (I->imm[0]) {
-        case 0: r += x; break;
-        case 1: if (first || is_less) r = x; break;
-        case 2: if (first || !is_less) r = x; break;
-        case 3: r = first ? x : r & x; break;
-        case 4: r |= x; break;
-        default: r ^= x;
-        }
-        first = 0;
-    }
+    u64 r = extended(U32(1)[__builtin_ctz(mask)], I->imm[1]);
+    u32 others = mask & (mask - 1);
+    for (int l = 0; l < LANES; l++)
+        if (others >> l & 1) r = combined(I->imm[0], I->imm[1], r, extended(U32(1)[l], I->imm[1]));
     EACH_ACTIVE U32(0)[l] = r;
+}
+
+// imm: bytes, _REDUCTIONS, signed, offset, scope, how it orders; o: address, value, what was there (if asked for)
+static void atomic(Machine *m, Warp *w, int i_warp, const Instruction *I, const s32 *o, u32 mask) {
+    int size = I->imm[0], is_signed = I->imm[2], how = m->config.check_global ? I->imm[5] : 0;
+    u64 address[LANES];
+    if ((how & RELEASES) && m->releases < MOST_RELEASES) m->releases++;
+    EACH_ACTIVE {
+        int thread = i_warp * LANES + l;
+        address[l] = U64(0)[l] + (s64)I->imm[3];
+        u8 *p = global_at(m, w->pc, thread, address[l], size, 1, I->imm[4]);
+        if (p) {
+            u64 before = 0, value = 0;
+            memcpy(&before, p, size);
+            get(w, o[1], size, l, (u8 *)&value);
+            if (size == 4) before = extended(before, is_signed), value = extended(value, is_signed);
+            u64 after = combined(I->imm[1], is_signed, before, value);
+            memcpy(p, &after, size);
+            order(m, thread, address[l], how);
+            if (I->n > 2 && o[2] >= 0) put(w, o[2], size, l, (u8 *)&before);
+        } else if (I->n > 2 && o[2] >= 0) put(w, o[2], size, l, NOTHING);
+    }
+    count_sectors(m, w->pc, mask, address, size);
 }
 
 // --- a warp, a launch
@@ -250,6 +278,7 @@ static int run_warp(Machine *m, Warp *w, int i_warp) {
         case OP_ld_global: case OP_st_global: case OP_ld_shared: case OP_st_shared:
             load_or_store(m, w, i_warp, I, o, mask);
             break;
+        case OP_atom: atomic(m, w, i_warp, I, o, mask); break;
         case OP_cp_async: copy_async(m, w, i_warp, I, o, mask); break;
         case OP_shfl: need_whole(m, w, i_warp, mask); shuffle(w, I, o, mask); break;
         case OP_vote: vote(I, w, o, mask); break;
@@ -269,18 +298,19 @@ static u64 draw(u64 *state) {
     return *state >> 33;
 }
 
-// The order in which warps run until their next barrier: 0 first to last, 1 last to first, 2 drawn anew each time.
-static void arrange(const Machine *m, int *order, u64 *random) {
-    for (int i = 0; i < m->warps; i++) order[i] = m->config.order == 1 ? m->warps - 1 - i : i;
+// The order in which programs run, and warps until their next barrier: 0 first to last, 1 last to first, 2 drawn anew
+// each time.
+static void arrange(const Machine *m, u32 *turns, u32 n, u64 *random) {
+    for (u32 i = 0; i < n; i++) turns[i] = m->config.order == 1 ? n - 1 - i : i;
     if (m->config.order == 2)
-        for (int i = m->warps - 1; i > 0; i--) {
-            int j = draw(random) % (i + 1), t = order[i];
-            order[i] = order[j], order[j] = t;
+        for (u32 i = n; i > 1; i--) {
+            u32 j = draw(random) % i, t = turns[i - 1];
+            turns[i - 1] = turns[j], turns[j] = t;
         }
 }
 
-static void run_program(Machine *m, Warp *warps, int *order, u64 *random) {
-    m->first_epoch = ++m->epoch;
+static void run_program(Machine *m, Warp *warps, u32 *turns, u64 *random) {
+    next_epoch(m, 1);
     memset(m->shared, 0xcd, m->shared_size);
     for (int i = 0; i < m->warps; i++) {
         Warp *w = &warps[i];
@@ -291,11 +321,11 @@ static void run_program(Machine *m, Warp *warps, int *order, u64 *random) {
     for (;;) {
         u32 at = 0;
         int living = 0, agree = 1;
-        arrange(m, order, random);
+        arrange(m, turns, m->warps, random);
         for (int k = 0; k < m->warps; k++) {
-            Warp *w = &warps[order[k]];
+            Warp *w = &warps[turns[k]];
             if (!w->alive) continue;
-            if (!run_warp(m, w, order[k])) { w->alive = 0; continue; }
+            if (!run_warp(m, w, turns[k])) { w->alive = 0; continue; }
             living++;
             if (at && at != w->barrier) agree = 0;
             at = w->barrier;
@@ -303,7 +333,7 @@ static void run_program(Machine *m, Warp *warps, int *order, u64 *random) {
         if (!living) return;
         if (!agree) { report(m, DEADLOCK, 0, 0, 0, living); return; }
         for (int i = 0; i < m->warps; i++) warps[i].barrier = 0;
-        m->epoch++;
+        next_epoch(m, 0);
     }
 }
 
@@ -315,7 +345,8 @@ int run_launch(const Instruction *code, const s32 *operands, int units, const u8
     m.shared_size = shared_size;
     m.shared = calloc(shared_size + 16, 1);
     m.shadow = calloc(shared_size + 16, sizeof(SharedShadow));
-    m.epoch = 1;
+    m.epoch = 1, m.programs = grid[0] * grid[1] * grid[2];
+    m.held = calloc(threads, sizeof(Known *));
     m.global_shadow = calloc(n_regions + 1, sizeof(void *));
     if (config->check_global)
         for (int i = 0; i < n_regions; i++)
@@ -327,17 +358,19 @@ int run_launch(const Instruction *code, const s32 *operands, int units, const u8
         memcpy(warps[i].registers, constants, UNIT * (size_t)constant_units);
         warps[i].copies = malloc(MOST_COPIES * sizeof(Copy));
     }
-    int *order = malloc(m.warps * sizeof(int));
+    u32 *turns = malloc(m.warps * sizeof(u32)), *programs = malloc(m.programs * sizeof(u32));
     u64 random = config->seed * 2 + 1;
-    for (u32 z = 0; z < grid[2]; z++)
-        for (u32 y = 0; y < grid[1]; y++)
-            for (u32 x = 0; x < grid[0] && m.executed <= config->limit; x++) {
-                m.block[0] = x, m.block[1] = y, m.block[2] = z;
-                m.i_block = x + grid[0] * (y + grid[1] * z);
-                run_program(&m, warps, order, &random);
-            }
+    arrange(&m, programs, m.programs, &random);
+    for (u32 k = 0; k < m.programs && m.executed <= config->limit; k++) {
+        u32 i = m.i_block = programs[k];
+        m.block[0] = i % grid[0], m.block[1] = i / grid[0] % grid[1], m.block[2] = i / grid[0] / grid[1];
+        run_program(&m, warps, turns, &random);
+    }
+    next_epoch(&m, 1);
     for (int i = 0; i < m.warps; i++) free(warps[i].registers), free(warps[i].copies);
     for (int i = 0; i < n_regions; i++) free(m.global_shadow[i]);
-    free(m.global_shadow), free(warps), free(order), free(m.shared), free(m.shadow);
+    for (int i = 0; i < m.n_tickets; i++) free(m.tickets[i].released);
+    free(m.global_shadow), free(warps), free(turns), free(programs), free(m.shared), free(m.shadow);
+    free(m.held), free(m.known), free(m.tickets);
     return m.n_errors;
 }

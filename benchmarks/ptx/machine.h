@@ -1,4 +1,5 @@
-// What the interpreter is made of. Everything is per program (CUDA's block): programs run one after the other.
+// What the interpreter is made of. Everything is per program (CUDA's block): programs run one after the other, each to
+// its end.
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -36,12 +37,21 @@ typedef struct { s32 order, late, check_shared, check_global; u64 seed, limit; }
 // A cp.async that has not landed.
 typedef struct { u32 mask, group; s32 pc, size; u32 to[LANES], filled[LANES]; u64 from[LANES]; } Copy;
 
-// Who touched a byte last, and when: thread + 1, or SEVERAL threads of this program, or MANY of several programs.
-// Times grow by barriers of the program (epoch << 8) and of the warp.
+// Who touched a byte last, and when: thread + 1, or SEVERAL threads of this program. Times grow by barriers of the
+// program (epoch << 8) and of the warp.
 typedef struct { u32 writer, write_time, reader, read_time, pending; } SharedShadow;
-typedef struct { u32 writer, write_epoch, reader, read_epoch; } GlobalShadow;
-#define MANY FULL
 #define SEVERAL (FULL - 1)
+
+// The same of global memory, with the times of order.h: the number of a thread of any program + 1, with OTHERS where
+// others of its program read too, or MANY programs.
+typedef struct { u32 writer, write_time, reader, read_time; } GlobalShadow;
+#define MANY FULL
+#define OTHERS (1u << 31)
+
+// What is known to come before, of a program: all before an epoch, and what one thread did before a time.
+typedef struct { u32 epoch, thread, time; } Known;
+// An address that atomics released at, and what is known to who acquires there, of each program.
+typedef struct { u64 address; Known *released; } Ticket;
 
 typedef struct {
     u8 *registers;
@@ -66,6 +76,10 @@ typedef struct {
     const Region *regions;
     GlobalShadow **global_shadow;
     int n_regions;
+    u32 programs, releases;  // releases: in this epoch
+    Known *known, **held;  // what all threads of this program know; what one acquired since the last barrier
+    int n_held, n_tickets;
+    Ticket *tickets;
     Config config;
     Count *counts;
     Error *errors;

@@ -2,29 +2,25 @@
 
 // --- global memory
 
-// Programs of a launch are never ordered; threads of one are by a barrier between them.
-static inline int unordered(const Machine *m, u32 me, u32 other, u32 epoch) {
-    if (!other || other == me) return 0;
-    return other == MANY || epoch < m->first_epoch || epoch == m->epoch;
-}
-
-static void watch_global(Machine *m, GlobalShadow *s, int pc, int thread, u64 address, int bytes, int writes) {
-    u32 me = (u32)m->i_block * m->threads + thread + 1;
+// scope: how far the access is an atomic (order.h); atomics write.
+static void watch_global(Machine *m, GlobalShadow *s, int pc, int thread, u64 address, int bytes, int writes,
+                         int scope) {
+    u32 me = number(m, thread), now = time_of(m, scope);
     for (int b = 0; b < bytes; b++, s++) {
-        u32 other = unordered(m, me, s->writer, s->write_epoch) ? s->writer
-                  : writes && unordered(m, me, s->reader, s->read_epoch) ? s->reader : 0;
-        if (other) report(m, GLOBAL_RACE, pc, thread, address + b, other - 1);
+        u32 other = unordered(m, thread, me, scope, s->writer, s->write_time) ? s->writer
+                  : writes && unordered(m, thread, me, scope, s->reader, s->read_time) ? s->reader : 0;
+        if (other) report(m, GLOBAL_RACE, pc, thread, address + b, (other & ~OTHERS) - 1);
         if (writes) {
-            s->writer = me, s->write_epoch = m->epoch;
+            s->writer = me, s->write_time = now;
         } else {
-            if (!s->reader || s->reader == me) s->reader = me;
-            else s->reader = s->read_epoch < m->first_epoch || s->reader == MANY ? MANY : SEVERAL;
-            s->read_epoch = m->epoch;
+            if (!unordered(m, thread, me, WEAK, s->reader, s->read_time)) s->reader = me;
+            else s->reader = s->reader != MANY && s->read_time >> 8 >= m->first_epoch ? me | OTHERS : MANY;
+            s->read_time = now;
         }
     }
 }
 
-static u8 *global_at(Machine *m, int pc, int thread, u64 address, int bytes, int writes) {
+static u8 *global_at(Machine *m, int pc, int thread, u64 address, int bytes, int writes, int scope) {
     u64 i = (address >> 40) - 1;
     if (i >= (u64)m->n_regions) { report(m, OUT_OF_BOUNDS, pc, thread, address, 0); return 0; }
     const Region *r = &m->regions[i];
@@ -34,7 +30,8 @@ static u8 *global_at(Machine *m, int pc, int thread, u64 address, int bytes, int
         return 0;
     }
     if (host & (bytes - 1)) { report(m, MISALIGNED, pc, thread, host, bytes); return 0; }
-    if (m->config.check_global) watch_global(m, m->global_shadow[i] + (host - r->low), pc, thread, address, bytes, writes);
+    if (m->config.check_global)
+        watch_global(m, m->global_shadow[i] + (host - r->low), pc, thread, address, bytes, writes, scope);
     return (u8 *)host;
 }
 
@@ -147,7 +144,7 @@ static void land(Machine *m, Warp *w, int i_warp, u32 up_to) {
             u8 value[16] = {0};
             int thread = i_warp * LANES + l;
             if (c->filled[l]) {
-                u8 *from = global_at(m, c->pc, thread, c->from[l], c->filled[l] == (u32)c->size ? c->size : 1, 0);
+                u8 *from = global_at(m, c->pc, thread, c->from[l], c->filled[l] == (u32)c->size ? c->size : 1, 0, WEAK);
                 if (from) memcpy(value, from, c->filled[l]);
             }
             u8 *to = shared_at(m, w, c->pc, thread, c->to[l], c->size, 1, LAND, value);

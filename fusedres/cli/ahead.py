@@ -7,6 +7,7 @@ under `ShapesOnly` leaves a list of everything that the real one would have to w
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import resource
 import signal
@@ -19,9 +20,11 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+import triton
 from torch import Tensor, nn
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 
 import fusedres
@@ -78,12 +81,18 @@ class _NoDriver:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel that is to be compiled: which, by what Triton tells one from another, and all of it as Triton's JSON."""
+    """A kernel that is to be compiled: which, by what Triton tells one from another, and what the compiler is told.
+
+    options: Triton's own, as JSON. (Its JSON of all, which `preload` takes, loses the names of a named tuple's parts.)
+    """
 
     module: str
     kernel: str
     key: str
-    specialization: str = field(repr=False, compare=False)
+    signature: dict[str, Any] = field(repr=False, compare=False)
+    constants: dict[Any, Any] = field(repr=False, compare=False)
+    attributes: dict[Any, Any] = field(repr=False, compare=False)
+    options: str = field(repr=False, compare=False)
 
 
 def jobs_of(step: Callable[[], Any], chip: Chip) -> list[Job]:
@@ -92,7 +101,10 @@ def jobs_of(step: Callable[[], Any], chip: Chip) -> list[Job]:
 
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         name = fn.name.rpartition(".")[2]
-        found[Job(fn.module, name, key, compile["specialization_data"])] = None
+        options = json.dumps(json.loads(compile["specialization_data"])["options"])
+        (attributes,) = compile["configs"]
+        told = compile["signature"], compile["constants"], attributes, options
+        found[Job(fn.module, name, key, *told)] = None
         return True
 
     before = knobs.runtime.jit_cache_hook
@@ -157,7 +169,7 @@ def compile_all(jobs: Sequence[Job], chip: Chip, processes: int) -> Iterator[Com
         RuntimeError: one does not compile; the message says which.
     """
     # The largest first, so that no process is left alone with one at the end.
-    order = sorted(jobs, key=lambda job: -len(job.specialization))
+    order = sorted(jobs, key=lambda job: -len(job.key))
     processes = max(1, min(processes, len(order)))
     # Threads of PyTorch's may be running, and a GPU may be in use: no fork survives that.
     pool = ProcessPoolExecutor(
@@ -186,8 +198,14 @@ def _compile(job: Job, chip: Chip) -> Compiled:
     hits: list[bool] = []
     knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
     before = _processor_seconds()
+    options = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(job.options).items()
+    }
+    target = GPUTarget(chip.backend, chip.architecture, chip.warp_size)
+    source = ASTSource(kernel, job.signature, job.constants, job.attributes)
     with driven_by(_NoDriver(chip)):
-        kernel.preload(job.specialization)
+        triton.compile(source, target=target, options=options)
     return Compiled(job, _processor_seconds() - before, hits == [True])
 
 

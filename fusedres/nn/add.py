@@ -8,6 +8,7 @@ from torch import Tensor
 from ..activations import activate
 from ..dispatch import DTYPES, goes_to_kernels, is_eager, wants_triton
 from ..functional import add_act, scaled_add_act
+from ..ops import add, scaled
 from .batch_norm import is_like
 
 
@@ -16,6 +17,9 @@ def call_add(input: Tensor, residual: Tensor, activation: str, in_place: bool = 
 
     On plain PyTorch the activation works on the sum, which nobody else has seen.
     """
+    output = add.met(input, residual, activation)
+    if output is not None:
+        return output
     if (
         is_eager()
         and isinstance(input, Tensor)
@@ -40,6 +44,9 @@ def call_scaled_add(
 
     What PyTorch would broadcast or promote is left to PyTorch.
     """
+    output = scaled.met(input, residual, scale, activation)
+    if output is not None:
+        return output
     if (
         is_like(residual, input)
         and input.dim() > 1

@@ -15,11 +15,11 @@ from ..checks import takes
 from ..functional import add_batch_norm_act, batch_norm_act
 from ..layouts import output_format
 from ..ops import batch_norm_act as single
-from ..ops import dual, sync
+from ..ops import dual, preactivation, sync
 from ..ops.norm import BatchNorm, How
 from ..ops.statistics import Statistics, keep_finite
 from ..ops.straight import is_quiet
-from ..ops.tail import NONE, find, run, straight
+from ..ops.tail import NONE, Tail, find, run, straight
 from .norms import (
     activates,
     begin,
@@ -32,6 +32,7 @@ from .norms import (
 from .script import NotScriptable
 
 _is_compiling, _grad_mode = torch.compiler.is_compiling, torch.is_grad_enabled
+_level = torch._C._functorch.maybe_current_level
 # Of checks and kernels; not what checkpointing throws once it has recomputed enough.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -44,12 +45,14 @@ def straight_tail(
     into: str | None = None,
     is_asked: bool = False,
     keep: bool = False,
-) -> Tensor | None:
+    tail: Tail = single.TAIL,
+) -> Any:
     """`activation(norm(input) + residual)` by one look at everything; None where more looks are due.
 
     Of a call like one before, the module's own dictionaries are read and nothing is decided.
     is_asked: the caller has asked `why_not_fused`, as a fused block does of all its children at once.
-    keep: whether running statistics stay where they would not be finite.
+    keep: whether running statistics stay where they would not be finite. tail: what runs, given a residual and one
+    BatchNorm: this, or the pair of a pre-activation unit.
     """
     # First: torch.compile knows the answer, and takes none of what follows into its graph.
     if _is_compiling() or type(input) is not Tensor:
@@ -67,28 +70,29 @@ def straight_tail(
     except (AttributeError, KeyError):  # no BatchNorm of PyTorch's, or a parametrized one
         return None
     key = (
-        id(norm),
-        type(norm),
-        activation,
-        into,
-        training,
-        residual is None,
-        _grad_mode(),
+        id(norm), tail, type(norm), activation, into, training, residual is None, tensors[4] is None, _grad_mode(),
         keep,
-    )
+    )  # fmt: skip
     planned = find(key, tensors)
     if planned is not None and _is_usual(own, momentum, eps, is_asked):
-        weight, bias = tensors[2], tensors[3]
         if planned.composed:  # of PyTorch's own operations, for whoever looks on
-            if training:
-                tensors[6].add_(1)
-            return reference.batch_norm_act(
-                input, tensors[4], tensors[5], weight, bias, planned.how.training, momentum, eps,
-                residual=residual, activation=activation,
-            )  # fmt: skip
+            batches = tensors[6] if training else None
+            if batches is not None:
+                batches.add_(1)
+            try:
+                if planned.looks and tail is single.TAIL and _level() is None:
+                    vectors, numbers = tensors[2:6], (momentum, eps)
+                    return reference.eager(
+                        input, residual, vectors, numbers, planned.how.training, activation
+                    )
+                one = BatchNorm(*tensors[2:6], momentum, eps)
+                return tail.compose(input, residual, one, planned.how)  # type: ignore[misc]
+            except _REFUSALS:
+                _uncount(batches)
+                raise
         if not is_quiet():
             return None
-        return run(planned, tensors, (momentum, eps), (input, residual, weight, bias))
+        return run(planned, tensors, (momentum, eps), (input, residual, tensors[2], tensors[3]))
     if not is_quiet():
         return None
     found = usual(norm)
@@ -98,7 +102,7 @@ def straight_tail(
     if keep:
         one = one._replace(keep=True)
     return straight(
-        single.TAIL, key, input, residual, (one,), How(use_batch, activation), (),
+        tail, key, (input, residual, one, How(use_batch, activation), True),
         lambda: _fits(norm, input, residual, activation, into), key[1:],
     )  # fmt: skip
 
@@ -224,6 +228,9 @@ def call_add_batch_norm(
 
     A norm that is no BatchNorm, or one that must be called itself (hooks, parametrizations), is called.
     """
+    found = straight_tail(norm, input, residual, activation, None, False, keep, preactivation.TAIL)
+    if found is not None:
+        return found
     if keep:
         return _kept((norm,), lambda: call_add_batch_norm(norm, input, residual, activation))
     if _is_called(norm, input) or not is_like(residual, input):
@@ -328,7 +335,8 @@ def _straight_pair(
         )  # fmt: skip
     except (AttributeError, KeyError):
         return None
-    kind = type(norm), type(other), into, activation, training, trained, _grad_mode(), keep
+    without = tensors[4] is None, tensors[9] is None
+    kind = type(norm), type(other), into, activation, training, trained, without, _grad_mode(), keep
     key = (id(norm), id(other), *kind)
     planned = find(key, tensors)
     if (
@@ -339,11 +347,17 @@ def _straight_pair(
         weights = tensors[2], tensors[3], tensors[7], tensors[8]
         floats = momentum, eps, second_momentum, second_eps
         if planned.composed:
-            if training:
-                tensors[6].add_(1)
-                tensors[11].add_(1)
-            norms = BatchNorm(*tensors[2:6], momentum, eps), BatchNorm(*tensors[7:11], *floats[2:])
-            return dual.compose(input, residual, norms, planned.how)
+            counters = [t for t in (tensors[6], tensors[11]) if training and t is not None]
+            for batches in counters:
+                batches.add_(1)
+            try:
+                if planned.looks and _level() is None:
+                    return dual.eager(input, residual, tensors, floats, planned.how)
+                a, b = BatchNorm(*tensors[2:6], *floats[:2]), BatchNorm(*tensors[7:11], *floats[2:])
+                return dual.compose(input, residual, a, b, planned.how)
+            except _REFUSALS:
+                _uncount(*counters)
+                raise
         if not is_quiet():
             return None
         return run(planned, tensors, floats, (input, residual, *weights))
@@ -362,7 +376,8 @@ def _straight_pair(
     if keep:
         a, b = a._replace(keep=True), b._replace(keep=True)
     how = How(use_batch, activation)
-    return straight(dual.TAIL, key, input, residual, (a, b), how, (moments,), fits, key[2:])
+    groups = (input, residual, a, b, how, True, moments)
+    return straight(dual.TAIL, key, groups, fits, key[2:])
 
 
 def call_tail(

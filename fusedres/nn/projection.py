@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import check_activation
+from ..dispatch import wants_triton
 from ..ops.projection import project
 from ..words import a_type
 from .batch_norm import call_dual_batch_norm, plain_call
@@ -45,7 +46,8 @@ def call_projection(
     One that is not, an input that it would not take, and torch.compile (which schedules PyTorch's own) go to
     the module itself.
     """
-    if torch.compiler.is_compiling():
+    # On plain PyTorch there is nothing to it.
+    if torch.compiler.is_compiling() or not wants_triton(input.is_cuda):
         return convolution(input), None
     if why_not_projection(convolution) is not None:
         return convolution(input), None

@@ -19,7 +19,11 @@ from ..kernels.layout import bits_layout
 from ..layouts import like_sum
 from .graph import needs_graph, smooth
 from .masks import empty_bits, has_bits, pack, unpack
+from .node import Node, is_node
+from .norm import How, Skip, names
 from .operator import Operator
+from .straight import is_quiet
+from .tail import Gradients, Tail, again, may_be_met, straight, through_operators
 
 if TYPE_CHECKING:
     from ..kernels.plan import Planner
@@ -34,16 +38,16 @@ BACKWARD_SCHEMA = (
 # --- forward -----------------------------------------------------------------------------------------------------
 
 
-def _forward(p: Planner, input: Tensor, residual: Tensor, activation: str, save: bool) -> tuple:
+def _forward(p: Planner, input: Tensor, residual: Tensor, how: How, save: bool) -> tuple:
     from ..kernels.apply import launch_bn_apply
     from ..kernels.norm import NO_NORM
 
     output = p.like(like_sum(input, residual))
     rows, (input, residual) = p.common_rows(output, input, residual)
     bits = None
-    if has_bits(activation, save):
+    if has_bits(how.activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
-    launch_bn_apply(p, input, residual, NO_NORM, None, output, bits, rows, parse(activation))
+    launch_bn_apply(p, input, residual, NO_NORM, None, output, bits, rows, parse(how.activation))
     return output, torch.uint8 if bits is None else bits
 
 
@@ -73,9 +77,8 @@ def _backward(
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------
 
 
-def _plain_forward(
-    input: Tensor, residual: Tensor, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
+def _plain_forward(input: Tensor, residual: Tensor, how: How, save: bool) -> tuple[Tensor, Tensor]:
+    activation: Any = how.activation
     z = input + residual
     bits = pack(passes(z, activation)) if has_bits(activation, save) else empty_bits(z, False)
     return activate(z, activation, in_place=True), bits
@@ -92,16 +95,16 @@ def _plain_backward(dy, stride, input, residual, bits, activation) -> Tensor:
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 
-def _fake_forward(input, residual, activation, save) -> tuple[Tensor, Tensor]:
+def _fake_forward(input, residual, how, save) -> tuple[Tensor, Tensor]:
     output = torch.empty_like(input + residual)
-    return output, empty_bits(output, has_bits(activation, save))
+    return output, empty_bits(output, has_bits(how.activation, save))
 
 
 # --- operators ---------------------------------------------------------------------------------------------------
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "residual", "activation", "save"),
+    ("input", "residual", names(How, False, "activation"), "save"),
     recipe=_forward,
     plain=_plain_forward,
     fake=_fake_forward,
@@ -132,30 +135,57 @@ def _differentiable(dy, stride, input, residual, bits, activation) -> Tensor:
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-class AddAct(torch.autograd.Function):
+class AddAct(Node):
     """Saved for backward: one bit an element; of a smooth activation the operands."""
 
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, residual: Tensor, activation: str) -> Tensor:
-        output, bits = FORWARD(input, residual, activation, True)
-        ctx.set_materialize_grads(False)
-        operands = (None, None) if is_piecewise(activation) else (input, residual)
-        ctx.save_for_backward(*operands, bits)
-        ctx.activation, ctx.stride = activation, output.stride()
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return None, None, None
-        input, residual, bits = ctx.saved_tensors
-        gradient_of = _differentiable if needs_graph(dy, input, residual) else BACKWARD
-        dz = gradient_of(dy, ctx.stride, input, residual, bits, ctx.activation)
-        return *(dz if need else None for need in ctx.needs_input_grad[:2]), None
+is_node(AddAct)
+
+
+def _reads(how: Any) -> tuple[int | None, ...]:
+    return (None, None) if is_piecewise(how.activation) else (0, 1)
+
+
+def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> tuple:
+    return dy, ctx.stride, *tensors, ctx.how.activation
+
+
+def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
+    gradient_of: Any = _differentiable if needs_graph(dy, *tensors[:2]) else BACKWARD
+    dz = gradient_of(*_backward_groups(ctx, dy, tensors, needs, skip))
+    return tuple(dz if need else None for need in needs)
+
+
+TAIL = Tail(
+    FORWARD,
+    BACKWARD,
+    AddAct,
+    how=2,
+    check=lambda *_: None,  # the caller has
+    compose=lambda input, residual, how: activate(input + residual, how.activation),
+    reads=_reads,
+    backward_groups=_backward_groups,
+    gradients=_gradients,
+    of=(0, 0),
+)
+
+
+def _key(input: Tensor, activation: str) -> tuple:
+    return "add", input.shape, input.dtype, activation, torch.is_grad_enabled()
+
+
+def met(input: Tensor, residual: Tensor, activation: str | None) -> Tensor | None:
+    """A call that looks like one before, of which nothing need be asked again; None of any other."""
+    if type(activation) is not str or not may_be_met(input, residual):
+        return None
+    return again(_key(input, activation), input, residual)
 
 
 def add_act(input: Tensor, residual: Tensor, activation: str) -> Tensor:
     """`activation(input + residual)` of two tensors of one shape, dtype and device, by the kernels."""
-    if torch.is_grad_enabled() and (input.requires_grad or residual.requires_grad):
-        return AddAct.apply(input, residual, activation)
-    return FORWARD(input, residual, activation, False)[0]
+    groups = (input, residual, How(False, activation), True)
+    if is_quiet():
+        output = straight(TAIL, _key(input, activation), groups)
+        if output is not None:
+            return output
+    return through_operators(TAIL, groups)

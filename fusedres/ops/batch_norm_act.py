@@ -45,6 +45,7 @@ from .graph import (
     smooth,
 )
 from .masks import empty_bits, has_bits, pack, unpack
+from .node import TailFunction
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
 from .straight import is_quiet
@@ -490,8 +491,7 @@ def _reads(how: How) -> tuple[int | None, ...]:
     return 0, 2, 1 if recomputes else None
 
 
-def _check(input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How) -> None:
-    (n,) = norms
+def _check(input: Tensor, residual: Tensor | None, n: BatchNorm, how: How) -> None:
     check_batch_norm_act(
         "batch_norm_act", input, n.running_mean, n.running_var, n.weight, n.bias, how.training, n.eps, residual,
         how.activation,
@@ -501,11 +501,15 @@ def _check(input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...],
 TAIL = Tail(
     FORWARD,
     BACKWARD,
+    TailFunction,
+    how=3,
     check=_check,
-    compose=lambda input, residual, norms, how: compose(input, residual, norms[0], how),
+    compose=compose,
     reads=_reads,
     backward_groups=_backward_groups,
     gradients=_gradients,
+    forks=True,
+    of=(0, 1, 2, 3),
 )
 
 
@@ -547,9 +551,10 @@ def batch_norm_act(input: Tensor, residual: Tensor | None, norm: BatchNorm, how:
     """`fusedres.functional.batch_norm_act` on checked arguments, by the kernels."""
     if not is_eager():
         return BatchNormAct.apply(*FORWARD.flat((input, residual, norm, how, True)))[0]
+    groups = (input, residual, norm, how, True)
     if is_quiet():
         key = input.shape, input.dtype, how, torch.is_grad_enabled()
-        output = straight(TAIL, key, input, residual, (norm,), how)
+        output = straight(TAIL, key, groups)
         if output is not None:
             return output
-    return through_operators(TAIL, input, residual, (norm,), how)
+    return through_operators(TAIL, groups)

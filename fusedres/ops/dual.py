@@ -11,6 +11,7 @@ each of the two gets the derivative that `batch_norm_act` states, from the same 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from . import batch_norm_act as single
 from . import skips
 from .graph import bias_in_graph, needs_graph, norm_gradients, normalized_graph, passing, smooth
 from .masks import empty_bits, has_bits, pack, unpack
+from .node import TailFunction
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
 from .straight import is_quiet
@@ -192,14 +194,21 @@ def _backward(
 # --- the same in plain PyTorch -----------------------------------------------------------------------------------
 
 
-def compose(
-    input: Tensor, residual: Tensor, norms: tuple[BatchNorm, BatchNorm], how: How
-) -> Tensor:
+def compose(input: Tensor, residual: Tensor, norm: BatchNorm, other: BatchNorm, how: How) -> Tensor:
     """The composition, with the add and the activation in place on the first BatchNorm's output."""
     alone = How(how.training, None)
-    output = single.compose(input, None, norms[0], alone)
-    other = single.compose(residual, None, norms[1], alone)
-    return reference.finish(output, other, how.activation)
+    output = single.compose(input, None, norm, alone)
+    added = single.compose(residual, None, other, alone)
+    return reference.finish(output, added, how.activation)
+
+
+def eager(
+    input: Tensor, residual: Tensor, tensors: Sequence[Tensor | None], floats: tuple[float, ...], how: How
+) -> Tensor:  # fmt: skip
+    """`compose` with nothing left to ask, as `reference.eager`; tensors, floats: those that `tail.run` is given."""
+    output = reference.eager(input, None, tensors[2:6], floats[:2], how.training, None)
+    added = reference.eager(residual, None, tensors[7:11], floats[2:], how.training, None)
+    return reference.in_place(output, added, how.activation)
 
 
 def plain_forward(
@@ -363,10 +372,9 @@ def _reads(how: How) -> tuple[int, ...]:
 
 
 def check_dual(
-    input: Tensor, residual: Tensor, norms: tuple[BatchNorm, ...], how: How, name: str = "dual_batch_norm_act"
+    input: Tensor, residual: Tensor, a: BatchNorm, b: BatchNorm, how: How, name: str = "dual_batch_norm_act"
 ) -> None:  # fmt: skip
     """Refuse what is no call of it, in the words of whoever is called `name`."""
-    a, b = norms
     check_batch_norm_act(
         name, input, a.running_mean, a.running_var, a.weight, a.bias, how.training, a.eps, residual, how.activation
     )  # fmt: skip
@@ -383,11 +391,15 @@ def check_dual(
 TAIL = Tail(
     FORWARD,
     BACKWARD,
+    TailFunction,
+    how=4,
     check=check_dual,
     compose=compose,
     reads=_reads,
     backward_groups=_backward_groups,
     gradients=_gradients,
+    forks=True,
+    of=(0, 1, 2, 3, 4, 5),
 )
 
 
@@ -428,16 +440,15 @@ def dual_batch_norm_act(
 
     moments: the partial moments of the residual, from whatever wrote it; its own pass over it is saved then.
     """
+    groups = (input, residual, *norms, how, True, moments)
     if not is_eager():
-        return DualBatchNormAct.apply(*FORWARD.flat((input, residual, *norms, how, True, moments)))[
-            0
-        ]
+        return DualBatchNormAct.apply(*FORWARD.flat(groups))[0]
     if is_quiet():
         key = "dual", input.shape, input.dtype, how, torch.is_grad_enabled()
-        output = straight(TAIL, key, input, residual, norms, how, (moments,))
+        output = straight(TAIL, key, groups)
         if output is not None:
             return output
-    return through_operators(TAIL, input, residual, norms, how, (moments,))
+    return through_operators(TAIL, groups)
 
 
 def tail_of_two(
@@ -454,7 +465,7 @@ def tail_of_two(
         momentum = number(name, f"{prefix}momentum", norm.momentum)
         checked.append(norm._replace(momentum=momentum, eps=number(name, f"{prefix}eps", norm.eps)))
     both = (checked[0], checked[1])
-    check_dual(input, residual, both, how, name)
+    check_dual(input, residual, *both, how, name)
     if wants_triton(input.is_cuda) and goes_to_kernels(input):
         return dual_batch_norm_act(input, residual, both, how, moments)
-    return compose(input, residual, both, how)
+    return compose(input, residual, *both, how)

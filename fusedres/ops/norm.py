@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.dtypes import accumulate_dtype
 
 
-def names(kind: Any, *fields: str | None) -> Any:
+def names(kind: Any, *fields: str | bool | None) -> Any:
     """A group with names of the schema in the place of values (`operator.Operator`)."""
     return kind(*fields)
 

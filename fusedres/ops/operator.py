@@ -71,8 +71,6 @@ class Operator:
         arguments = self.op._schema.arguments
         self.names = [a.name for a in arguments]
         self._defaults = tuple(a.default_value for a in arguments)
-        self._mutable = written(self.op)
-
         kinds = {a.name: str(a.type) for a in arguments}
         self._pack = _packer(takes, {name: k for k, name in enumerate(self.names)})
         leaves = list(_leaves(takes))
@@ -80,6 +78,9 @@ class Operator:
         self._tensors = [
             path for path, leaf in leaves if leaf is None or kinds.get(leaf) in ("Tensor", "Optional[Tensor]")
         ]  # fmt: skip
+        mutable = [self._flat[k] for k in written(self.op)]
+        # Which of those it writes to.
+        self._written = [k for k, path in enumerate(self._tensors) if path in mutable]
         self._floats = [path for path, leaf in leaves if kinds.get(leaf) == "float"]
         known = (*self._tensors, *self._floats)
         self._others = [path for path, _ in leaves if path not in known]
@@ -108,6 +109,10 @@ class Operator:
     def tensors_of(self, groups: tuple) -> list[Tensor | None]:
         """The tensors of a call, in the order in which its plan is given them."""
         return [_get(groups, path) for path in self._tensors]
+
+    def floats_of(self, groups: tuple) -> tuple[float, ...]:
+        """The numbers of a call that a plan is given with its tensors."""
+        return tuple([float(_get(groups, path)) for path in self._floats])
 
     def _first(self, groups: tuple) -> Tensor:
         return _get(groups, self._tensors[0])
@@ -144,9 +149,13 @@ class Operator:
             self.recipe is None or resolve(first.device, first.dtype)[0] != "triton"
         ):
             return self.plain(*groups)
-        tensors = [_get(groups, path) for path in self._tensors]
-        dense = [_dense(t) for t in tensors]
-        floats = tuple(float(_get(groups, path)) for path in self._floats)
+        tensors = self.tensors_of(groups)
+        # The kernels write to vectors without strides; of what they read the plan sees to it.
+        dense: list[Any] = [*tensors]
+        for k in self._written:
+            if (t := tensors[k]) is not None and t.dim() == 1:
+                dense[k] = t.contiguous()
+        floats = self.floats_of(groups)
         others = tuple(_frozen(_get(groups, path)) for path in self._others)
         from ..kernels.chip import current_chip
 
@@ -159,14 +168,11 @@ class Operator:
             plan = self.plan(groups, dense)
             remember(_plans, key, plan)
         results = plan.call(tuple(dense), floats, first.device)
-        for tensor, copy in zip(tensors, dense, strict=True):
-            if copy is not tensor and self._is_written(groups, tensor):
-                tensor.copy_(copy)
+        for k in self._written:
+            if (t := tensors[k]) is not None and dense[k] is not t:
+                t.copy_(dense[k])
         returned = len(self.op._schema.returns)
         return results if returned > 1 else results[0] if returned else None
-
-    def _is_written(self, groups: tuple, tensor: Tensor) -> bool:
-        return any(_get(groups, self._flat[k]) is tensor for k in self._mutable)
 
     def plan(self, groups: tuple, tensors: Sequence[Tensor | None] | None = None) -> Any:
         """The plan of a call with these groups; `tensors`: instead of those in them."""
@@ -179,10 +185,13 @@ class Operator:
         if self.recipe is None:
             raise RuntimeError(f"fusedres::{self.name} has no kernels; please report it")
         if tensors is None:
-            tensors = [_get(groups, path) for path in self._tensors]
+            tensors = self.tensors_of(groups)
         with torch.no_grad():
             planner = Planner(tensors)
-            values = dict(zip(self._tensors, planner.given, strict=True))
+            given = [
+                t if k in self._written else planner.dense(t) for k, t in enumerate(planner.given)
+            ]
+            values = dict(zip(self._tensors, given, strict=True))
             values |= {path: Given(k) for k, path in enumerate(self._floats)}
             values |= {path: _frozen(_get(groups, path)) for path in self._others}
             results = self.recipe(planner, *_filled(self.takes, values))
@@ -249,10 +258,3 @@ def _filled(takes: tuple, values: Mapping[tuple[int, ...], Any]) -> tuple:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    """The kernels walk a per-channel vector without strides."""
-    if tensor is None or tensor.dim() != 1 or tensor.is_contiguous():
-        return tensor
-    return tensor.contiguous()

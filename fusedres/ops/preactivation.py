@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 
 from ..activations import parse
+from ..checks import check_add_act, check_batch_norm_act
 from ..kernels.dtypes import accumulate_dtype
 from ..layouts import like_output, like_sum
 from . import batch_norm_act as single
 from .graph import bias_in_graph, needs_graph
 from .masks import empty_bits
+from .node import Node, gradients, is_node
 from .norm import BatchNorm, How, Kept, Needs, Skip, empty_saved, names
 from .operator import Operator
+from .straight import is_quiet
+from .tail import Gradients, Tail, straight, through_operators
 
 if TYPE_CHECKING:
     from ..kernels.plan import Planner
@@ -93,48 +97,81 @@ FORWARD = Operator(
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-class AddBatchNormAct(torch.autograd.Function):
+class AddBatchNormAct(Node):
     """Saved for backward: the sum, the weight, four values a channel."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, norm: BatchNorm, how: How
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        total, output, saved = FORWARD(input, residual, norm, how, True)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, weight, saved)
-        ctx.how, ctx.eps, ctx.biases = how, (norm.eps,), (bias,)
-        ctx.bias_dtypes = (None if bias is None else bias.dtype,)
-        return total, output
+    def backward(  # type: ignore[override]
+        ctx: Any, dtotal: Tensor | None, dy: Tensor | None
+    ) -> Gradients:
+        return gradients(ctx, dy, Skip(dtotal), ctx.needs_input_grad)
 
-    @staticmethod
-    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
-        if dy is None:
-            return *(dtotal if need else None for need in needs[:2]), None, None, None, None
-        kept = Kept(*ctx.saved_tensors)
-        need_sum = needs[0] or needs[1]
-        bits = empty_bits(kept.input, False)
-        if needs_graph(dy, dtotal, *kept[:2], ctx.biases[0]):
-            bias = bias_in_graph(None, ctx.biases[0], kept.saved, ctx.how.activation)
-            wanted = (need_sum, False, *needs[2:4])
-            dx, _, dweight, dbias = single.differentiable(dy, kept, bits, None, bias, ctx, wanted)
-            if dx is not None and dtotal is not None:
-                dx = dx + dtotal
-        else:
-            asked = Needs(need_sum, False, needs[2], ctx.bias_dtypes[0] if needs[3] else None)
-            dx, _, dweight, dbias = single.BACKWARD(
-                dy, kept, bits, ctx.how, asked, Skip(), None, dtotal
-            )
-        found = zip((dx, dx, dweight, dbias), needs[:4], strict=True)
-        return *(each if need else None for each, need in found), None, None
+
+is_node(AddBatchNormAct)
+
+
+def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> tuple:
+    """skip: the gradient of the sum."""
+    kept = Kept(*tensors)
+    wanted = Needs(needs[0] or needs[1], False, needs[2], ctx.bias_dtypes[0] if needs[3] else None)
+    return dy, kept, empty_bits(kept.input, False), ctx.how, wanted, Skip(), None, skip.gradient
+
+
+def _gradients(ctx: Any, dy: Tensor | None, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
+    dtotal = skip.gradient
+    if dy is None:
+        return *(dtotal if need else None for need in needs[:2]), None, None
+    groups = _backward_groups(ctx, dy, tensors, needs, skip)
+    _, kept, bits, _, wanted, *_ = groups
+    if needs_graph(dy, dtotal, *kept[:2], ctx.biases[0]):
+        bias = bias_in_graph(None, ctx.biases[0], kept.saved, ctx.how.activation)
+        asked = (wanted.input, False, *needs[2:])
+        dx, _, dweight, dbias = single.differentiable(dy, kept, bits, None, bias, ctx, asked)
+        if dx is not None and dtotal is not None:
+            dx = dx + dtotal
+    else:
+        dx, _, dweight, dbias = single.BACKWARD(*groups)
+    found = zip((dx, dx, dweight, dbias), needs, strict=True)
+    return tuple(each if need else None for each, need in found)
+
+
+def _check(input: Tensor, residual: Tensor, n: BatchNorm, how: How) -> None:
+    check_add_act("add_batch_norm_act", input, residual, how.activation)
+    check_batch_norm_act(
+        "add_batch_norm_act", input, n.running_mean, n.running_var, n.weight, n.bias, how.training, n.eps, None,
+        how.activation,
+    )  # fmt: skip
+
+
+def compose(input: Tensor, residual: Tensor, norm: BatchNorm, how: How) -> tuple[Tensor, Tensor]:
+    """The pair in plain PyTorch."""
+    total = input + residual
+    return total, single.compose(total, None, norm, how)
+
+
+TAIL = Tail(
+    FORWARD,
+    single.BACKWARD,
+    AddBatchNormAct,
+    how=3,
+    check=_check,
+    compose=compose,
+    reads=lambda how: (~0, 2),
+    backward_groups=_backward_groups,
+    gradients=_gradients,
+    of=(0, 0, 2, 3),
+    outputs=2,
+)
 
 
 def add_batch_norm_act(
     input: Tensor, residual: Tensor, norm: BatchNorm, how: How
 ) -> tuple[Tensor, Tensor]:
     """`fusedres.functional.add_batch_norm_act` on checked arguments, by the kernels."""
-    tensors = (input, residual, norm.weight, norm.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return AddBatchNormAct.apply(*tensors, norm, how)
-    return FORWARD(input, residual, norm, how, False)[:2]
+    groups = (input, residual, norm, how, True)
+    if is_quiet():
+        key = "preactivation", input.shape, input.dtype, how, torch.is_grad_enabled()
+        found = straight(TAIL, key, groups)
+        if found is not None:
+            return found
+    return through_operators(TAIL, groups)

@@ -1,6 +1,7 @@
 """The 1x1 convolution of a shortcut, of any stride, and which of two implementations of it runs.
 
     fusedres::projection                  input, weight -> output, partial (the moments of the output, where asked for)
+    fusedres::projection_backward         dy, input, weight -> gradients of input, weight and bias
     fusedres::projection_input_gradient   dy, weight -> gradient of the input
     fusedres::projection_input_gradient_  the same, added to a gradient that is there
     fusedres::projection_weight_gradient  dy, input -> gradient of the weight
@@ -15,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,11 @@ from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import GatherMap, gather_map
 from ..layouts import output_format
 from .graph import needs_graph
+from .node import Node, gradients, is_node
+from .norm import Skip, names
 from .operator import Operator
+from .straight import is_quiet
+from .tail import Gradients, Tail, straight, through_operators
 
 if TYPE_CHECKING:
     from ..kernels.plan import Planner
@@ -36,6 +41,10 @@ FORWARD_SCHEMA = (
     "projection(Tensor input, Tensor weight, Tensor? bias, int[] stride, bool moments) "
     "-> (Tensor output, Tensor partial)"
 )
+BACKWARD_SCHEMA = (
+    "projection_backward(Tensor dy, Tensor input, Tensor weight, int[] stride, int input_gradient, bool need_weight, "
+    "ScalarType? bias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
 INPUT_SCHEMA = (
     "projection_input_gradient(Tensor dy, Tensor weight, SymInt[] spatial, int[] stride) -> Tensor"
 )
@@ -43,6 +52,26 @@ ADDING_SCHEMA = (
     "projection_input_gradient_(Tensor(a!) dx, Tensor dy, Tensor weight, int[] stride) -> ()"
 )
 WEIGHT_SCHEMA = "projection_weight_gradient(Tensor dy, Tensor input, int[] stride) -> Tensor"
+
+
+class How(NamedTuple):
+    """moments: whether the partial moments of the output are asked for."""
+
+    stride: tuple[int, ...]
+    moments: bool
+
+
+VISITED = 2  # of a gradient of the input, where it is asked for: at the positions alone that the stride visits
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward is asked for: of the input False, True or `VISITED`, of the bias in a dtype."""
+
+    input: int
+    weight: bool
+    bias_dtype: torch.dtype | None
+
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Flops a chip does while it moves a byte, by architecture: dense tensor-core peak over memory bandwidth of A100
 # (312 T, 2.0 TB/s), H200 (989 T, 4.8 TB/s) and B200 (2250 T, 8 TB/s), for 16-bit values. Not measured.
@@ -173,19 +202,20 @@ def _side(tensor: Tensor) -> Any:
     return Side(tensor, tensor.shape[1], tensor.stride(1))
 
 
-def _cast(p: Planner, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in the dtype of the values, as autocast would give it."""
-    return weight if weight.dtype == dtype else p.copy(weight, weight, dtype)
+def _cast(p: Planner, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype of the values, as autocast would give it, or a gradient in that of its parameter."""
+    return tensor if tensor.dtype == dtype else p.copy(tensor, tensor, dtype)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------
 
 
 def _forward(
-    p: Planner, input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], moments: bool
+    p: Planner, input: Tensor, weight: Tensor, bias: Tensor | None, how: How
 ) -> tuple:  # fmt: skip
     from ..kernels.projection import launch_projection
 
+    stride, moments = how
     output = p.like(_empty_rows(input, weight.shape[0], _spatial(input, stride)))
     weight = _cast(p, weight, input.dtype)
     partial = launch_projection(
@@ -240,6 +270,34 @@ def _weight_gradient(p: Planner, dy: Tensor, input: Tensor, stride: tuple[int, .
     return dweight
 
 
+def _bias_gradient(p: Planner, dy: Tensor, dtype: torch.dtype) -> Tensor:
+    wide, dims = accumulate_dtype(dy.dtype), _all_but_channels(dy)
+    total = p.empty((dy.shape[1],), wide)
+    p.do(lambda out, dy: torch.sum(dy, dims, dtype=wide, out=out), total, dy)
+    return _cast(p, total, dtype)
+
+
+def _all_but_channels(dy: Tensor) -> list[int]:
+    return [0, *range(2, dy.dim())]
+
+
+def _backward(
+    p: Planner, dy: Tensor, input: Tensor, weight: Tensor, stride: tuple[int, ...], wanted: Wanted
+) -> tuple:
+    dx = dweight = dbias = None
+    if wanted.input == VISITED:
+        dx = p.like(_empty_rows(dy, weight.shape[1], dy.shape[2:]))
+        _transposed(p, dy, weight, dx, (1,) * len(stride), adds=False)
+    elif wanted.input:
+        dx = _input_gradient(p, dy, weight, input.shape[2:], stride)
+    if wanted.weight:
+        dweight = _cast(p, _weight_gradient(p, dy, input, stride), weight.dtype)
+    if wanted.bias_dtype is not None:
+        dbias = _bias_gradient(p, dy, wanted.bias_dtype)
+    found = zip((dx, dweight, dbias), (dy.dtype, weight.dtype, dy.dtype), strict=True)
+    return tuple(dtype if tensor is None else tensor for tensor, dtype in found)
+
+
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +306,19 @@ def _empty_weight(dy: Tensor, input: Tensor, stride: Sequence[int]) -> Tensor:
     return dy.new_empty(shape, dtype=accumulate_dtype(dy.dtype))
 
 
-def _fake_forward(input, weight, bias, stride, moments) -> tuple[Tensor, Tensor]:
+def _fake_backward(dy, input, weight, stride, wanted) -> tuple[Tensor, Tensor, Tensor]:
+    none, channels = dy.new_empty(0), weight.shape[1]
+    spatial = dy.shape[2:] if wanted.input == VISITED else input.shape[2:]
+    dtype = wanted.bias_dtype
+    return (
+        _empty_rows(dy, channels, spatial) if wanted.input else none,
+        weight.new_empty(weight.shape if wanted.weight else (0,)),
+        none if dtype is None else dy.new_empty(dy.shape[1], dtype=dtype),
+    )
+
+
+def _fake_forward(input, weight, bias, how) -> tuple[Tensor, Tensor]:
+    stride, moments = how
     output = _empty_rows(input, weight.shape[0], _spatial(input, stride))
     # How many programs there are is known where it runs; nobody but the finalising step looks. On the meta device
     # there is nobody to ask for a size that is not known.
@@ -268,10 +338,19 @@ def _may_round() -> bool:
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "weight", "bias", "stride", "moments"),
+    ("input", "weight", "bias", names(How, "stride", "moments")),
     recipe=_forward,
     plain=None,
     fake=_fake_forward,
+    state=_may_round,
+)
+_WANTED: Any = names(Wanted, "input_gradient", "need_weight", "bias_dtype")
+BACKWARD = Operator(
+    BACKWARD_SCHEMA,
+    ("dy", "input", "weight", "stride", _WANTED),
+    recipe=_backward,
+    plain=None,
+    fake=_fake_backward,
     state=_may_round,
 )
 INPUT = Operator(
@@ -303,34 +382,28 @@ WEIGHT = Operator(
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-class Projection(torch.autograd.Function):
+class Projection(Node):
     """The Triton product; saved for backward: its input and weight. `partial` has no gradient of its own: what the
     BatchNorm's statistics do to the output's gradient is in the BatchNorm's derivative."""
 
     @staticmethod
-    def forward(ctx: Any, input, weight, bias, stride, moments) -> tuple[Tensor, Tensor]:
-        output, partial = FORWARD(input, weight, bias, stride, moments)
-        ctx.mark_non_differentiable(partial)
-        _remember(ctx, input, weight, bias, stride)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        output, partial = Node.forward(ctx, *arguments)
+        if partial is not None:
+            ctx.mark_non_differentiable(partial)
+        ctx.fork_source = fork.source_of(arguments[0])
         return output, partial
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return None, None, None, None, None
-        input, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        if needs_graph(dy, input, weight):
-            dx, dweight = _aten_backward(ctx, dy, input, weight, need_input, need_weight)
-        else:
-            dx = dweight = None
-            if need_input and (node := fork.target(ctx, 0)) is not None:
-                fork.leave(node, *_visited_gradient(dy, weight, ctx.stride, True))
-            elif need_input:
-                dx = INPUT(dy, weight, input.shape[2:], ctx.stride)
-            if need_weight:
-                dweight = WEIGHT(dy, input, ctx.stride).to(weight.dtype)
-        return dx, dweight, _bias_gradient(ctx, dy) if need_bias else None, None, None
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Gradients:  # type: ignore[override]
+        needs = ctx.needs_input_grad
+        node = fork.target(ctx, 0) if needs[0] and dy is not None else None
+        if node is None:
+            return gradients(ctx, dy, Skip(), needs)
+        found: Any = gradients(ctx, dy, Skip(), (VISITED, *needs[1:]))
+        stride = ctx.planned.how.stride
+        fork.leave(node, found[0], list(stride) if max(stride) > 1 else None)
+        return None, *found[1:]
 
 
 class _Library(torch.autograd.Function):
@@ -349,13 +422,14 @@ class _Library(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_input and (node := fork.target(ctx, 0)) is not None:
-            fork.leave(node, *_visited_gradient(dy, weight, ctx.stride, False))
+            fork.leave(node, *_visited_gradient(dy, weight, ctx.stride))
             need_input = False
         dx, dweight = _aten_backward(ctx, dy, input, weight, need_input, need_weight)
-        return dx, dweight, _bias_gradient(ctx, dy) if need_bias else None, None
+        return dx, dweight, _summed(ctx, dy) if need_bias else None, None
 
 
 fork.takes_part(Projection)
+is_node(Projection)
 fork.takes_part(_Library)
 # As `tail` calls its own: past what only a transform asks.
 _apply_library: Any = super(torch.autograd.Function, _Library).apply
@@ -365,24 +439,22 @@ _Library._backward_cls.apply = _Library.backward
 def _remember(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, weight)
-    ctx.stride, ctx.bias_dtype = stride, None if bias is None else bias.dtype
+    ctx.stride, ctx.dtypes = stride, (None, None, None if bias is None else bias.dtype)
     ctx.fork_source = fork.source_of(input)
 
 
 def _visited_gradient(
-    dy: Tensor, weight: Tensor, stride: list[int], in_triton: bool
+    dy: Tensor, weight: Tensor, stride: list[int]
 ) -> tuple[Tensor, list[int] | None]:
     """The gradient of the input at the positions that the stride visits, and that stride (None: it visits all)."""
-    ones, weight = [1] * len(stride), weight.transpose(0, 1)
     visited = stride if max(stride) > 1 else None
-    if in_triton:
-        return FORWARD(dy, weight, None, ones, False)[0], visited
-    return _convolve(dy, weight, None, ones), visited
+    return _convolve(dy, weight.transpose(0, 1), None, [1] * len(stride)), visited
 
 
-def _bias_gradient(ctx: Any, dy: Tensor) -> Tensor:
-    wide = accumulate_dtype(dy.dtype)
-    return dy.sum([0, *range(2, dy.dim())], dtype=wide).to(ctx.bias_dtype)
+def _summed(ctx: Any, dy: Tensor) -> Tensor:
+    """The gradient of the bias."""
+    total = dy.sum(_all_but_channels(dy), dtype=accumulate_dtype(dy.dtype))
+    return total.to(ctx.dtypes[2])
 
 
 def _aten_backward(ctx, dy, input, weight, need_input, need_weight):
@@ -403,12 +475,54 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequen
     return _CONVOLUTIONS[len(stride)](input, weight.to(dtype), bias, tuple(stride))
 
 
+def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> tuple:
+    wanted = Wanted(needs[0], needs[1], ctx.dtypes[2] if needs[2] else None)
+    return dy, *tensors, ctx.how.stride, wanted
+
+
+def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
+    found: tuple[Tensor | None, ...]
+    if needs_graph(dy, *tensors):
+        ctx.stride = ctx.how.stride
+        dx, dweight = _aten_backward(ctx, dy, *tensors, *map(bool, needs[:2]))
+        found = dx, dweight, _summed(ctx, dy) if needs[2] else None
+    else:
+        found = BACKWARD(*_backward_groups(ctx, dy, tensors, needs, skip))
+    return tuple(each if need else None for each, need in zip(found, needs, strict=True))
+
+
+TAIL = Tail(
+    FORWARD,
+    BACKWARD,
+    Projection,
+    how=3,
+    check=lambda *_: None,  # the caller has
+    compose=None,
+    reads=lambda how: (0, 1),
+    backward_groups=_backward_groups,
+    gradients=_gradients,
+    of=(0, 1, 2),
+    outputs=2,
+    told=False,
+)
+
+
+def _project(input: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> tuple:
+    groups = (input, weight, bias, how)
+    if is_quiet():
+        key = "projection", input.shape, input.dtype, how, torch.is_grad_enabled(), _may_round()
+        found = straight(TAIL, key, groups)
+        if found is not None:
+            return found
+    return through_operators(TAIL, groups)
+
+
 def project(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], moments: bool
 ) -> tuple[Tensor, Tensor | None]:
     """conv(input, weight, bias, stride) for a 1x1 weight, and its moments where the Triton product left them."""
     if why_library(input, weight) is None:
-        output, partial = Projection.apply(input, weight, bias, list(stride), moments)
+        output, partial = _project(input, weight, bias, How(tuple(stride), moments))
         return output, partial if moments else None
     if max(stride) > 1 and is_eager() and not has_tangents() and fork.source_of(input) is not None:
         return _apply_library(input, weight, bias, list(stride)), None

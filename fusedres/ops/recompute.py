@@ -21,9 +21,9 @@ from .. import reference
 from ..activations import activate, parse
 from ..layouts import like_output
 from .batch_norm_act import normalized
+from .node import TailFunction, saved_by
 from .norm import Kept, names
 from .operator import Operator
-from .tail import TailFunction, saved_by
 
 if TYPE_CHECKING:
     from ..kernels.plan import Planner

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..activations import activate, gradient, is_piecewise, keep_passing, parse, passes
 from ..kernels.dtypes import accumulate_dtype, partial_dtype
 from ..kernels.layout import bits_layout
 from ..layouts import like_sum
 from .graph import needs_graph, passing, per_channel, smooth
 from .masks import empty_bits, has_bits, pack, unpack
-from .norm import names
+from .node import Node, is_node
+from .norm import How, Skip, names
 from .operator import Operator
+from .straight import is_quiet
+from .tail import Gradients, Tail, again, may_be_met, straight, through_operators
 
 if TYPE_CHECKING:
     from ..kernels.plan import Planner
@@ -65,14 +69,14 @@ def _like(kept: Kept) -> Tensor:
 
 
 def _forward(
-    p: Planner, input: Tensor, residual: Tensor, scale: Tensor, activation: str | None, save: bool
+    p: Planner, input: Tensor, residual: Tensor, scale: Tensor, how: How, save: bool
 ) -> tuple:
     from ..kernels.apply import launch_bn_apply
     from ..kernels.norm import Norm
 
     output = p.like(like_sum(input, residual, is_scaled=True))
     rows, (input, residual) = p.common_rows(output, input, residual)
-    bits = None
+    bits, activation = None, how.activation
     if has_bits(activation, save):
         bits = p.keep((bits_layout(rows)[1],), torch.uint8)
     launch_bn_apply(p, input, residual, Norm(scale), None, output, bits, rows, parse(activation))
@@ -130,7 +134,8 @@ def _sum(input: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
     return residual.to(wide) + per_channel(scale.to(wide), input) * input
 
 
-def _plain_forward(input, residual, scale, activation, save) -> tuple[Tensor, Tensor]:
+def _plain_forward(input, residual, scale, how, save) -> tuple[Tensor, Tensor]:
+    activation = how.activation
     output = like_sum(input, residual, is_scaled=True)
     z = _sum(input, residual, scale)
     output.copy_(activate(z, activation))
@@ -165,9 +170,9 @@ def _plain_backward(
 # --- shapes ------------------------------------------------------------------------------------------------------
 
 
-def _fake_forward(input, residual, scale, activation, save) -> tuple[Tensor, Tensor]:
+def _fake_forward(input, residual, scale, how, save) -> tuple[Tensor, Tensor]:
     output = torch.empty_like((per_channel(scale, input) * input).to(input.dtype) + residual)
-    return output, empty_bits(output, has_bits(activation, save))
+    return output, empty_bits(output, has_bits(how.activation, save))
 
 
 def _fake_backward(
@@ -187,7 +192,7 @@ _NEEDS: Any = names(Needs, "need_input", "need_residual", "need_scale")
 
 FORWARD = Operator(
     FORWARD_SCHEMA,
-    ("input", "residual", "scale", "activation", "save"),
+    ("input", "residual", "scale", names(How, False, "activation"), "save"),
     recipe=_forward,
     plain=_plain_forward,
     fake=_fake_forward,
@@ -226,44 +231,84 @@ def _differentiable(
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-class ScaledAddAct(torch.autograd.Function):
+class ScaledAddAct(Node):
     """Saved for backward: the input and the scale; one bit an element, or the residual where act is smooth."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, residual: Tensor, scale: Tensor, activation: str | None
-    ) -> Tensor:
-        output, bits = FORWARD(input, residual, scale, activation, True)
-        ctx.set_materialize_grads(False)
-        is_smooth = activation is not None and not is_piecewise(activation)
-        ctx.save_for_backward(input, residual if is_smooth else None, scale, bits)
-        ctx.activation, ctx.stride = activation, output.stride()
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return None, None, None, None
-        kept = Kept(ctx.stride, *ctx.saved_tensors)
-        needs = ctx.needs_input_grad[:3]
-        if needs_graph(dy, *kept[1:4]):
-            found = _differentiable(dy, kept, ctx.activation, Needs(*needs))
-        else:
-            # Without an activation dz is dy itself, which no kernel need write again.
-            passed_on = ctx.activation is None
-            asked = Needs(needs[0], needs[1] and not passed_on, needs[2])
-            dinput, dresidual, dscale = BACKWARD(dy, kept, ctx.activation, asked)
-            found = dinput, dy if passed_on else dresidual, dscale
-        return *(each if need else None for each, need in zip(found, needs, strict=True)), None
+is_node(ScaledAddAct)
+
+
+def _reads(how: How) -> tuple[int | None, ...]:
+    is_smooth = how.activation is not None and not is_piecewise(how.activation)
+    return 0, 1 if is_smooth else None, 2
+
+
+def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> tuple:
+    # Without an activation dz is dy itself, which no kernel need write again.
+    passes_on = ctx.how.activation is None
+    asked = Needs(needs[0], needs[1] and not passes_on, needs[2])
+    return dy, Kept(ctx.stride, *tensors), ctx.how.activation, asked
+
+
+def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
+    groups = _backward_groups(ctx, dy, tensors, needs, skip)
+    found: Any
+    if needs_graph(dy, *tensors[:3]):
+        found = _differentiable(*groups)
+    else:
+        dinput, dresidual, dscale = BACKWARD(*groups)
+        found = dinput, dresidual if groups[-1].residual else dy, dscale
+    return tuple(each if need else None for each, need in zip(found, needs, strict=True))
+
+
+def _compose(input: Tensor, residual: Tensor, scale: Tensor, how: How) -> Tensor:
+    return reference.scaled_add_act(input, residual, scale, how.activation)
+
+
+TAIL = Tail(
+    FORWARD,
+    BACKWARD,
+    ScaledAddAct,
+    how=3,
+    check=lambda *_: None,  # the caller has
+    compose=_compose,
+    reads=_reads,
+    backward_groups=_backward_groups,
+    gradients=_gradients,
+    of=(0, 1, 2),
+)
+
+
+def _key(input: Tensor, activation: str | None) -> tuple:
+    return "scaled", input.shape, input.dtype, activation, torch.is_grad_enabled()
+
+
+def met(
+    input: Tensor, residual: Tensor, scale: Tensor | None, activation: str | None
+) -> Tensor | None:
+    """A call that looks like one before, of which nothing need be asked again; None of any other."""
+    if scale is None or (activation is not None and type(activation) is not str):
+        return None
+    if not may_be_met(input, residual, scale) or input.dim() < 2:
+        return None
+    return again(_key(input, activation), input, residual, _of_channels(scale, input))
+
+
+def _of_channels(scale: Tensor, input: Tensor) -> Tensor:
+    """The scale with one element a channel, where it has a single one."""
+    if scale.numel() != 1:
+        return scale
+    # Its gradient is summed again by PyTorch, over the channels, before it is rounded.
+    return scale.reshape(1).to(accumulate_dtype(input.dtype)).expand(input.shape[1])
 
 
 def scaled_add_act(
     input: Tensor, residual: Tensor, scale: Tensor, activation: str | None
 ) -> Tensor:
     """`activation(residual + scale * input)` by the kernels; the scale has one element, or one a channel."""
-    if scale.numel() == 1:
-        # Its gradient is summed again by PyTorch, over the channels, before it is rounded.
-        scale = scale.reshape(1).to(accumulate_dtype(input.dtype)).expand(input.shape[1])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (input, residual, scale)):
-        return ScaledAddAct.apply(input, residual, scale, activation)
-    return FORWARD(input, residual, scale, activation, False)[0]
+    groups = (input, residual, _of_channels(scale, input), How(False, activation), True)
+    if is_quiet():
+        output = straight(TAIL, _key(input, activation), groups)
+        if output is not None:
+            return output
+    return through_operators(TAIL, groups)

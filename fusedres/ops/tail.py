@@ -1,26 +1,28 @@
-"""The eager way of a tail: from a call to its launches by one look-up, and back from the engine.
+"""The eager way from a call to its launches by one look-up; back from the engine it is `node`'s.
 
 What depends on shapes, strides, dtypes, devices, activation and mode alone was decided when such a call was first met:
 a `Plan` of its forward, and one of each kind of backward. A call makes its result, one block of bytes with all that the
 backward needs (statistics and mask) and one that is gone after it, and starts the launches. Whatever may be looked at
 (`straight.is_quiet`) goes through the operators, whose kernels are the same.
+
+It was made for the tails of blocks and takes whatever is described as they are: `Tail`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import or_
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, fork
-from .norm import BatchNorm, How, Skip
+from .. import dispatch, reference
+from .norm import BatchNorm
 from .operator import Operator, caches, remember
-from .straight import are_plain, guard, is_current, is_quiet, look
+from .straight import PLAIN, are_plain, guard, is_current, is_quiet, look
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -29,51 +31,103 @@ Gradients = tuple[Tensor | None, ...]
 class Tail:
     """A forward and a backward operator, and what stands for them elsewhere.
 
-    The forward's groups are input, residual, a `BatchNorm` or two, `How`, whether to save, and maybe more. Gradients
-    are those of input, residual, and of weight and bias of each BatchNorm: the `inputs`.
+    The forward's groups are those that hold its inputs (tensors, or a `BatchNorm`), then one that says how, then maybe
+    whether to save (`told`), and maybe more. Its `inputs` are what it has gradients of: the tensors, and of each
+    BatchNorm weight and bias.
 
-    check: (input, residual, norms, how) raises what is to be said of a wrong call.
-    compose: (input, residual, norms, how) -> the output in plain PyTorch.
-    reads: (how) -> which of the inputs the backward reads, in the order in which it is told of them; None of those that
-    it does without.
-    backward_groups: (dy, what was saved, what was kept, how, ctx, needs, skip) -> the groups of the backward.
-    gradients: the backward by the operators, or as a graph.
+    function: the node in the graph, a `node.Node`.
+    how: which of the groups says how.
+    check: (the groups up to how) raises what is to be said of a wrong call.
+    compose: (the same) -> the outputs in plain PyTorch; None where only the kernels do it.
+    reads: (how) -> what the backward reads, in the order in which it is told of them: k of the k-th input, ~k of the
+    k-th output; None of those that it does without.
+    backward_groups: (node, dy, what was saved, needs, a second gradient) -> the groups of the backward.
+    gradients: (the same) -> the backward by the operators, or as a graph.
+    of: the backward's result that each input's gradient is.
+    outputs: how many of the forward's results the call returns; what is kept for the backward comes behind.
+    forks: whether it takes part in the fork of its second input.
     """
 
     forward: Operator
     backward: Operator
+    function: Any
+    how: int
     check: Callable[..., None]
-    compose: Callable[..., Tensor]
-    reads: Callable[[How], tuple[int | None, ...]]
+    compose: Callable[..., Any] | None
+    reads: Callable[[Any], tuple[int | None, ...]]
     backward_groups: Callable[..., tuple]
     gradients: Callable[..., Gradients]
+    of: tuple[int, ...]
+    outputs: int = 1
+    told: bool = True
+    forks: bool = False
+
+    def inputs(self, groups: tuple) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for group in groups[: self.how]:
+            if isinstance(group, BatchNorm):
+                found += group.weight, group.bias
+            else:
+                found.append(group)
+        return found
+
+    def saving(self, groups: tuple, saves: bool) -> tuple:
+        """The groups, with whether to save."""
+        if not self.told:
+            return groups
+        place = self.how + 1
+        return *groups[:place], saves, *groups[place + 1 :]
 
 
 class Planned:
     """What runs calls that look alike.
 
     check: whether another call does. forward: its plan; None where it goes through the operators, or, `composed`, is
-    PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then. counts: whether the
-    launches count the batches.
+    PyTorch's own composition. saves: whether autograd is to remember it; reads: which inputs then, and outputs; saved:
+    (what the node is given and what was made) -> these, and all that is kept. forks: as in `Tail`. counts: whether the
+    launches count the batches, or there are none to count. dtypes: of the inputs. stride: of the output. looks: how
+    many of the tensors `check` is given: all, or the first two, input and residual, where PyTorch, which is given the
+    others as they are, asks what there is to ask of them.
     """
 
     __slots__ = (
-        "backend", "backwards", "check", "composed", "counts", "device", "forward", "how", "index", "reads",
-        "residual_dtype", "saves", "tail",
+        "apply", "backend", "backwards", "check", "composed", "counts", "device", "dtypes", "forks", "forward", "how",
+        "index", "looks", "outputs", "reads", "saved", "saves", "state", "stride", "tail",
     )  # fmt: skip
 
-    def __init__(self, tail: Tail, how: How, inputs: Sequence[Tensor | None]) -> None:
-        self.tail, self.how, self.backend = tail, how, dispatch.get_backend()
+    def __init__(self, tail: Tail, groups: tuple) -> None:
+        self.tail, self.how, self.backend = tail, groups[tail.how], dispatch.get_backend()
+        self.outputs, self.state = tail.outputs, tail.forward.state()
+        inputs = tail.inputs(groups)
         input: Any = inputs[0]
-        residual = inputs[1]
         self.device, self.index = input.device, input.get_device()
-        self.residual_dtype = None if residual is None else residual.dtype
-        self.reads = tuple(k for k in tail.reads(how) if k is not None and inputs[k] is not None)
+        self.dtypes = [None if t is None else t.dtype for t in inputs]
+        self.reads = tuple(
+            k for k in tail.reads(self.how) if k is not None and (k < 0 or inputs[k] is not None)
+        )
         self.saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)  # fmt: skip
+        self.forks, returned = tail.forks, len(tail.forward.op._schema.returns)
+        self.keep(range(self.outputs, returned), len(inputs))
+        # The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
+        self.apply: Any = super(torch.autograd.Function, tail.function).apply  # type: ignore[misc]
         self.check: Callable[..., bool] = _never
         self.forward: Any = None
+        self.stride: Any = None
         self.composed = self.counts = False
-        self.backwards: dict[tuple, list[_Back]] = {}
+        self.looks: int | None = None
+        self.backwards: dict[tuple, list[Any]] = {}
+
+    def keep(self, kept: Iterable[int], inputs: int) -> None:
+        """Save what is read, and of what was made that which stands at these places."""
+        # A node is given one thing more than its inputs.
+        read = [k if k >= 0 else inputs + 1 + ~k for k in self.reads]
+        self.saved = _picker([*read, *(inputs + 1 + k for k in kept)])
+
+
+def _picker(places: list[int]) -> Callable[[tuple], tuple]:
+    if len(places) < 2:
+        return lambda given: tuple([given[k] for k in places])
+    return itemgetter(*places)
 
 
 def _never(*_: Any) -> bool:
@@ -93,58 +147,74 @@ NONE = tuple(torch.empty(0) for _ in range(16))
 def find(key: tuple, tensors: Sequence[Tensor]) -> Planned | None:
     """What runs calls of this key with tensors like these (`straight`), if one was met."""
     for planned in _planned.get(key, ()):
-        if planned.check(*tensors) and planned.backend == dispatch.eager_backend():
+        looked_at = tensors if planned.looks is None else tensors[: planned.looks]
+        if planned.check(*looked_at) and planned.backend == dispatch.eager_backend():
             return planned
     return None
 
 
 def run(
     planned: Planned, tensors: Sequence[Tensor], floats: tuple[float, ...], inputs: Sequence[Tensor | None]
-) -> Tensor | None:  # fmt: skip
+) -> Any:  # fmt: skip
     """A call by its plan; None where there is none, or an address is not aligned, or another device is the current one.
 
-    tensors: input, residual, and of each BatchNorm weight, bias, running mean and variance and counter, with `NONE` for
-    those that there are not; then what else the operator takes.
+    tensors: those of the forward operator's groups, with `NONE` for those that there are not: of a tail input,
+    residual, and of each BatchNorm weight, bias, running mean and variance and counter, then what else it takes.
     """
     plan = planned.forward
     if plan is None:
         return None
     if not planned.counts and planned.how.training:
-        if not _are_ready(tensors, planned.index):
+        if not are_ready(tensors, planned.index):
             return None
         for k in range(6, len(tensors), 5):
             if tensors[k] is not NONE[k]:
                 tensors[k].add_(1)
     made = plan.launch(tensors, floats)
     if made is None:
-        if not _are_ready(tensors, planned.index):
+        if not are_ready(tensors, planned.index):
             return None
         made = plan.start(tensors, floats, planned.device)
-    return _apply(*inputs, (planned, floats, made)) if planned.saves else made[0]
+    if planned.saves:
+        return planned.apply(*inputs, (planned, floats, made))
+    return made[0] if planned.outputs == 1 else made[: planned.outputs]
+
+
+def may_be_met(*tensors: Any) -> bool:
+    """Whether a call with these may look like one that went straight (`again`), as far as is asked without looking."""
+    # First: torch.compile knows the answer, and takes none of what follows into its graph.
+    return (
+        not torch.compiler.is_compiling()
+        and dispatch.eager_backend() != "aten"
+        and all(type(t) in PLAIN for t in tensors)
+    )
+
+
+def again(key: tuple, *tensors: Tensor) -> Any:
+    """A call that looks like one that went straight, all of whose tensors are inputs; None where more looks are due.
+
+    The key is the one that `straight` was given; the caller has asked `may_be_met`.
+    """
+    planned = find(key, tensors)
+    if planned is None or not is_quiet():
+        return None
+    return run(planned, tensors, (), tensors)
 
 
 def straight(
     tail: Tail,
     key: tuple,
-    input: Tensor,
-    residual: Tensor | None,
-    norms: tuple[BatchNorm, ...],
-    how: How,
-    more: tuple[Tensor | None, ...] = (),
+    groups: tuple,
     check: Callable[[], bool] | None = None,
     kind: tuple | None = None,
-) -> Tensor | None:
+) -> Any:
     """The call, past `torch.ops`; None where it has to go through the operators. The caller has asked `is_quiet`.
 
-    key: what calls that look alike have in common. check: whether the caller has nothing against this one; asked once
-    for all calls that look alike and are of one `kind`, which is the key if it says nothing of who calls.
+    key: what calls that look alike have in common. groups: the forward's; whether to save is seen to here. check:
+    whether the caller has nothing against this one; asked once for all calls that look alike and are of one `kind`,
+    which is the key if it says nothing of who calls.
     """
-    given: list[Tensor | None] = [input, residual]
-    floats: list[float] = []
-    for w, b, mean, var, momentum, eps, batches, _ in norms:
-        given += w, b, mean, var, batches
-        floats += momentum, eps
-    given += more
+    given = tail.forward.tensors_of(groups)
     tensors: list[Any] = [none if t is None else t for t, none in zip(given, NONE, strict=False)]
     planned = find(key, tensors)
     if planned is None:
@@ -152,70 +222,71 @@ def straight(
             return None
         ids = [id(t) for t in tensors]
         same = tuple([ids.index(each) for each in ids])  # which of them are one tensor
-        same += tuple([n.keep for n in norms])
-        alike = (tail, dispatch.get_backend(), how, kind or key, same, *[look(t) for t in tensors])
+        who = tail, dispatch.get_backend(), groups[tail.how], kind or key
+        alike = (*who, same, *[look(t) for t in tensors])
         planned = _kinds.get(alike)
         if planned is None:
-            planned = _plan(tail, input, residual, norms, how, more, check)
-            if planned.forward is not None and not _are_ready(tensors, planned.index):
+            planned = _plan(tail, groups, check)
+            if planned.forward is not None and not are_ready(tensors, planned.index):
                 return None  # it was planned for addresses as these are
-            planned.check = guard(tensors)
+            planned.check = guard(tensors[: planned.looks])
             remember(_kinds, alike, planned)
         known = [each for each in _planned.get(key, ()) if each is not planned]
         remember(_planned, key, [planned, *known][:ALIKE])
-    if planned.composed:
-        if how.training:
-            _count(norms)
-        return tail.compose(input, residual, norms, how)
-    return run(planned, tensors, tuple(floats), _inputs(input, residual, norms))
+    if planned.composed and tail.compose is not None:
+        if planned.how.training:
+            _count(_norms_of(groups))
+        return tail.compose(*groups[: tail.how + 1])
+    return run(planned, tensors, tail.forward.floats_of(groups), tail.inputs(groups))
 
 
-def _count(norms: tuple[BatchNorm, ...]) -> None:
+def _norms_of(groups: tuple) -> list[BatchNorm]:
+    return [group for group in groups if isinstance(group, BatchNorm)]
+
+
+def _count(norms: Sequence[BatchNorm]) -> None:
     for n in norms:
         if n.batches is not None:
             n.batches.add_(1)
 
 
-def _inputs(
-    input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...]
-) -> list[Tensor | None]:
-    return [input, residual, *[t for n in norms for t in (n.weight, n.bias)]]
-
-
-def _plan(
-    tail: Tail, input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How,
-    more: tuple[Tensor | None, ...], check: Callable[[], bool] | None,
-) -> Planned:  # fmt: skip
+def _plan(tail: Tail, groups: tuple, check: Callable[[], bool] | None) -> Planned:
     """What runs calls like this one."""
-    planned = Planned(tail, how, _inputs(input, residual, norms))
-    everything = [input, residual, *more, *[t for n in norms for t in n if isinstance(t, Tensor)]]
-    vectors = [t for n in norms for t in n[:4] if t is not None]
+    planned, inputs, norms = Planned(tail, groups), tail.inputs(groups), _norms_of(groups)
+    input: Any = inputs[0]
     try:
-        tail.check(input, residual, norms, how)
+        tail.check(*groups[: tail.how + 1])
         is_ours = check is None or check()
         backend = dispatch.resolve(input.device, input.dtype)[0]
     except (TypeError, ValueError, RuntimeError):  # which is for the long way to say
         return planned
     if (
         not is_ours
-        or _is_refused(_inputs(input, residual, norms), norms)
+        or _is_refused(inputs, norms)
         or input.numel() == 0
-        or input.layout is not torch.strided
-        or not are_plain(everything)
-        or not all(t.is_contiguous() for t in vectors)
+        or not are_plain(tail.forward.tensors_of(groups))
+        or not all(t.is_contiguous() for n in norms for t in n[2:4] if t is not None)
     ):
         return planned
-    keeps = how.training and any(n.keep for n in norms)
+    training = bool(norms) and planned.how.training
+    keeps = training and any(n.keep for n in norms)
     if backend != "triton":
-        planned.composed = not keeps
+        planned.composed = tail.compose is not None and not keeps
+        # In 16 bits, some of them may have to be cast.
+        if planned.composed and norms and input.dtype not in reference.BELOW_FLOAT32:
+            planned.looks = 2
         return planned
     planned.counts = all(_is_counter(n.batches, input) for n in norms)
     if keeps and not planned.counts:
         return planned
     if not planned.counts:
-        norms = tuple(n._replace(batches=None) for n in norms)
-    plan = tail.forward.plan((input, residual, *norms, how, planned.saves, *more))
-    planned.forward = plan if plan.launches_only else None
+        groups = tuple(g._replace(batches=None) if isinstance(g, BatchNorm) else g for g in groups)
+    planned.forward = tail.forward.plan(tail.saving(groups, planned.saves))
+    # What is kept is the last that a plan makes.
+    kept = [len(planned.forward.apart)] if planned.forward.kept else []
+    planned.keep(kept, len(inputs))
+    first = planned.forward.results[0] - planned.forward.given
+    planned.stride = planned.forward.alone[first].stride
     return planned
 
 
@@ -225,12 +296,12 @@ def _is_counter(batches: Tensor | None, input: Tensor) -> bool:
     )
 
 
-def _are_ready(tensors: Sequence[Tensor], index: int) -> bool:
+def are_ready(tensors: Sequence[Tensor], index: int) -> bool:
     """Whether a plan may be started: all addresses aligned, on the current device."""
     return reduce(or_, [t.data_ptr() for t in tensors]) & 15 == 0 and is_current(index)
 
 
-def _is_refused(inputs: Sequence[Tensor | None], norms: tuple[BatchNorm, ...]) -> bool:
+def _is_refused(inputs: Sequence[Tensor | None], norms: Sequence[BatchNorm]) -> bool:
     """Whether autograd has something to say of this call: PyTorch's own is to say it, before anything is done."""
     if not torch.is_grad_enabled():
         return False
@@ -241,174 +312,15 @@ def _is_refused(inputs: Sequence[Tensor | None], norms: tuple[BatchNorm, ...]) -
     )
 
 
-class TailFunction(torch.autograd.Function):
-    """A tail in the graph, for eager calls; it takes part in the fork of a residual.
-
-    Its inputs are those of the tail, and (what runs it, momentum and eps of each BatchNorm, what was made). Where it
-    goes through the operators, the groups of the forward operator stand for what was made.
-
-    Saved for backward: what the backward reads of the inputs, four values a channel, and for a tail one bit an element;
-    never the running statistics (two forwards before a backward would trip their version counter).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        planned, floats, made = arguments[-1]
-        if planned.forward is not None:  # it has run already
-            output, kept = made[0], made[-1]
-            ctx.save_for_backward(*[arguments[k] for k in planned.reads], kept)
-        else:
-            output, *all_kept = planned.tail.forward(*made)
-            ctx.save_for_backward(*[arguments[k] for k in planned.reads], *all_kept)
-        ctx.set_materialize_grads(False)
-        ctx.planned, ctx.floats = planned, floats
-        # Not as saved tensors: their values may change until the backward.
-        ctx.biases = arguments[3:-1:2]
-        fork.begin(ctx, arguments[1])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
-        skip = _NO_SKIP
-        if ctx.fork_left:
-            second, stride = fork.take(ctx)
-            skip = Skip(second, None if stride is None else tuple(stride))
-        planned: Planned = ctx.planned
-        found = saved = None
-        if planned.forward is not None and dy is not None and not _grad_mode() and is_quiet():
-            second, saved = skip.gradient, ctx.saved_tensors
-            tensors = (dy, NONE[1] if second is None else second, *saved)
-            # Hooks of saved tensors may have given back others.
-            for back in planned.backwards.get((ctx.needs_input_grad, skip.stride), ()):
-                if back.check(*tensors):
-                    if back.plan is not None:
-                        found = back.plan.launch(tensors, ())
-                    break
-            if found is None:
-                found = _straight_back(ctx, tensors, skip)
-        if found is None:
-            found = (*_long_back(ctx, dy, skip, saved), None)
-        if ctx.fork_source is None:
-            return found
-        return found[0], fork.hand_over(ctx, 1, found[1]), *found[2:]
-
-
-_NO_SKIP = Skip()
-fork.takes_gradients(TailFunction)
-_grad_mode = torch.is_grad_enabled
-# The engine's way into Python, past a look for which of two functions is the backward.
-TailFunction._backward_cls.apply = TailFunction.backward
-# The C method: no look for wrappers of torch.func whose level has ended, and for a `setup_context`.
-_apply: Any = super(torch.autograd.Function, TailFunction).apply
-
-
-def through_operators(
-    tail: Tail, input: Tensor, residual: Tensor | None, norms: tuple[BatchNorm, ...], how: How, more: tuple = ()
-) -> Tensor:  # fmt: skip
+def through_operators(tail: Tail, groups: tuple) -> Any:
     """The same call in eager mode, by the operators."""
-    inputs = _inputs(input, residual, norms)
-    if _is_refused(inputs, norms):
-        return tail.compose(input, residual, norms, how)
-    planned = Planned(tail, how, inputs)
-    groups = (input, residual, *norms, how, planned.saves, *more)
-    if not planned.saves:
-        return tail.forward(*groups)[0]
-    floats = tuple([value for n in norms for value in (n.momentum, n.eps)])
-    return TailFunction.apply(*inputs, (planned, floats, groups))
-
-
-def _long_back(
-    ctx: Any, dy: Tensor | None, skip: Skip, saved: Sequence[Tensor] | None
-) -> Gradients:
-    """The backward by the operators, or as a graph."""
-    needs = ctx.needs_input_grad[:-1]
-    if dy is None and skip.gradient is None:
-        return (None,) * len(needs)
-    _complete(ctx)
-    return ctx.planned.tail.gradients(ctx, dy, saved_by(ctx, saved), needs, skip)
-
-
-def _complete(ctx: Any) -> None:
-    """What the operators' way reads off a node."""
-    planned: Planned = ctx.planned
-    ctx.how, ctx.residual_dtype, ctx.eps = planned.how, planned.residual_dtype, ctx.floats[1::2]
-    ctx.bias_dtypes = [None if b is None else b.dtype for b in ctx.biases]
-
-
-def saved_by(node: Any, tensors: Sequence[Tensor] | None = None) -> tuple:
-    """What the node of a tail saved: the inputs that its backward reads, and what was kept as the operators give it.
-
-    tensors: its saved tensors, where they were unpacked already: checkpointing unpacks them once.
-    """
-    planned: Planned = node.planned
-    saved = list(node.saved_tensors if tensors is None else tensors)
-    n = len(planned.reads)
-    kept = saved[n:]
-    if planned.forward is not None:
-        kept = planned.forward.kept_results(planned.forward.parts(kept[0]))
-    return *_in_order(planned, saved[:n]), *kept
-
-
-def _in_order(planned: Planned, saved: Sequence[Tensor]) -> list[Tensor | None]:
-    """The saved inputs as `Tail.reads` names them, None for one that there was not."""
-    inputs: dict[Any, Tensor] = dict(zip(planned.reads, saved, strict=True))
-    return [inputs.get(k) for k in planned.tail.reads(planned.how)]
-
-
-class _Back:
-    """A plan of the backward, None where it goes through the operators. check: whether another call looks like it."""
-
-    __slots__ = ("check", "plan")
-
-    def __init__(self, check: Callable[..., bool]) -> None:
-        self.check = check
-        self.plan: Any = None
-
-
-def _straight_back(ctx: Any, tensors: tuple, skip: Skip) -> Gradients | None:
-    """The first backward of its kind, past `torch.ops`; None where it has to go through the operators.
-
-    tensors: dy, the second gradient, and what is saved.
-    """
-    planned: Planned = ctx.planned
-    key = (ctx.needs_input_grad, skip.stride)
-    if not are_plain(tensors) or not _are_ready(tensors, planned.index):
-        return None
-    back = next((each for each in planned.backwards.get(key, ()) if each.check(*tensors)), None)
-    if back is None:
-        back = _plan_back(ctx, tensors, skip)
-        remember(planned.backwards, key, [back, *planned.backwards.get(key, ())][:ALIKE])
-    if back.plan is None:
-        return None
-    parts = planned.forward.parts(tensors[-1])
-    return back.plan.start((*tensors, *parts), (), planned.device)
-
-
-def _plan_back(ctx: Any, tensors: tuple, skip: Skip) -> _Back:
-    """What runs backwards like this one."""
-    back, planned = _Back(guard(tensors)), ctx.planned
-    _complete(ctx)
-    tail, needs = planned.tail, ctx.needs_input_grad[:-1]
-    # Stand-ins, since two of the tensors may be one, as x is where it is its own residual, and the next time not.
-    stand_ins = [
-        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors
-    ]
-    dy, second, *saved, block = stand_ins
-    parts = planned.forward.parts(block)
-    if skip.gradient is not None:
-        skip = Skip(second, skip.stride)
-    kept = planned.forward.kept_results(parts)
-    groups = tail.backward_groups(ctx, dy, (*_in_order(planned, saved), *kept), needs, skip)
-    plan = tail.backward.plan(groups)
-    passes = needs[1] and type(plan.results[1]) is not int
-    if not plan.launches_only or (passes and dy.dtype != planned.residual_dtype):
-        return back
-    sources = {id(t): k for k, t in enumerate((*stand_ins, *parts))}
-    # The place of what there is none of is never looked at.
-    places = [sources.get(id(t), 0) for t in tail.backward.tensors_of(groups)]
-    results = [*plan.results, torch.uint8]  # and none for what was said of the call
-    if passes:  # dy itself is the residual's gradient
-        results[1] = 0
-    n = len(tensors)
-    back.plan = plan.of_parts(places, n, n - 1, planned.forward.kept, tuple(results))
-    return back
+    inputs = tail.inputs(groups)
+    if tail.compose is not None and _is_refused(inputs, _norms_of(groups)):
+        return tail.compose(*groups[: tail.how + 1])
+    planned = Planned(tail, groups)
+    groups = tail.saving(groups, planned.saves)
+    if planned.saves:
+        floats = tail.forward.floats_of(groups)
+        return tail.function.apply(*inputs, (planned, floats, groups))
+    found = tail.forward(*groups)
+    return found[0] if tail.outputs == 1 else found[: tail.outputs]
