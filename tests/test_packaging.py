@@ -229,6 +229,7 @@ WORDS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # several minutes on two idle cores
 def test_readme_from_top_to_bottom_in_a_clean_environment(tmp_path):
     """Every block in its order, in a copy of the repository that has an environment of its own with nothing in it.
 
