@@ -167,10 +167,8 @@ class _Parts:
     def backend(self, graph: Any, inputs: Sequence[Any]) -> Any:
         """Inductor up to the source of its kernels."""
         # Dynamo makes a mode of its own for a backend up to torch 2.10, and the fake tensors are not of it.
-        context = torch._guards.TracingContext.get()
-        context.fake_mode = torch._guards.detect_fake_mode(
-            [each for each in inputs if isinstance(each, torch.Tensor)]
-        )
+        modes = [each.fake_mode for each in inputs if hasattr(each, "fake_mode")]
+        torch._guards.TracingContext.get().fake_mode = modes[0]
         lowering = self.graph.GraphLowering
         with (
             mock.patch.object(self.home, "aot_autograd", self._aot_autograd),

@@ -6,6 +6,7 @@
 Importing the package compiles nothing and touches no device; Triton is imported when a kernel is first needed.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,13 @@ __all__ = [
     "set_backend",
     "unfuse_",
 ]
+
+
+# In a checkout kernels/ and benchmarks/ lie beside this folder, and a Python that is started there finds it before what
+# `pip install .` has installed.
+_BESIDE = os.path.dirname(__path__[0])
+if _BESIDE not in __path__ and not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(_BESIDE)
 
 
 def _is_command_line() -> bool:

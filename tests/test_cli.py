@@ -67,6 +67,29 @@ MODEL = Net()
 class Families:
     small = staticmethod(lambda: Net(3))
 
+class Lazy(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)
+        )
+
+class Dict(Net):
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+class Pixels(Net):
+    def forward(self, x):
+        return x
+
+class Two(Net):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+class Frozen(Net):
+    def __init__(self):
+        super().__init__(10)
+        self.requires_grad_(False)
+
 def nothing():
     pass
 
@@ -297,6 +320,11 @@ MISTAKES = [
     ([*OWN, "--batch", "few"], "--batch: 'few' is not a whole number of at least 1"),
     (["compare", "resnet18", *TINY, "--batch", "1"], "of shape [1, 3, 32, 32]: ValueError: Expected more than 1 value"),
     (["compare", "net.py:Square", *TINY], "[4, 3, 32, 32]: AssertionError: Expected 16; another --image-size or"),
+    (["compare", "net.py:Dict", *TINY], "it gives a dict of 'out', expected logits: a tensor, the first of a tuple"),
+    (["compare", "net.py:Pixels", *TINY], "it gives a tensor of shape [4, 3, 32, 32], expected logits of shape [4, cl"),
+    (["compare", "net.py:Families.small", *TINY], "it has 3 classes and the data 10"),
+    (["compare", "net.py:Frozen", *TINY], "it has no parameters that need a gradient"),
+    (["compare", "net.py:Two", *TINY], "a model is called with the images alone: wrap one that takes more"),
     # how it runs
     ([*OWN, "--device", "gpu"], "--device 'gpu' is not a device; try cpu"),
     ([*OWN, "--device", "xpu"], "--device 'xpu' is not available; here there is cpu"),
@@ -335,6 +363,11 @@ def test_mistakes_are_answered_with_a_line_before_anything_is_printed(
     assert all(each.startswith(("usage:", "  ")) for each in usage)
 
 
+def test_a_mistake_leaves_no_folder(here):
+    assert main(["bench", "--report", "--out", "never"]) == 2
+    assert not (here / "never").exists()
+
+
 def test_a_line_says_where_the_users_code_is_wrong(capsys, here):
     line = refusal(capsys, "explain", "net.py:broken")
     number = NET.splitlines().index('    raise KeyError("weights")') + 1
@@ -352,6 +385,14 @@ def test_a_model_of_ones_own(capsys, here, name):
 def test_a_model_of_ones_own_gets_the_classes_of_the_data(here):
     assert build_model("net.py:Net", 5)[-1].out_features == 5
     assert build_model("net.py:Families.small", 5)[-1].out_features == 3
+
+
+@pytest.mark.parametrize(
+    "command", ["explain net.py:Lazy --input 4,3,8,8", f"compare net.py:Lazy {' '.join(TINY)}"]
+)
+def test_lazy_layers_take_their_shapes_from_the_input(capsys, here, command):
+    assert main(command.split()) == 0
+    assert re.search(r"1 BatchNorm: 1 fus(able|ed)", capsys.readouterr().out)
 
 
 def test_what_lies_beside_a_file_is_found_from_anywhere(capsys, here, monkeypatch):

@@ -156,3 +156,16 @@ def test_the_backend_is_put_back_after_an_exception():
     with pytest.raises(KeyError), fusedres.backend("off"):
         raise KeyError
     assert fusedres.get_backend() == before
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "call", [fusedres.explain, fusedres.memory_report], ids=["explain", "memory_report"]
+)
+def test_a_lazy_layer_is_named_where_shapes_are_asked_for(call):
+    model = torch.nn.Sequential(torch.nn.LazyConv2d(4, 3), torch.nn.BatchNorm2d(4))
+    keyword = "input_shape" if call is fusedres.explain else "input"
+    with pytest.raises(
+        ValueError, match="0 is a LazyConv2d, whose shapes its first input tells; run one batch"
+    ):
+        call(model, **{keyword: (2, 3, 8, 8)})

@@ -32,16 +32,15 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
             "TRITON_INTERPRET is set: the kernels would be interpreted, and their times mean nothing; unset it "
             "(the byte level interprets them by itself)"
         )
+    if options.report and not (options.out / record.JSON_FILE).exists():
+        raise CommandError(f"--report: {options.out} has no {record.JSON_FILE}")
     try:
         old = record.read(options.compare) if options.compare else None
         book = record.Book.open(options.out, suite.stamp(device))
     except record.RecordError as error:
         raise CommandError(str(error)) from error
     whole = True
-    if options.report:
-        if not book.rows:
-            raise CommandError(f"--report: {options.out} has no {record.JSON_FILE}")
-    else:
+    if not options.report:
         for name in options.model or ():
             _check_model(name)
         wish = suite.Wish(
