@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -144,7 +144,7 @@ class Tile:
     def grid(self) -> tuple[int, int]:
         return self.channel_blocks, self.programs
 
-    def groups(self, are_vectors: bool) -> dict[str, int]:
+    def groups(self, are_vectors: bool) -> dict[str, Any]:
         """The rows that a thread holds, for a `Block`; none where its values are loaded one by one."""
         return {"group": self.group, "run": self.run} if are_vectors else {"group": 1, "run": 1}
 
