@@ -222,7 +222,10 @@ def test_files_say_the_same(tmp_path):
     ("arguments", "message"),
     [
         (("resnet50", SHAPE), "memory_report: model is a str"),
-        ((nn.Identity(), "resnet50"), "memory_report: input is str 'resnet50', expected a tensor"),
+        (
+            (nn.Identity(), "resnet50"),
+            "memory_report: input is a str, 'resnet50', expected a tensor",
+        ),
         ((nn.Identity(), SHAPE, {}), "memory_report: config is a dict"),
     ],
 )
