@@ -266,9 +266,7 @@ class Training:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before, now = state["settings"], self.settings
         if other := ", ".join(name for name in sorted(now) if before.get(name) != now[name]):
-            raise SystemExit(
-                f"{path} is of a training with different {other}; choose another --out"
-            )
+            raise SystemExit(f"{path}: a training with different {other}; choose another --out")
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]

@@ -52,7 +52,7 @@ class _Run:
 # By the engine's number for it.
 _runs: dict[int, weakref.ref[_Run]] = {}
 _makers: list[type] = []
-Leaf: type = torch._C._functions.AccumulateGrad
+Leaf: Any = torch._C._functions.AccumulateGrad
 
 
 def takes_part(function: type[torch.autograd.Function]) -> None:

@@ -218,7 +218,7 @@ def test_another_training_is_not_gone_on_with(train, capsys, tmp_path):
     given = ["--model", "timm:test_resnet", "--data", "synthetic", "--steps", 1, "--out", tmp_path]
     losses(train, capsys, *given)
     with pytest.raises(
-        SystemExit, match=r"is of a training with different dtype, lr; choose another --out"
+        SystemExit, match=r": a training with different dtype, lr; choose another --out"
     ):
         losses(train, capsys, *given, "--lr", 0.2, "--dtype", "bf16")
 

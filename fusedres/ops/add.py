@@ -121,7 +121,7 @@ BACKWARD = Operator(
 # --- second derivatives ------------------------------------------------------------------------------------------
 
 
-def _differentiable(dy, stride, input, residual, bits, activation, behind) -> Tensor:
+def _differentiable(dy, stride, input, residual, bits, activation, *, behind) -> Tensor:
     """As a graph (see `graph`): a mask is a constant, a smooth derivative PyTorch's own."""
     if is_piecewise(activation):
         with torch.no_grad():
@@ -153,7 +153,7 @@ def _backward_groups(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: S
 def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -> Gradients:
     groups = _backward_groups(ctx, dy, tensors, needs, skip)
     is_graph = needs_graph(dy, *tensors[:2], *ctx.behind)
-    dz = _differentiable(*groups, ctx.behind) if is_graph else BACKWARD(*groups)
+    dz = _differentiable(*groups, behind=ctx.behind) if is_graph else BACKWARD(*groups)
     return tuple(dz if need else None for need in needs)
 
 

@@ -40,7 +40,8 @@ def leaves_behind(node: Any, *places: int) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return ()
-    waiting, seen, found = [node.next_functions[k][0] for k in places], set(), []
+    waiting: list[Any] = [node.next_functions[k][0] for k in places]
+    seen, found = set(), []
     while waiting:
         each = waiting.pop()
         if each is None or each in seen:

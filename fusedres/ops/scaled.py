@@ -210,7 +210,7 @@ BACKWARD = Operator(
 
 
 def _differentiable(
-    dy: Tensor, kept: Kept, activation: str | None, behind: tuple[Tensor, ...]
+    dy: Tensor, kept: Kept, activation: str | None, *, behind: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """As a graph (see `graph`): a mask is a constant, all else PyTorch's own."""
     dz = dy
@@ -254,7 +254,7 @@ def _gradients(ctx: Any, dy: Tensor, tensors: tuple, needs: tuple, skip: Skip) -
     groups = _backward_groups(ctx, dy, tensors, needs, skip)
     found: Any
     if needs_graph(dy, *tensors[:3], *ctx.behind):
-        found = _differentiable(*groups[:3], ctx.behind)
+        found = _differentiable(*groups[:3], behind=ctx.behind)
     else:
         dinput, dresidual, dscale = BACKWARD(*groups)
         found = dinput, dresidual if groups[-1].residual else dy, dscale
