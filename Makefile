@@ -111,7 +111,7 @@ $(READY): pyproject.toml setup.py constraints.txt | $(BIN)/pip
 
 # The demo needs no linter and no test runner.
 $(DEMO): pyproject.toml setup.py constraints.txt | $(BIN)/pip
-	@echo 'installing into $(VENV): PyTorch is most of it, a download of about 3 GB and 5.5 GB of disk'
+	@echo 'installing into $(VENV): PyTorch is most of it, a download of about 3 GB and 5.8 GB of disk'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo]'
 	@touch $@

@@ -13,6 +13,11 @@ def a_type(value: Any) -> str:
     return with_article(type(value).__name__)
 
 
+def printable(text: str) -> str:
+    """A text in which what a terminal would obey, or cannot be encoded, is written out: "\\x1b"."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def with_article(name: str) -> str:
     """A name with its article."""
     vowels = _SPELT_WITH_A_VOWEL if name[:2].isupper() else "AEIOaeio"

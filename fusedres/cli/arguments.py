@@ -6,6 +6,7 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 BACKENDS = ("auto", "triton", "aten", "off")
 LEVELS = ("operator", "block", "model", "bytes", "code", "executed", "host")
 LAYOUTS = ("channels_last", "contiguous")
+LARGEST = 2**63 - 1
 MODEL = (
     "resnet50 (torchvision's), timm:NAME, hf:NAME (Hugging Face's, from its configuration), module:callable or "
     "path.py:callable (your own: a class, or a function that builds the model)"
@@ -101,7 +103,20 @@ def shape(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"{text!r} has a size of {min(sizes)}; sizes are 1 or more, as in 256,3,224,224"
         )
+    if math.prod(sizes) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} has more elements than a tensor can have")
     return sizes
+
+
+def seed(text: str) -> int:
+    """An argument's type: what torch.manual_seed takes, with room for a number of each step."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = LARGEST + 1
+    if not -LARGEST <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 64 bits")
+    return number
 
 
 def dtype(text: str) -> str:
@@ -215,7 +230,7 @@ def _compare(commands: Any) -> None:
     run_as.add_argument("--device", default="auto", help=DEVICE)
     run_as.add_argument("--backend", choices=BACKENDS, help="instead of what is set")
     run_as.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="weights, order of the batches, dropout"
+        "--seed", type=seed, default=0, metavar="N", help="weights, order of the batches, dropout"
     )
     _add_out(run_as)
 

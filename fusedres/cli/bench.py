@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,17 +14,23 @@ from .errors import CommandError, Interrupted
 from .progress import Progress
 from .training import DTYPES, LAYOUTS
 
+if TYPE_CHECKING:
+    from ..benchmarks.record import Row
 
-def run(options: argparse.Namespace) -> None:
-    """Everything that can be wrong is looked at before the first measurement."""
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Everything that can be wrong is looked at before the first measurement, and before a folder is made.
+
+    Returns the rows that were measured now.
+    """
     # The suite loads Triton, torch.compile and what it compares with; `env` and `explain` do without.
     from ..benchmarks.timing import one_thread
 
     with one_thread():
-        _run(options, choose_device(options.device))
+        return _run(options, choose_device(options.device))
 
 
-def _run(options: argparse.Namespace, device: torch.device) -> None:
+def _run(options: argparse.Namespace, device: torch.device) -> list[Row]:
     from ..benchmarks import changes, record, report
     from ..benchmarks import run as suite
 
@@ -34,15 +41,16 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
         )
     if options.report and not (options.out / record.JSON_FILE).exists():
         raise CommandError(f"--report: {options.out} has no {record.JSON_FILE}")
+    providers = _providers(options.provider)
+    for name in () if options.report else options.model or ():
+        _check_model(name)
     try:
         old = record.read(options.compare) if options.compare else None
         book = record.Book.open(options.out, suite.stamp(device))
     except record.RecordError as error:
         raise CommandError(str(error)) from error
-    whole = True
+    whole, before = True, len(book.rows)
     if not options.report:
-        for name in options.model or ():
-            _check_model(name)
         wish = suite.Wish(
             device=device,
             levels=tuple(dict.fromkeys(options.level or LEVELS)),
@@ -52,10 +60,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
             dtypes=[DTYPES[name] for name in options.dtype or ()],
             layouts=[LAYOUTS[name == "channels_last"] for name in options.layout or ()],
             models=options.model or (),
-            providers=_providers(options.provider),
+            providers=providers,
             graphs=not options.no_graphs,
         )
-        before = len(book.rows)
         whole = suite.run(wish, book, print, lambda units: Progress(units, lines=max(units, 1)))
         print(f"{len(book.rows) - before} rows")
     for path in report.write_page(book):
@@ -66,6 +73,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> None:
         print(f"\nsince {options.compare}:\n{changes.compare(old, book.rows)}")
     if not whole:
         raise Interrupted(f"interrupted; what was measured is in {options.out}")
+    return book.rows[before:]
 
 
 def _providers(names):

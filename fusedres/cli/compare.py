@@ -15,9 +15,9 @@ import torch
 import fusedres
 
 from ..tables import paragraph, table
-from .data import Images, batches, source
+from .data import Images, Source, batches, source
 from .device import Choice, choose_device, chosen_backend, device_name
-from .errors import CommandError, Interrupted, require
+from .errors import CommandError, Interrupted, first_line, require
 from .experiment import Outcome, against_itself, train_side_by_side
 from .models import build_model, image_size, settle
 from .picture import save_losses
@@ -25,31 +25,39 @@ from .record import Accuracies, difference_table, finite, record, speed_table
 from .training import DTYPES, LAYOUTS, Setting
 
 
-def run(options: argparse.Namespace) -> tuple[fusedres.FuseReport, Outcome]:
-    """Everything that can be wrong is looked at before a line is printed; a step is made for that."""
+def run(options: argparse.Namespace, heading: str = "") -> tuple[fusedres.FuseReport, Outcome]:
+    """Everything that can be wrong is looked at before a line is printed or a folder made; a step is made for that.
+
+    Args:
+        heading: stands before the first line.
+    """
     require("matplotlib", "demo", "compare")
     device, dtype = choose_device(options.device), DTYPES[options.dtype]
     with chosen_backend(options.backend, device, dtype) as backend:
-        return _run(options, device, dtype, backend)
+        return _run(options, heading, device, dtype, backend)
 
 
 def _run(
-    options: argparse.Namespace, device: torch.device, dtype: torch.dtype, backend: Choice
+    options: argparse.Namespace,
+    heading: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: Choice,
 ) -> tuple[fusedres.FuseReport, Outcome]:
-    _make_folder(options.out)
     data = source(options)
     torch.manual_seed(options.seed)
     model = build_model(options.model, data.classes).train()
     if options.image_size is None:
         options.image_size = image_size(options.model, model)
-    images = data.load(options.image_size).to(device)
+    images = _load(data, options.image_size, device)
     settle(options.model, model, images.images.shape)
     setting = Setting(device, dtype, LAYOUTS[options.channels_last])
     model = model.to(device).to(memory_format=setting.memory_format)
     itself = against_itself(options.model, model, images, setting, options.batch, options.seed)
     fused = copy.deepcopy(model)
     report = fusedres.fuse_(fused)
-    print(report)
+    _make_folder(options.out)
+    print(f"{heading}{report}")
     if report.n_fused == 0:
         print(paragraph("nothing was fused: what follows compares the original with itself"))
     print(f"\n{_what_runs(options, images, backend, device)}")
@@ -71,6 +79,16 @@ def _run(
             f"interrupted after {done} of {options.steps} steps; what they measured is in {json_file}"
         )
     return report, outcome
+
+
+def _load(data: Source, size: int, device: torch.device) -> Images:
+    try:
+        return data.load(size).to(device)
+    except (MemoryError, RuntimeError) as error:
+        raise CommandError(
+            f"the images, of {size}x{size}, do not fit into memory: {first_line(error)}; fewer --images or a smaller "
+            "--image-size may help"
+        ) from error
 
 
 def _what_runs(

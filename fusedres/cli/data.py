@@ -82,7 +82,7 @@ def open_folder(path: str) -> Any:
         CommandError: it is no folder, or is not laid out so.
     """
     expected = "expected a folder with one sub-folder of images for each class"
-    if not Path(path).is_dir():
+    if not path or not Path(path).is_dir():
         raise CommandError(
             f"--data {path!r} is not a folder, nor a name that --help lists; {expected}"
         )
@@ -114,7 +114,7 @@ def load_folder(path: str, size: int, seed: int, most: int) -> Images:
     for place, index in enumerate(order.tolist()):
         try:
             pixels[place] = square(folder[index][0])
-        except (OSError, SyntaxError) as error:  # Pillow's, of a file that is no image
+        except Exception as error:  # Pillow's, of a file that is no image, or one too large
             name = folder.samples[index][0]
             raise CommandError(f"--data: {name} cannot be read: {first_line(error)}") from error
     pixels = (pixels - pixels[held:].mean()) / pixels[held:].std().clamp(min=1e-6)

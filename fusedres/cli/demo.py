@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,12 +15,20 @@ from . import arguments, bench, beside, compare
 from .device import choose_device
 from .experiment import Outcome
 from .models import build_model
+from .summary import milliseconds
+
+if TYPE_CHECKING:
+    from ..benchmarks.record import Row
 
 # Three epochs of the digits in a minute on two cores: enough for held-out accuracy to mean something.
 ON_A_CPU = ("--image-size", "32", "--steps", "135")
 # A workload at which a GPU works, with as many images as its memory takes of two models in training.
 ON_A_GPU = (
     "--data", "synthetic", "--image-size", "224", "--channels-last", "--dtype", "bf16", "--steps", "32",
+)  # fmt: skip
+# What one would run instead; others take minutes to compile.
+MEASURED = (
+    "bench", "--level", "model", "--quick", "--budget", "120", "--provider", "fusedres", "--provider", "compile",
 )  # fmt: skip
 BYTES_AN_IMAGE = 150e6
 LARGEST_BATCH = 256
@@ -32,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
     words = ["compare", name, *how, "--out", str(options.out)]
     if options.steps is not None:
         words += ["--steps", str(options.steps)]
-    print(_heading(f"1. A {name} and its fused form, trained side by side"), flush=True)
-    report, outcome = compare.run(arguments.parse(words))
+    heading = _heading(f"1. A {name} and its fused form, trained side by side")
+    report, outcome = compare.run(arguments.parse(words), f"{heading}\n")
     if device.type == "cpu":
         print(
             _heading("2. The Triton kernels beside PyTorch, in Triton's interpreter on this CPU"),
@@ -42,8 +52,16 @@ def run(options: argparse.Namespace) -> None:
         print(beside.run())
     else:
         print(_heading("2. The same as CUDA graphs, beside torch.compile"), flush=True)
-        words = ["bench", "--level", "model", "--model", name, "--quick", "--budget", "120"]
-        bench.run(arguments.parse([*words, "--out", str(options.out / "bench")]))
+        words = [
+            *MEASURED,
+            "--model",
+            name,
+            "--batch",
+            how[-1],
+            "--out",
+            str(options.out / "bench"),
+        ]
+        print(f"\n{_times(bench.run(arguments.parse(words)))}")
     print(_heading("3. Bytes that BatchNorm, ReLU and the sums move in a training step, counted"))
     counted, saved = _bytes(name)
     print(counted)
@@ -60,6 +78,20 @@ def _on(device: torch.device) -> tuple[str, ...]:
 
 def _heading(text: str) -> str:
     return f"\n{text}\n{'=' * len(text)}\n"
+
+
+def _times(rows: Sequence[Row]) -> str:
+    """A step of each that was measured, with its spread; under it, why another was not."""
+    found = [["a training step", "median", "spread"]]
+    found += [
+        [row.who, milliseconds(1e-6 * row.median), milliseconds(1e-6 * (row.spread or 0.0))]
+        for row in rows
+        if row.metric == "time_us" and row.median is not None
+    ]
+    missing = [
+        paragraph(f"{row.who}: {row.note}") for row in rows if row.median is None and row.note
+    ]
+    return "\n".join([table(found), *missing] if len(found) > 1 else missing)
 
 
 def _bytes(name: str) -> tuple[str, int]:

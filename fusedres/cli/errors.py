@@ -7,8 +7,12 @@ import importlib
 from collections.abc import Iterable
 from types import ModuleType
 
+from ..words import printable
+
 # Where a package is installed under another name than it is imported by.
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+# Letters of what an error says.
+LONGEST = 500
 
 
 class CommandError(Exception):
@@ -56,6 +60,12 @@ def unknown(
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line that begins with what it is."""
-    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     name = type(error).__name__
+    try:
+        said = str(error)
+    except Exception:  # its own `__str__` is foreign code
+        return name
+    words = printable(next((line.strip() for line in said.splitlines() if line.strip()), ""))
+    if len(words) > LONGEST:
+        words = f"{words[:LONGEST]}..."
     return f"{name}: {words}" if words else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from .arguments import PROGRAM, parse
-from .errors import CommandError, Interrupted
+from .errors import CommandError, Interrupted, first_line
 
 # As a shell reports a program that SIGINT or SIGPIPE has ended.
 INTERRUPTED, CLOSED_PIPE = 130, 141
@@ -23,12 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     name = PROGRAM
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr does with what its encoding has no letter for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             options = parse(given)
             name = f"{PROGRAM} {options.command}"
-            # Only now: the commands import PyTorch.
-            importlib.import_module(f".{options.command}", __package__).run(options)
+            _run(options)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -46,6 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _say(name, f"{where}{error.strerror or error}", 1)
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Only now: the commands import PyTorch.
+    command = importlib.import_module(f".{options.command}", __package__)
+    try:
+        command.run(options)
+    except SystemExit as stop:  # no command of ours ends so
+        raise CommandError(f"the model's code has ended it: {first_line(stop)}") from stop
 
 
 def _say(name: str, words: str, status: int) -> int:

@@ -147,8 +147,8 @@ def _build_hugging_face(name: str, classes: int | None) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(name, **keywords)
     except Exception as error:  # of the network, of the hub, of the file
         raise CommandError(
-            f"{said}: its configuration is not to be had: {first_line(error)}. It is downloaded once (a few kB, no "
-            f"weights); without a network, name a folder with its config.json, or a family, as {HUGGING_FACE}resnet"
+            f"{said}: its configuration is not to be had: {first_line(error).rstrip('.')}. It is downloaded once (a "
+            f"few kB, no weights); without a network, name a folder with its config.json, or a family, as {HUGGING_FACE}resnet"
         ) from error
     kinds = [transformers.AutoModelForImageClassification]
     if classes is None:
@@ -245,11 +245,13 @@ def _guarded(name: str, call: Callable[[], Any]) -> Any:
     """What the user's code gives; what it raises, in a line that says where."""
     try:
         return call()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit is one too
         frames = traceback.extract_tb(error.__traceback__)
         # The innermost that is not a package's.
         own = next((f for f in reversed(frames) if "site-packages" not in f.filename), frames[-1])
-        at = f"{own.filename}:{own.lineno}"
-        if isinstance(error, SyntaxError):
-            at = f"{error.filename}:{error.lineno}"
-        raise CommandError(f"{name!r}: {first_line(error)} ({at})") from error
+        at = f" ({own.filename}:{own.lineno})"
+        if isinstance(error, SyntaxError):  # which has no place where the file is no text
+            at = f" ({error.filename}:{error.lineno})" if error.filename else ""
+        raise CommandError(f"{name!r}: {first_line(error)}{at}") from error

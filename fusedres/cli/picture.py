@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..words import printable
 from .errors import require
 
 # Told apart by colour-blind readers (Okabe and Ito 2008); two greys, of which only lightness tells them apart.
@@ -47,7 +49,8 @@ def save_losses(path: Path, title: str, original: Sequence[float], fused: Sequen
     panels[0].set_ylabel("training loss")
     equal = len(original) - len(differ)
     said = f"equal to the bit at {equal} of {len(original)} steps"
-    panels[0].set_title(f"{title}\n{said}", fontsize=10)
+    # In names of models and folders a dollar is no formula.
+    panels[0].set_title(f"{printable(title)}\n{said}", fontsize=10, parse_math=False)
     panels[0].legend(frameon=False)
     if differ:
         panels[1].plot(differ.keys(), differ.values(), ".", color=COLOURS["fusedres"], markersize=5)
@@ -60,4 +63,6 @@ def save_losses(path: Path, title: str, original: Sequence[float], fused: Sequen
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():  # of letters that the font lacks, in a user's names
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        figure.savefig(path, dpi=150)

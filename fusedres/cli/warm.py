@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import fusedres
 from fusedres import dispatch
@@ -39,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if not jobs:
         print(f"no kernels: {of} launches none of fusedres (`fusedres explain` says why)")
         return
+    _check_cache()
     processes = min(options.processes or ahead.cores(), len(jobs))
     print(f"{len(jobs)} kernels of {of}, in {processes} processes", flush=True)
     start, done = time.perf_counter(), []
@@ -86,6 +89,19 @@ def _chip(options: argparse.Namespace):
             "say it with --multiprocessors (`fusedres env` on that machine tells)"
         )
     return ahead.Chip("cuda", options.arch, 32, multiprocessors)
+
+
+def _check_cache() -> None:
+    """What is compiled must be kept, or it was for nothing."""
+    folder = Path(_cache())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(
+            f"Triton's cache {folder} cannot be written to: {error.strerror}; set TRITON_CACHE_DIR to a folder that can"
+        ) from error
 
 
 def _cache() -> str:
