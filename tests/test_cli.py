@@ -19,7 +19,9 @@ from torch import nn
 import fusedres
 from fusedres import dispatch
 from fusedres.cli import arguments as words_of
-from fusedres.cli.data import batches, load_digits, make_synthetic
+from fusedres.cli import bench, demo, training
+from fusedres.cli import compare as compare_command
+from fusedres.cli.data import batches, load_digits, load_folder, make_synthetic
 from fusedres.cli.differences import Difference, difference, largest
 from fusedres.cli.main import main
 from fusedres.cli.models import build_model, image_size
@@ -98,6 +100,26 @@ def needs(depth, width=2):
 
 def broken():
     raise KeyError("weights")
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("mute")
+
+class Stop(BaseException):
+    pass
+
+def mute():
+    raise Mute
+
+def stop():
+    raise Stop("here")
+
+def coloured():
+    raise ValueError("\\x1b[31m" + "x" * 5000)
+
+class Quits(Net):
+    def forward(self, x):
+        raise SystemExit(0)
 """
 CPU = Setting(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
@@ -256,6 +278,9 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "one" / "cats" / "0.png").write_bytes(b"")
     images(tmp_path / "broken")
     (tmp_path / "broken" / "dark" / "1.png").write_bytes(b"not an image")
+    images(tmp_path / "half")
+    (tmp_path / "half" / "none").mkdir()
+    (tmp_path / "bytes.py").write_bytes(b"x = 1\x00\n")
     return tmp_path
 
 
@@ -298,6 +323,11 @@ MISTAKES = [
     (["explain", "net.py:nothing"], "'net.py:nothing' gives a NoneType, expected a torch.nn.Module"),
     (["explain", "net.py:needs"], "cannot be called without arguments (missing a required argument: 'depth')"),
     (["explain", "net.py:broken"], "'net.py:broken': KeyError: 'weights' ("),
+    (["explain", "net.py:mute"], "'net.py:mute': Mute ("),
+    (["explain", "net.py:stop"], "'net.py:stop': Stop: here ("),
+    (["explain", "net.py:coloured"], "ValueError: \\x1b[31mxxx"),
+    (["explain", "bytes.py:x"], "'bytes.py:x': SyntaxError: source code string cannot contain null bytes"),
+    (["compare", "net.py:Quits", *TINY], "the model's code has ended it: SystemExit: 0"),
     (["explain", "syntax.py:net"], "'syntax.py:net': SyntaxError: "),
     (["explain", "imports:net"], "'imports:net': ModuleNotFoundError: No module named 'no_such_package' ("),
     # shapes
@@ -307,6 +337,7 @@ MISTAKES = [
     (["explain", "resnet18", "--input", "256,4,224,224"], "does not take a tensor of shape [256, 4, 224, 224]"),
     (["explain", "resnet18", "--input", "256x3"], "'256x3' is no shape; write it as 256,3,224,224"),
     (["explain", "resnet18", "--input", ""], "'' is no shape; write it as 256,3,224,224"),
+    (["explain", "resnet18", "--input", "99999999999999999999,3,8,8"], "has more elements than a tensor can have"),
     (["explain", "resnet18", "--json", "--markdown"], "argument --markdown: not allowed with argument --json"),
     # data
     ([*OWN, "--data", "imagenet"], "--data 'imagenet' is not a folder, nor a name that --help lists"),
@@ -314,6 +345,9 @@ MISTAKES = [
     ([*OWN, "--data", "empty"], "--data 'empty': Couldn't find any class folder"),
     ([*OWN, "--data", "one"], "--data 'one' has one class only, 'cats'"),
     ([*OWN, "--data", "broken", "--batch", "4"], "dark/1.png cannot be read: UnidentifiedImageError"),
+    ([*OWN, "--data", ""], "--data '' is not a folder, nor a name that --help lists"),
+    ([*OWN, "--data", "half"], "--data 'half': Found no valid file for the classes none"),
+    ([*OWN, *TINY, "--image-size", "100000000"], "the images, of 100000000x100000000, do not fit into memory: "),
     ([*OWN, "--batch", "5000"], "--batch 5000 is more than the 1438 images there are to train on"),
     ([*OWN, *TINY, "--batch", "9"], "--batch 9 is more than the 8 images"),
     ([*OWN, "--data", "broken", "--batch", "9"], "--batch 9 is more than the 8 images"),
@@ -330,11 +364,13 @@ MISTAKES = [
     ([*OWN, "--device", "xpu"], "--device 'xpu' is not available; here there is cpu"),
     ([*OWN, "--steps", "0"], "--steps: '0' is not a whole number of at least 1"),
     ([*OWN, "--steps", "-3"], "--steps: '-3' is not a whole number of at least 1"),
+    ([*OWN, "--seed", "99999999999999999999"], "--seed: '99999999999999999999' is no whole number of 64 bits"),
     ([*OWN, "--dtype", "int8"], "--dtype: 'int8' is none of float32 (fp32), bfloat16 (bf16), float16 (fp16)"),
     ([*OWN, *TINY, "--backend", "triton"], "the triton backend cannot run"),
     ([*OWN, "--backend", "cuda"], "argument --backend: invalid choice: 'cuda'"),
-    ([*OWN, "--out", "net.py"], "--out 'net.py' cannot be a folder: File exists"),
+    ([*OWN, *TINY, "--out", "net.py"], "--out 'net.py' cannot be a folder: File exists"),
     # the other commands
+    (["demo", "--out", "net.py", "--steps", "1"], "--out 'net.py' cannot be a folder: File exists"),
     (["warm", "resnet18"], "the following arguments are required: --input"),
     (["warm", "resnet18", "--input", "8,3,64,64", "--arch", "7"], "--arch: '7' is not a whole number of at least 75"),
     (["bench", "--level", "network"], "argument --level: invalid choice: 'network'"),
@@ -363,9 +399,75 @@ def test_mistakes_are_answered_with_a_line_before_anything_is_printed(
     assert all(each.startswith(("usage:", "  ")) for each in usage)
 
 
-def test_a_mistake_leaves_no_folder(here):
-    assert main(["bench", "--report", "--out", "never"]) == 2
+@pytest.mark.parametrize(
+    "command",
+    ["bench --report", "bench --provider cudnn", "bench --level model --model resnet81", "bench --compare none.json",
+     "compare resnet81", f"compare net.py:Square {' '.join(TINY)}"],
+)  # fmt: skip
+def test_a_mistake_leaves_no_folder(here, command):
+    assert main([*command.split(), "--out", "never"]) == 2
     assert not (here / "never").exists()
+
+
+def test_an_error_is_a_line_of_what_can_be_printed_and_read(capsys, here):
+    line = refusal(capsys, "explain", "net.py:coloured")
+    assert line.isprintable()
+    assert len(line) < 700
+
+
+def test_an_image_too_large_for_pillow_is_a_line(capsys, here, monkeypatch):
+    from PIL import Image
+
+    images(here / "pictures")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    line = refusal(capsys, *OWN, "--data", "pictures", "--batch", "4", "--image-size", "8")
+    assert "png cannot be read: DecompressionBombError: " in line
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "LA"])
+def test_images_that_are_not_rgb(here, mode):
+    from PIL import Image
+
+    images(here / "rgb")
+    for path in (here / "rgb").rglob("*.png"):
+        colour = Image.open(path)
+        other = here / mode / path.relative_to(here / "rgb")
+        other.parent.mkdir(parents=True, exist_ok=True)
+        colour.convert(mode).save(other)
+        Image.open(other).convert("RGB").save(path)
+    as_colours, found = (load_folder(str(here / name), 8, 0, 10) for name in ("rgb", mode))
+    assert torch.equal(found.images, as_colours.images)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["dünn 日本", "$\\frac$", "\udcff"])
+def test_names_that_nobody_expects(here, monkeypatch, name):
+    """On a terminal of ASCII, with warnings as errors."""
+    images(here / name)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    (here / f"{name}.py").write_text(NET)
+    arguments = ["--data", name, "--batch", "4", "--steps", "1", "--image-size", "8", "--out", name]
+    assert main(["compare", f"{name}.py:Net", "--device", "cpu", *arguments]) == 0
+    assert "8 to train on, 2 held out" in terminal.buffer.getvalue().decode("ascii")
+
+
+def test_modules_of_ones_own_do_not_stand_for_those_that_are_loaded(capsys, here):
+    """Beside the file lie a torch.py and a random.py: PyTorch has been loaded when the folder is looked at."""
+    for name in ("torch", "random", "json"):
+        (here / f"{name}.py").write_text("raise RuntimeError('the wrong one')")
+    assert main(["explain", "net.py:Net"]) == 0
+    (here / "torch.py").write_text(NET)
+    assert main(["explain", "torch.py:Net"]) == 0
+    assert sys.modules["torch"] is torch
+
+
+def test_warm_looks_whether_triton_can_keep_what_is_compiled(capsys, here, monkeypatch):
+    knobs = pytest.importorskip("triton.knobs")
+    monkeypatch.setattr(knobs.cache, "dir", str(here / "net.py" / "cache"))
+    monkeypatch.setattr(dispatch, "INTERPRET", False)
+    line = refusal(capsys, "warm", "net.py:Net", "--arch", "90", "--input", "2,3,8,8")
+    assert "cannot be written to: Not a directory; set TRITON_CACHE_DIR" in line
 
 
 def test_a_line_says_where_the_users_code_is_wrong(capsys, here):
@@ -898,3 +1000,51 @@ def test_the_demo_shows_each_part_and_says_what_it_comes_to(capsys, tmp_path):
     assert re.fullmatch(
         r"20 of 20 BatchNorms fused, losses equal to the bit, \d+\.\d GB less a step of 256 images on a GPU\.", last
     )  # fmt: skip
+
+
+def test_the_demo_where_there_is_a_gpu(capsys, here, monkeypatch):
+    """Of a stand-in: the two parts that work on the GPU run on the CPU, and what the suite would measure is given."""
+    from fusedres.benchmarks import run as suite
+    from fusedres.benchmarks.record import Row
+
+    def measured(wish, book, say, progress):
+        asked.append((wish.levels, wish.models, wish.batch, [each.name for each in wish.providers]))
+        step = Row("model", "resnet50", "eager", "time_us", "step", median=54400.0, spread=300.0)
+        book.add([step, replace(step, provider="fusedres", graph=True, median=35100.0)])
+        book.add([replace(step, provider="compile", median=None, note="failed: no compiler")])
+        book.add([Row("model", "resnet50 bfloat16", "", "", note="not run: the budget was over")])
+        book.add([Row("state", "after", "driver", "clock_mhz", median=1980.0)])
+        return True
+
+    asked, gpu, cpu = [], torch.device("cuda"), torch.device("cpu")
+    memory = types.SimpleNamespace(total_memory=3e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    monkeypatch.setattr(demo, "choose_device", lambda name: gpu)
+    for module in (compare_command, bench):
+        monkeypatch.setattr(module, "choose_device", lambda name: cpu)
+    monkeypatch.setattr(
+        compare_command, "build_model", lambda _, classes: build_model("net.py:Net", classes)
+    )
+    monkeypatch.setattr(suite, "run", measured)
+    monkeypatch.setattr(training, "_reset_peak", lambda device: 0)
+    monkeypatch.setattr(training, "_peak", lambda device: 5 << 20)
+    small = ("--image-size", "8", "--images", "16", "--steps", "2")
+    monkeypatch.setattr(demo, "ON_A_GPU", (*demo.ON_A_GPU, *small))
+    assert main(["demo"]) == 0
+    assert asked == [(("model",), ["resnet50"], 8, ["eager", "fusedres", "compile"])]
+    printed = capsys.readouterr().out
+    parts = re.split(r"^\d\. .*\n=+$", printed, flags=re.MULTILINE)
+    assert len(parts) == 4
+    assert "bfloat16, channels_last" in parts[1]
+    assert re.search("^peak memory beyond weights, data +5 MiB +5 MiB$", parts[1], re.MULTILINE)
+    for line in (
+        r"eager +54\.4 ms +0\.3 ms",
+        r"fusedres \+ CUDA graph +35\.1 ms +0\.3 ms",
+        r"compile: failed: no compiler",
+        r"resnet50 bfloat16: not run: the budget was over",
+    ):
+        assert re.search(f"^{line}$", parts[2], re.MULTILINE)
+    assert "1980" not in parts[2]
+    assert re.search(r"^fused, on a GPU +\d+\.\d GB$", parts[3], re.MULTILINE)
+    last = " ".join(printed.split("\n\n")[-1].split())
+    assert re.fullmatch(r"1 of 1 BatchNorms fused, losses .*, \d+\.\d GB less a step .*\.", last)

@@ -89,7 +89,9 @@ def _times(rows: Sequence[Row]) -> str:
         if row.metric == "time_us" and row.median is not None
     ]
     missing = [
-        paragraph(f"{row.who}: {row.note}") for row in rows if row.median is None and row.note
+        paragraph(f"{row.who or row.kernel}: {row.note}")
+        for row in rows
+        if row.level == "model" and row.median is None
     ]
     return "\n".join([table(found), *missing] if len(found) > 1 else missing)
 

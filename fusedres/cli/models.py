@@ -148,7 +148,8 @@ def _build_hugging_face(name: str, classes: int | None) -> nn.Module:
     except Exception as error:  # of the network, of the hub, of the file
         raise CommandError(
             f"{said}: its configuration is not to be had: {first_line(error).rstrip('.')}. It is downloaded once (a "
-            f"few kB, no weights); without a network, name a folder with its config.json, or a family, as {HUGGING_FACE}resnet"
+            "few kB, no weights); without a network, name a folder with its config.json, or a family, as "
+            f"{HUGGING_FACE}resnet"
         ) from error
     kinds = [transformers.AutoModelForImageClassification]
     if classes is None:
