@@ -409,6 +409,10 @@ def test_a_mistake_leaves_no_folder(here, command):
     assert not (here / "never").exists()
 
 
+def test_a_file_that_is_no_text_has_no_line_to_name(capsys, here):
+    assert "None" not in refusal(capsys, "explain", "bytes.py:x")
+
+
 def test_an_error_is_a_line_of_what_can_be_printed_and_read(capsys, here):
     line = refusal(capsys, "explain", "net.py:coloured")
     assert line.isprintable()
