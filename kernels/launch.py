@@ -56,9 +56,9 @@ APPLYING = Pass(8192, 8, 4, 1, half=5)  # reads two
 GRAD_APPLYING = Pass(8192, 8, 3, 1, half=4)
 VECTOR_BYTES = 16
 REGISTERS = 65536  # of a multiprocessor
-# Of a tensor of planes: up to here a few images take the tiles of many, which they do not fill. That is some
-# microseconds, and no kernels of their own.
-FEW_BYTES = 32 << 20
+# Of a tensor of planes: a few images take the tiles of many, which they do not fill, if as many images as do fill them
+# would have no more bytes than this. That is some microseconds, and no kernels of their own.
+FEW_BYTES = 64 << 20
 FLAT_COLUMNS = 256  # of a tile of a flat walk
 FLAT_ROWS_A_PROGRAM = 32  # there, where a program leaves a few sums for 256 columns
 MOST_GROUP = 8  # rows of a column that a thread adds up before it merges them
@@ -223,8 +223,9 @@ def choose_tile(rows: RowMap, element_size: int, kind: Pass, chip: Chip, share: 
         block_channels = min(channels, wide)
         # The same for all planes, but where there are too few of them to fill a tile, and these are large.
         planes = _power_of_two(rows.outer)
-        if rows.outer > 1 and rows.values * rows.channels * element_size <= FEW_BYTES:
-            planes = max(planes, elements // (wide * PLANE_ROWS))
+        filled = max(planes, elements // (wide * PLANE_ROWS))
+        if rows.outer > 1 and filled * rows.inner * rows.channels * element_size <= FEW_BYTES:
+            planes = filled
         most = elements // (block_channels * planes)
         block_inner = _block_inner(rows.inner, rows.outer, max(PLANE_ROWS, most))
         block_outer = min(planes, elements // (block_channels * block_inner))

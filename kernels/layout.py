@@ -174,7 +174,8 @@ def mask_of(bits: Tensor | None, rows: RowMap) -> Mask:
 
 def packs_channels(rows: RowMap) -> bool:
     """Where eight divides the channels (or nearly) no bit is wasted; otherwise the rows are packed."""
-    return rows.channels_fastest and (rows.columns % 8 == 0 or rows.columns >= 64)
+    # In this order: of symbolic sizes each question may be another graph.
+    return rows.channels_fastest and (rows.columns >= 64 or rows.columns % 8 == 0)
 
 
 @dataclass(frozen=True)

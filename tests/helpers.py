@@ -261,11 +261,12 @@ def error(actual: Tensor, oracle: np.ndarray) -> float:
 
 
 def _orders(case: Case) -> list[Case]:
-    """The case itself first; in float64 also with its batch rotated, which changes nothing but the order of sums."""
-    cases = [case]
+    """The case itself first; in float64 also with its batch and its last axis rotated, which changes nothing but the
+    order of sums."""
+    cases, axes = [case], (0, -1) if len(case.shape) > 2 else (0,)
     for shift in range(1, 8 if case.dtype == torch.float64 else 1):
         rotated = {
-            name: case.tensors[name].roll(shift, 0)
+            name: case.tensors[name].roll((shift,) * len(axes), axes)
             for name in ("input", "residual", "grad")
             if case.tensors[name] is not None
         }

@@ -77,11 +77,12 @@ def test_few_images_have_the_tiles_of_many(size, images):
         maps = [row_map(shape, dense(shape)) for shape in ((n, 256, 56, 56), (n, 2048, 7, 7))]
         maps.append(row_map((n, 2048, 7, 7), dense((n, 2048, 7, 7), True), pooled))
         kinds = (launch.STATISTICS, launch.REDUCING, launch.APPLYING, launch.GRAD_APPLYING)
-        return [
-            launch.choose_tile(rows, size, kind, chip(132)).options
+        chosen = [
+            (rows, launch.choose_tile(rows, size, kind, chip(132)))
             for rows in maps[:1] + maps[2:]
             for kind in kinds
-        ], maps[1].spread
+        ]
+        return [(tile.block(rows), tile.options) for rows, tile in chosen], maps[1].spread
 
     assert tiles(images) == tiles(256)
 

@@ -102,9 +102,10 @@ def _without_barriers(ptx: str) -> str:
 
 def _read_first(ptx: str) -> str:
     """The first partial is read by all programs, and then they take their tickets."""
+    partial = re.findall(r"\.ptr \.global \.align 1 (\w+)", ptx)[1]
     load = (
         "{ .reg .b64 %planted_address; .reg .b32 %planted;\n"
-        "ld.param.b64 %planted_address, [bn_stats_finalize_kernel_param_1];\n"
+        f"ld.param.b64 %planted_address, [{partial}];\n"
         "ld.global.cg.b32 %planted, [%planted_address]; }\n"
     )
     at = ptx.rindex("\n", 0, ptx.index("atom.global")) + 1

@@ -368,7 +368,7 @@ TOLD = {
     relu_hook: "relu: it has hooks",
     other_relu: "relu: it is a SiLU, not an nn.ReLU",
     group_norm: "bn1: it is a GroupNorm, not an nn.BatchNorm",
-    without_norm: "bn1: it is a Identity, not an nn.BatchNorm",
+    without_norm: "bn1: it is an Identity, not an nn.BatchNorm",
     relu_forward: "relu: its forward was replaced on the instance",
 }
 
