@@ -305,9 +305,9 @@ class Bottleneck(_Bottleneck, _PostActivation):
     Children and state_dict are those of torchvision's Bottleneck, without a child for the ReLU.
 
     Args:
-        in_channels, channels, stride, shortcut, activation, zero_init_last, dims, gate_bias, keep_finite_statistics,
-            device, dtype: as for
+        in_channels, channels, stride, shortcut, activation, zero_init_last, dims, gate_bias, device, dtype: as for
             `BasicBlock`; the output has 4 times `channels`.
+        keep_finite_statistics: as for `BasicBlock`.
         groups: of the 3x3 convolution (Xie et al. 2017, arXiv:1611.05431).
         base_width: the 3x3 convolution has `channels * base_width / 64 * groups` channels.
         stride_on: the convolution that has the stride: "3x3" as in torchvision ("v1.5"), "1x1" as in the paper, the
