@@ -291,7 +291,7 @@ class TestTraces:
             nn.init.normal_(module.scale)
         return module, images(*SHAPES[2])
 
-    @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit")
     def test_jit_trace(self, skip, scale):
         module, x = self.made(skip, scale)
         traced = torch.jit.trace(module, (x,))

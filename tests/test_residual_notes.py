@@ -140,7 +140,7 @@ def test_a_batch_norm_at_the_end_fixes_the_variance_of_what_is_added(gain):
 
 def test_a_batch_norm_on_the_connection_scales_the_gradient():
     """With running statistics: by weight / std."""
-    norm = nn.BatchNorm2d(4, eps=0.0).double().eval()
+    norm = nn.BatchNorm2d(4, eps=1e-9).double().eval()
     norm.running_var.fill_(16.0)
     x = images()
     dy = torch.randn_like(x)

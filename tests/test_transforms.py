@@ -18,7 +18,7 @@ import fusedres
 import fusedres.functional as F
 
 # PyTorch says so of itself where a tangent is first asked for.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 SHAPE = (3, 2, 3, 2)
 
 

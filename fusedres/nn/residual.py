@@ -294,11 +294,15 @@ def _project_as(x: Tensor, like: Tensor, weight: Tensor) -> Tensor:
         nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
     if dimensions == 0:
         return F.linear(x, weight)
-    device = x.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_eager() and not casts and not torch.jit.is_tracing() and x.dtype == weight.dtype:
+    # The compiler, which is not eager, cannot look behind the last question (PyTorch 2.11).
+    is_ours = is_eager() and not torch.jit.is_tracing() and x.dtype == weight.dtype
+    if is_ours and not _casts(x.device.type):
         return project(x, weight, None, steps, False)[0]
     return _CONVOLVE[dimensions](x, weight, None, steps)
+
+
+def _casts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 @torch.fx.wrap
