@@ -60,7 +60,7 @@ test-slow: $(READY)
 # The other end of the range in pyproject.toml; numpy is held back for the interpreter of Triton 3.6.
 test-oldest:
 	$(PYTHON) -m venv --clear .venv-oldest
-	.venv-oldest/bin/pip install --quiet torch==2.11.0 torchvision==0.26.0 triton==3.6.0 'numpy<2.4' \
+	.venv-oldest/bin/pip install --quiet torch==2.10.0 torchvision==0.25.0 triton==3.6.0 'numpy<2.4' \
 		'setuptools>=77' '.[demo,models,recipes,test]'
 	.venv-oldest/bin/pytest -m 'not slow' --backend aten $(ARGS)
 	.venv-oldest/bin/pytest -m 'not slow' --backend triton $(ARGS)

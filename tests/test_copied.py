@@ -15,6 +15,7 @@ import torchvision
 pytestmark = [
     pytest.mark.once,
     # torch 2.11 says so of itself, when torch.fx.experimental.optimization is imported.
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),  # 2.10
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
     # And torch.export.load of itself.
     pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
