@@ -289,6 +289,7 @@ def test_trace_in_eval(net, device):
     torch.testing.assert_close(traced(x + 1), module(x + 1))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, while it compiles
 @pytest.mark.parametrize("net", NETS)
 def test_compiled_whole(net, device):
     module, x = drawn(NETS[net](), device), images(2, 4, 5, 4, device=device)
