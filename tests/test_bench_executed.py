@@ -17,6 +17,7 @@ from fusedres.benchmarks.traffic import Site
 from fusedres.cli.main import main
 
 pytestmark = pytest.mark.once
+IS_OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 def bench(folder: Path, *arguments: str) -> int:
@@ -54,7 +55,9 @@ def test_every_kernel_has_its_rows(folder):
         assert figures["instructions"] == pytest.approx(sum(classes))
         assert figures["float_instructions"] > 0
         assert figures["load_sectors"] > 0
-        assert figures.get("shared_load_wavefronts_ratio", 1.0) >= 1.0  # more: bank conflicts
+        # No bank conflicts; the compiler of an older Triton has some in one kernel (3.6: 2.38).
+        most = 2.4 if IS_OLDER else 1.0
+        assert 1.0 <= figures.get("shared_load_wavefronts_ratio", 1.0) <= most
 
 
 def test_the_page_has_a_line_for_each(folder):
